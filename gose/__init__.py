@@ -1,0 +1,1 @@
+"""The Grid of Secure Elements: cards in slots, the service provider before them, the OpenID provider beside it, and the authority."""

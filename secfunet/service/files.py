@@ -1,0 +1,71 @@
+"""Files that survive a crash: the old content or the new, never a half; and readable by their owner alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from secfunet.errors import SecFuNetError
+
+
+class UnsafeFileError(SecFuNetError):
+    """A file that holds a secret can be read or written by others than its owner."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} {reason}")
+        self.path = path
+
+
+def write_atomically(path: Path, content: bytes, *, mode: int = 0o600) -> None:
+    """Replaces ``path`` by ``content`` in one step that a power cut cannot split (write, fsync, rename, fsync of the folder)."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            Path(temporary).unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename or an unlink in ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def private_folder(path: Path) -> Path:
+    """Makes ``path`` (and its parents) if need be, with mode 0700; returns it."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def read_secret(path: Path, *, limit: int = 65536) -> bytes:
+    """Reads a file that only its owner may read (mode 0600 or 0400; systemd credentials are such files).
+
+    Raises UnsafeFileError if group or others have any right on it, or if it is larger than ``limit`` bytes.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UnsafeFileError(path, "is no regular file")
+        if status.st_mode & 0o077:
+            raise UnsafeFileError(
+                path, f"holds a secret but has mode {stat.S_IMODE(status.st_mode):04o}: run chmod 600 on it"
+            )
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise UnsafeFileError(path, f"is larger than {limit} bytes")
+    return content

@@ -1,0 +1,1 @@
+"""The secure element in software: a smartcard operating system with one EAP-TLS applet, in a process of its own."""
