@@ -1,0 +1,41 @@
+# Everything there is to do with a checkout. "make help" lists it.
+SHELL := /bin/bash
+BIN := .venv/bin
+PYTEST_WORKERS ?= 2
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench lock clean
+
+help: ## list these targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install what the other targets need (each of them does that first by itself)
+	@scripts/setup
+
+demo: setup ## run the main job: a VM signs with a key that it never holds (KEEP=1 leaves it running)
+	@$(BIN)/python -m demo $(if $(KEEP),--keep)
+
+test: setup ## run all tests (ARGS="..." goes to pytest)
+	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadscope $(ARGS)
+
+check: setup ## format, lint, types, import contract, protos, shell
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/shellcheck scripts/setup .ci/run
+
+format: setup ## format the code
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format --quiet .
+
+bench: setup ## measure; one table (JSON=file writes the rows too, QUICK=1 is a short run)
+	@$(BIN)/python -m bench $(if $(JSON),--json $(JSON)) $(if $(QUICK),--quick)
+
+lock: setup ## compile requirements.lock anew from pyproject.toml
+	$(BIN)/uv pip compile --quiet --all-extras --generate-hashes --no-emit-index-url --no-header --upgrade \
+		pyproject.toml --output-file requirements.lock
+
+clean: ## remove what setup, tests and demo made
+	rm -rf .venv .build .demo dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+		secfunet/agent secfunet/gose secfunet/middleware
