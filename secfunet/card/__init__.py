@@ -1,0 +1,27 @@
+"""How anybody reaches a card: a port carries APDUs (``unix``), a client speaks the card's commands above it, a pool says whose turn it is."""
+
+from secfunet.card.client import CardClient
+from secfunet.card.errors import CardBusyError, CardError, CardFormatError, CardGoneError, LeaseEndedError
+from secfunet.card.parameters import EapState, KeyAlgorithm, NegotiatedTls, PinRole, Segmentation, TlsParameters
+from secfunet.card.pool import CardPool, SingleCard
+from secfunet.card.ports import CardPort
+from secfunet.card.unix import connect_unix
+
+__all__ = [
+    "CardBusyError",
+    "CardClient",
+    "CardError",
+    "CardFormatError",
+    "CardGoneError",
+    "CardPool",
+    "CardPort",
+    "EapState",
+    "KeyAlgorithm",
+    "LeaseEndedError",
+    "NegotiatedTls",
+    "PinRole",
+    "Segmentation",
+    "SingleCard",
+    "TlsParameters",
+    "connect_unix",
+]

@@ -1,0 +1,277 @@
+"""The commands of an EAP-TLS card as methods, above any port: lengths, segmentation and status words are dealt with here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from secfunet.apdu import MAX_RESPONSE, CommandApdu, ResponseApdu, status_error
+from secfunet.card.errors import CardFormatError
+from secfunet.card.instructions import (
+    AID,
+    CHAINING,
+    PIN_SIZE,
+    SEGMENT_SIZE,
+    Cla,
+    Ins,
+    KeyIns,
+    KeyOperation,
+    MethodFunction,
+    PersonalisationTag,
+)
+from secfunet.card.parameters import (
+    EapState,
+    KeyAlgorithm,
+    NegotiatedTls,
+    PinRole,
+    Segmentation,
+    TlsParameters,
+    decode_certificates,
+)
+from secfunet.card.ports import CardPort
+from secfunet.card.tlv import encode_tlv
+
+_MAX_IDENTITIES = 256
+_SW_OK = 0x9000
+_SW_NO_IDENTITY = 0x6A88
+
+
+class CardClient:
+    """One card, through one port. Calls are not to overlap: a pool (``secfunet.card.pool``) sees to that.
+
+    Every method raises StatusError (PinError for PINs) when the card refuses, CardGoneError when it is gone, and CardFormatError or
+    ApduFormatError when its answer is not what the command promises.
+    """
+
+    def __init__(self, port: CardPort, *, segmentation: Segmentation = Segmentation.EXTENDED) -> None:
+        self.port = port
+        self.segmentation = segmentation
+
+    # The applet and its PINs
+
+    async def select(self, aid: bytes = AID) -> None:
+        """Selects the applet; PINs and the state of EAP are as after power-on."""
+        await self._send(Cla.ISO, Ins.SELECT, 0x04, 0x00, aid)
+
+    async def verify_pin(self, pin: bytes, role: PinRole = PinRole.USER) -> None:
+        """Opens the commands of ``role`` until the next select or reset. Raises PinError."""
+        await self._send(Cla.EAP, Ins.VERIFY_PIN, 0x00, role, pad_pin(pin))
+
+    async def change_pin(self, old: bytes, new: bytes, role: PinRole = PinRole.USER) -> None:
+        """Replaces a PIN; the old one is checked as by verify_pin. Raises PinError."""
+        await self._send(Cla.EAP, Ins.CHANGE_PIN, 0x00, role, pad_pin(old) + pad_pin(new))
+
+    async def unblock_pin(self, new_user_pin: bytes, operator_pin: bytes) -> None:
+        """Gives the user a new PIN and all attempts back. Raises PinError about the operator's PIN."""
+        await self._send(Cla.EAP, Ins.UNBLOCK_PIN, 0x00, 0x00, pad_pin(new_user_pin) + pad_pin(operator_pin))
+
+    async def pin_attempts(self, role: PinRole = PinRole.USER) -> int:
+        """How many attempts are left; asking costs none."""
+        response = await self._answer(CommandApdu(Cla.EAP, Ins.VERIFY_PIN, 0x00, role))
+        if response.sw >> 8 != 0x63:
+            raise status_error(response.sw, Ins.VERIFY_PIN)
+        return response.sw & 0x0F
+
+    # Identities
+
+    async def identities(self) -> tuple[str, ...]:
+        """The names of all TLS-Ids on the card, complete or not, in the card's order."""
+        try_first = CommandApdu(Cla.EAP, Ins.GET_NEXT_IDENTITY, 0x00, 0x02, le=self._le())
+        response = await self._answer(try_first)
+        if response.sw == _SW_NO_IDENTITY:
+            return ()
+        names = [_name(_data_of(response, Ins.GET_NEXT_IDENTITY))]
+        while len(names) < _MAX_IDENTITIES:
+            name = _name(await self._send(Cla.EAP, Ins.GET_NEXT_IDENTITY, 0x00, 0x01))
+            if name == names[0]:
+                break
+            names.append(name)
+        return tuple(names)
+
+    async def current_identity(self) -> str:
+        """The name of the TLS-Id that operations use: the one set, else the card's first."""
+        return _name(await self._send(Cla.EAP, Ins.GET_CURRENT_IDENTITY, 0x00, 0x00))
+
+    async def set_identity(self, name: str) -> None:
+        """Chooses the TLS-Id. Raises StatusError 6985 if there is none of that name, or none with a certificate."""
+        await self._send(Cla.EAP, Ins.SET_IDENTITY, 0x00, 0x80, name.encode())
+
+    async def profile(self) -> bytes:
+        """The profile of the current identity, BER (``secfunet.card.profile``)."""
+        return await self._send(Cla.EAP, Ins.GET_PROFILE_DATA, 0x00, 0x00)
+
+    async def certificate(self) -> bytes:
+        """The certificate of the current identity, DER."""
+        return await self._send(Cla.KEYS, KeyIns.GET_CERTIFICATE, 0x00, 0x00)
+
+    # EAP and TLS
+
+    async def version(self, method: bool = False) -> tuple[int, int]:
+        """Major and minor version of the EAP engine, or of the EAP-TLS method."""
+        major, minor = await self._send_sized(Cla.EAP, Ins.GET_CURRENT_IDENTITY, 0x01, 1 if method else 0, 2)
+        return major, minor
+
+    async def reset_state(self) -> None:
+        """Back to the start of EAP with the same identity."""
+        await self._send(Cla.EAP, Ins.STATE, 0x10, 0x00)
+
+    async def state(self) -> EapState:
+        """Where EAP stands."""
+        (value,) = await self._send_sized(Cla.EAP, Ins.STATE, 0x00, 0x00, 1)
+        try:
+            return EapState(value)
+        except ValueError:
+            raise CardFormatError(f"unknown state {value:02X}") from None
+
+    async def process_eap(self, packet: bytes, unix_time: int | None = None) -> bytes:
+        """One EAP packet in, the answering one out; empty if the card has nothing to say (EAP-Success).
+
+        ``unix_time`` (UTC seconds) goes behind the packet: the card has no clock. Raises StatusError 7000 for a discarded packet, 7001 or
+        6985 for a failed authentication.
+        """
+        suffix = b"" if unix_time is None else (unix_time & 0xFFFFFFFF).to_bytes(4)
+        return await self._send(Cla.EAP, Ins.PROCESS_EAP, 0x00, 0x00, packet + suffix)
+
+    async def session_key(self, *, extended: bool = False) -> bytes:
+        """The 64-byte MSK in the card's order of halves; ``extended``: MSK ‖ EMSK, 128 bytes, in plain order."""
+        size = 128 if extended else 64
+        return await self._send_sized(Cla.EAP, Ins.GET_SESSION_KEY, 0x00, 0x00, size)
+
+    async def exported_parameter(self, index: int) -> bytes:
+        """Peer-ID (1), Server-ID (2), Method-ID (3), Session-ID (4), Key-Lifetime (5), channel bindings (6)."""
+        return await self._send(Cla.EAP, Ins.GET_EXPORTED_PARAMETER, 0x00, 0x00, bytes((index,)))
+
+    async def set_tls_parameters(self, parameters: TlsParameters) -> None:
+        """How the next handshake is to run. Private extension."""
+        await self._send_function(MethodFunction.SET_TLS_PARAMETERS, parameters.encode())
+
+    async def cipher_suite(self) -> NegotiatedTls:
+        """What the handshake became. Private extension; only in state AUTHENTICATED."""
+        return NegotiatedTls.decode(await self._send_function(MethodFunction.CIPHER_SUITE))
+
+    async def key_block(self) -> bytes:
+        """The key block (TLS 1.2) or both application traffic secrets, client's first (TLS 1.3). Private extension; given out once."""
+        return await self._send_function(MethodFunction.KEY_BLOCK)
+
+    async def peer_certificates(self) -> tuple[bytes, ...]:
+        """The peer's chain as the card accepted it: DER, leaf first. Private extension."""
+        return decode_certificates(await self._send_function(MethodFunction.PEER_CERTIFICATES))
+
+    # The key pair in use (user PIN)
+
+    async def sign(self, scheme: int, digest: bytes) -> bytes:
+        """Signs ``digest`` with the current identity's key; ``scheme`` is a number of secfunet.gose.v1 SignatureScheme."""
+        return await self._operate(KeyOperation.SIGN, scheme, digest)
+
+    async def decrypt(self, scheme: int, ciphertext: bytes) -> bytes:
+        """Decrypts with the RSA key; ``scheme`` is a number of EncryptionScheme. A wrong v1.5 padding yields bytes, not an error."""
+        return await self._operate(KeyOperation.DECRYPT, scheme, ciphertext)
+
+    async def encrypt(self, scheme: int, plaintext: bytes) -> bytes:
+        """Encrypts to the RSA key; ``scheme`` is a number of EncryptionScheme."""
+        return await self._operate(KeyOperation.ENCRYPT, scheme, plaintext)
+
+    async def unwrap_key(self, profile: int, header: bytes) -> bytes:
+        """The 32-byte content key in a container's header. Raises StatusError 6A80 whatever is wrong with the header."""
+        key = await self._operate(KeyOperation.UNWRAP_KEY, profile, header)
+        if len(key) != 32:
+            raise CardFormatError("a content key has 32 bytes")
+        return key
+
+    # Personalisation (operator PIN)
+
+    async def generate_key(self, name: str, algorithm: KeyAlgorithm) -> None:
+        """Makes a key pair in the card for the new identity ``name``. RSA may take seconds, RSA-4096 tens of them."""
+        await self._send(Cla.KEYS, KeyIns.GENERATE_KEY, algorithm, 0x00, name.encode())
+
+    async def certificate_signing_request(self, name: str, subject_cn: str) -> bytes:
+        """A request for the key of ``name``, PKCS#10 in DER, signed by that key."""
+        data = encode_tlv(((PersonalisationTag.NAME, name.encode()), (PersonalisationTag.SUBJECT, subject_cn.encode())))
+        return await self._send(Cla.KEYS, KeyIns.REQUEST_CERTIFICATE, 0x00, 0x00, data)
+
+    async def load_identity(self, name: str, eap_id: bytes, certificate: bytes, authorities: Sequence[bytes]) -> None:
+        """Completes (or renews) the identity: certificate for the card's key and the authorities that it trusts, DER."""
+        items = [
+            (PersonalisationTag.NAME, name.encode()),
+            (PersonalisationTag.EAP_ID, eap_id),
+            (PersonalisationTag.CERTIFICATE, certificate),
+            *((PersonalisationTag.AUTHORITY, authority) for authority in authorities),
+        ]
+        await self._send(Cla.KEYS, KeyIns.LOAD_IDENTITY, 0x00, 0x00, encode_tlv(items))
+
+    async def delete_identity(self, name: str) -> None:
+        """Destroys the identity and its private key."""
+        await self._send(Cla.KEYS, KeyIns.DELETE_IDENTITY, 0x00, 0x00, name.encode())
+
+    async def close(self) -> None:
+        """Powers the card off and gives it back."""
+        await self.port.close()
+
+    # Exchanges
+
+    async def _operate(self, operation: KeyOperation, number: int, data: bytes) -> bytes:
+        return await self._send(Cla.KEYS, KeyIns.OPERATE, operation, number, data)
+
+    async def _send_function(self, function: MethodFunction, data: bytes = b"") -> bytes:
+        return await self._send(Cla.EAP, Ins.METHOD_FUNCTION, function, 0x00, data)
+
+    async def _send_sized(self, cla: int, ins: int, p1: int, p2: int, size: int) -> bytes:
+        data = _data_of(await self._answer(CommandApdu(cla, ins, p1, p2, le=size)), ins)
+        if len(data) != size:
+            raise CardFormatError(f"instruction {ins:02X} answered {len(data)} bytes in place of {size}")
+        return data
+
+    def _le(self) -> int:
+        return MAX_RESPONSE if self.segmentation is Segmentation.EXTENDED else 256
+
+    async def _send(self, cla: int, ins: int, p1: int, p2: int, data: bytes = b"") -> bytes:
+        """Sends a command of any length, in segments if need be; returns the whole data of the answer."""
+        if self.segmentation is Segmentation.EXTENDED:
+            return _data_of(await self._answer(CommandApdu(cla, ins, p1, p2, data, self._le())), ins)
+        while len(data) > 255:
+            segment, data = data[:SEGMENT_SIZE], data[SEGMENT_SIZE:]
+            if (cla, ins) == (Cla.EAP, Ins.PROCESS_EAP):
+                command = CommandApdu(cla, ins, p1 | 0x01, p2, segment)
+            else:
+                command = CommandApdu(cla | CHAINING, ins, p1, p2, segment)
+            _data_of(await self._answer(command), ins)
+        return _data_of(await self._answer(CommandApdu(cla, ins, p1, p2, data, None if data else 256)), ins)
+
+    async def _answer(self, command: CommandApdu) -> ResponseApdu:
+        """One command, and whatever it takes to fetch its whole answer."""
+        response = await self._transmit(command)
+        if response.sw1 == 0x6C:
+            le = response.sw2 or 256
+            response = await self._transmit(
+                CommandApdu(command.cla, command.ins, command.p1, command.p2, command.data, le)
+            )
+        data = bytearray(response.data)
+        while response.sw1 in (0x61, 0x9F):
+            ins = Ins.GET_RESPONSE if response.sw1 == 0x61 else Ins.FETCH
+            response = await self._transmit(CommandApdu(Cla.EAP, ins, 0x00, 0x00, le=response.sw2 or 256))
+            data += response.data
+            if not response.data or len(data) > MAX_RESPONSE:
+                break  # a card that promises more and more
+        return ResponseApdu(bytes(data), response.sw)
+
+    async def _transmit(self, command: CommandApdu) -> ResponseApdu:
+        return ResponseApdu.decode(await self.port.transmit(command.encode()))
+
+
+def pad_pin(pin: bytes) -> bytes:
+    """A PIN as it travels: 4 to 8 bytes, none of them FF, filled up with FF to 8. Raises CardFormatError."""
+    if not 4 <= len(pin) <= PIN_SIZE or 0xFF in pin:
+        raise CardFormatError("a PIN has 4 to 8 characters")
+    return pin.ljust(PIN_SIZE, b"\xff")
+
+
+def _data_of(response: ResponseApdu, ins: int) -> bytes:
+    if response.sw != _SW_OK:
+        raise status_error(response.sw, ins)
+    return response.data
+
+
+def _name(untrusted: bytes) -> str:
+    try:
+        return untrusted.decode("ascii")
+    except UnicodeDecodeError:
+        raise CardFormatError("the name of an identity is not ASCII") from None

@@ -1,0 +1,88 @@
+"""The numbers of the commands that our EAP-TLS card knows; ``secure_element.commands`` documents them byte by byte."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final
+
+AID: Final = bytes.fromhex("F053656346754E657401")
+"""Our applet: proprietary, F0 "SecFuNet" 01 written as F0 53 65 63 46 75 4E 65 74 01."""
+
+AID_OF_DRAFT: Final = bytes.fromhex("11223344556601")
+"""The example of draft-urien-eap-smartcard, annexes 5 and 7; our card answers to it as well."""
+
+PIN_SIZE: Final = 8
+"""A PIN on the wire, bytes: shorter ones are filled up with FF."""
+
+SEGMENT_SIZE: Final = 240
+"""How much of a long command goes into one short APDU (as in the traces of the draft)."""
+
+CHAINING: Final = 0x10
+"""Bit of CLA: this command goes on in the next APDU (ISO 7816-4, 5.1.1.1)."""
+
+
+class Cla(IntEnum):
+    """Classes: ISO commands, those of the EAP draft, and our own."""
+
+    ISO = 0x00
+    KEYS = 0x80
+    EAP = 0xA0
+
+
+class Ins(IntEnum):
+    """Instructions of class A0 (draft-urien-eap-smartcard) and SELECT."""
+
+    FETCH = 0x12
+    SET_IDENTITY = 0x16
+    GET_NEXT_IDENTITY = 0x17
+    GET_CURRENT_IDENTITY = 0x18
+    STATE = 0x19
+    GET_PROFILE_DATA = 0x1A
+    VERIFY_PIN = 0x20
+    CHANGE_PIN = 0x24
+    UNBLOCK_PIN = 0x2C
+    PROCESS_EAP = 0x80
+    METHOD_FUNCTION = 0x82
+    GET_EXPORTED_PARAMETER = 0x86
+    SELECT = 0xA4
+    GET_SESSION_KEY = 0xA6
+    GET_RESPONSE = 0xC0
+
+
+class MethodFunction(IntEnum):
+    """P1 of instruction 82: our private extension for TLS-Tandem."""
+
+    CIPHER_SUITE = 0xCA
+    KEY_BLOCK = 0xCB
+    SET_TLS_PARAMETERS = 0xCC
+    PEER_CERTIFICATES = 0xCD
+
+
+class KeyIns(IntEnum):
+    """Instructions of class 80: the key pair and its personalisation."""
+
+    OPERATE = 0x2A
+    GENERATE_KEY = 0x46
+    REQUEST_CERTIFICATE = 0x48
+    GET_CERTIFICATE = 0xCA
+    LOAD_IDENTITY = 0xDA
+    DELETE_IDENTITY = 0xE4
+
+
+class KeyOperation(IntEnum):
+    """P1 of instruction 2A of class 80; P2 is the number of the scheme or profile."""
+
+    DECRYPT = 0x80
+    UNWRAP_KEY = 0x82
+    ENCRYPT = 0x86
+    SIGN = 0x9E
+
+
+class PersonalisationTag(IntEnum):
+    """Items of the personalisation commands' data."""
+
+    NAME = 1
+    EAP_ID = 2
+    CERTIFICATE = 3
+    AUTHORITY = 4
+    SUBJECT = 5
