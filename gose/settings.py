@@ -127,6 +127,7 @@ class Limits(Settings):
     server_card_timeout: Seconds = 10.0  # a handshake waits this long for a free card
     handshake_timeout: Seconds = 15.0
     handshakes: Count = 256  # at the same time, waiting for a card included
+    longest_lease: Seconds = 30.0  # whoever holds a card longer loses it
     # --- HTTP
     http_body: Annotated[int, Field(ge=1024, le=2**24)] = 65536
     http_connections: Count = 2048  # a door

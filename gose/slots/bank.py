@@ -1,0 +1,133 @@
+"""One queue and the slots behind it: a single card (a VM's) or several that can stand in for each other (server cards)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from gose.metrics import Metrics
+from gose.settings import Limits
+from gose.slots.connect import ConnectCard, ReadyCard
+from gose.slots.errors import CardUnavailableError, SlotDeadlineError, SlotError
+from gose.slots.port import LeasedPort
+from gose.slots.queue import JobQueue
+from gose.slots.slot import Slot, SlotState
+from secfunet.card.client import CardClient
+from secfunet.card.errors import CardBusyError, CardGoneError
+
+Result = TypeVar("Result")
+
+
+class Bank:
+    """Jobs for one queue of cards. It refuses while every card of it is out of service."""
+
+    def __init__(
+        self,
+        name: str,
+        cards: Sequence[tuple[str, ConnectCard]],
+        limits: Limits,
+        metrics: Metrics,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self._limits = limits
+        self._monotonic = monotonic
+        self.queue: JobQueue[ReadyCard] = JobQueue(name, limits.slot_queue, monotonic)
+        self.slots = [
+            Slot(seid, self.queue, connect, limits, metrics, on_state=self._slot_changed, monotonic=monotonic)
+            for seid, connect in cards
+        ]
+        if not self.slots:
+            self.queue.refuse(lambda: CardUnavailableError(name, "no card is configured", limits.card_backoff_max))
+
+    async def start(self) -> None:
+        """Starts the workers and waits until each is in service or has failed once."""
+        for slot in self.slots:
+            slot.start()
+        await asyncio.gather(*(slot.first_attempt() for slot in self.slots))
+
+    async def close(self) -> None:
+        """Waiting jobs fail, and the workers stop."""
+        self.queue.close()
+        await asyncio.gather(*(slot.close() for slot in self.slots))
+
+    def submit(self, work: Callable[[CardClient], Awaitable[Result]], *, deadline: float) -> asyncio.Future[Any]:
+        """Queues ``work``; see JobQueue.put. ``deadline`` (monotonic) is for the waiting: work that has begun ends by itself."""
+
+        async def run(card: ReadyCard) -> Result:
+            return await work(card.client)
+
+        return self.queue.put(run, deadline=deadline)
+
+    @contextlib.asynccontextmanager
+    async def lease(self, *, timeout: float) -> AsyncIterator[CardClient]:
+        """A card for the time of the context (secfunet.card.pool.CardPool).
+
+        Entering raises CardBusyError when none becomes free within ``timeout`` seconds or too many wait already, CardGoneError when
+        none is in service.
+        """
+        loop = asyncio.get_running_loop()
+        lent: asyncio.Future[CardClient] = loop.create_future()
+        given_back: asyncio.Future[None] = loop.create_future()
+
+        async def lend(card: ReadyCard) -> None:
+            if lent.done():
+                return
+            port = LeasedPort(card.port)
+            lent.set_result(CardClient(port, segmentation=card.client.segmentation))
+            try:
+                async with asyncio.timeout(self._limits.longest_lease):
+                    await given_back
+            except TimeoutError:
+                # Whoever holds a card this long has forgotten it; the next lease starts from a fresh connection.
+                card.port.is_lost = True
+            finally:
+                port.end()
+
+        try:
+            job = self.queue.put(lend, deadline=self._monotonic() + timeout)
+        except SlotError as error:
+            raise _as_card_error(error) from error
+
+        def job_ended(ended: asyncio.Future[Any]) -> None:
+            if not lent.done() and not ended.cancelled():
+                error = ended.exception()
+                lent.set_exception(_as_card_error(error) if isinstance(error, SlotError) else CardBusyError(self.name))
+                lent.exception()
+
+        job.add_done_callback(job_ended)
+        try:
+            try:
+                async with asyncio.timeout(timeout):
+                    client = await lent
+            except TimeoutError:
+                raise CardBusyError(f"no card of {self.name} became free within {timeout:g} s") from None
+            yield client
+        finally:
+            lent.cancel()
+            if not given_back.done():
+                given_back.set_result(None)
+
+    def _slot_changed(self, slot: Slot) -> None:
+        if slot.state is SlotState.IN_SERVICE:
+            self.queue.accept()
+        elif slot.state is SlotState.OUT_OF_SERVICE and all(
+            other.state in (SlotState.OUT_OF_SERVICE, SlotState.CLOSED) for other in self.slots
+        ):
+            self.queue.refuse(self._unavailable)
+
+    def _unavailable(self) -> CardUnavailableError:
+        soonest = min(self.slots, key=lambda slot: slot.next_attempt)
+        return CardUnavailableError(self.name, soonest.cause, soonest.retry_after)
+
+
+def _as_card_error(error: SlotError) -> CardBusyError | CardGoneError:
+    if isinstance(error, CardUnavailableError):
+        return CardGoneError(str(error))
+    if isinstance(error, SlotDeadlineError):
+        return CardBusyError(str(error))
+    return CardBusyError(str(error))

@@ -1,0 +1,53 @@
+"""All the cards of a grid: a queue of its own before each VM's card, one queue before all the server cards."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+from gose.metrics import Metrics
+from gose.settings import GoseSettings
+from gose.slots.bank import Bank
+from gose.slots.connect import CardConnector
+from gose.slots.slot import Slot
+
+SERVER_CARDS = "server cards"
+
+
+class Rack:
+    """Fairness is by card: no VM's operations wait behind another VM's."""
+
+    def __init__(self, settings: GoseSettings, metrics: Metrics) -> None:
+        limits = settings.limits
+
+        def bank(name: str, *seids: str) -> Bank:
+            elements = [element for element in settings.secure_elements if element.seid in seids]
+            return Bank(name, [(element.seid, CardConnector(element, limits)) for element in elements], limits, metrics)
+
+        self._vms = {
+            element.seid: bank(element.seid, element.seid)
+            for element in settings.secure_elements
+            if element.role == "vm"
+        }
+        self.servers = bank(
+            SERVER_CARDS, *(element.seid for element in settings.secure_elements if element.role == "server")
+        )
+        for name, vm_bank in [*self._vms.items(), (SERVER_CARDS, self.servers)]:
+            metrics.queue_length.labels(name).set_function(vm_bank.queue.__len__)
+
+    def vm(self, seid: str) -> Bank | None:
+        """The queue of a VM's card, or None if the grid has no such card."""
+        return self._vms.get(seid)
+
+    def slots(self) -> Iterator[Slot]:
+        """Every slot."""
+        for bank in (*self._vms.values(), self.servers):
+            yield from bank.slots
+
+    async def start(self) -> None:
+        """Starts every slot; returns when each is in service or has failed once."""
+        await asyncio.gather(self.servers.start(), *(bank.start() for bank in self._vms.values()))
+
+    async def close(self) -> None:
+        """Stops every slot; what waits fails."""
+        await asyncio.gather(self.servers.close(), *(bank.close() for bank in self._vms.values()))

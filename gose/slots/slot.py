@@ -1,0 +1,163 @@
+"""One card's exclusive worker: it connects, serves, watches, and brings a dead card back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from enum import Enum
+
+from gose.metrics import Metrics
+from gose.settings import Limits
+from gose.slots.connect import ConnectCard, PinRefusedError, ReadyCard
+from gose.slots.errors import CardUnavailableError
+from gose.slots.queue import Job, JobQueue
+from secfunet.card.errors import CardGoneError
+from secfunet.errors import SecFuNetError
+
+log = logging.getLogger(__name__)
+
+
+class SlotState(Enum):
+    """Where a card stands. Jobs wait while it is CONNECTING; OUT_OF_SERVICE means that an attempt to reach it has failed."""
+
+    CONNECTING = "connecting"
+    IN_SERVICE = "in_service"
+    OUT_OF_SERVICE = "out_of_service"
+    CLOSED = "closed"
+
+
+class Slot:
+    """The worker of one card. Several may share a queue (cards that can stand in for each other).
+
+    A job is run to its end once it has begun: cancelling or a deadline does not stop a card in the middle of an APDU. A job whose card
+    dies fails with CardUnavailableError at once; the others of the queue wait for the first attempt to reconnect, and fail if that fails.
+    """
+
+    def __init__(
+        self,
+        seid: str,
+        queue: JobQueue[ReadyCard],
+        connect: ConnectCard,
+        limits: Limits,
+        metrics: Metrics,
+        *,
+        on_state: Callable[[Slot], None],
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.seid = seid
+        self.state = SlotState.CONNECTING
+        self.cause = ""
+        self.jobs_done = 0
+        self.next_attempt = 0.0
+        self._queue = queue
+        self._connect = connect
+        self._limits = limits
+        self._metrics = metrics
+        self._on_state = on_state
+        self._monotonic = monotonic
+        self._first_attempt = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to connect."""
+        self._task = asyncio.create_task(self._run(), name=f"slot {self.seid}")
+
+    async def first_attempt(self) -> None:
+        """Returns when the card is in service or the first attempt has failed."""
+        await self._first_attempt.wait()
+
+    async def close(self) -> None:
+        """Stops the worker. The job in work fails; its APDU is not awaited."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._set_state(SlotState.CLOSED)
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until the card is tried again, if it is out of service."""
+        return max(0.01, self.next_attempt - self._monotonic())
+
+    async def _run(self) -> None:
+        backoff = self._limits.card_backoff
+        while True:
+            try:
+                card = await self._connect()
+            except (SecFuNetError, OSError) as error:  # TimeoutError is an OSError
+                self.next_attempt = self._monotonic() + backoff
+                self._out_of_service(
+                    str(error) or "it did not answer in time", locked=isinstance(error, PinRefusedError)
+                )
+                self._first_attempt.set()
+                await asyncio.sleep(backoff)
+                backoff = min(backoff * 2, self._limits.card_backoff_max)
+                continue
+            backoff = self._limits.card_backoff
+            self._set_state(SlotState.IN_SERVICE)
+            self._first_attempt.set()
+            try:
+                await self._serve(card)
+            except CardGoneError as error:
+                log.warning("the card is gone; connecting again", extra={"seid": self.seid, "cause": str(error)})
+                self.cause = str(error)
+                self._set_state(SlotState.CONNECTING)
+            finally:
+                with contextlib.suppress(SecFuNetError, OSError, TimeoutError):
+                    async with asyncio.timeout(1.0):
+                        await card.port.close()
+
+    async def _serve(self, card: ReadyCard) -> None:
+        while True:
+            job = await self._queue.take(idle=self._limits.watchdog_interval)
+            if job is None:
+                await self._ask_for_life(card)
+            else:
+                await self._do(job, card)
+                if card.port.is_lost:
+                    raise CardGoneError("the connection to the card was lost")
+
+    async def _ask_for_life(self, card: ReadyCard) -> None:
+        try:
+            async with asyncio.timeout(self._limits.watchdog_timeout):
+                await card.client.state()
+        except TimeoutError:
+            raise CardGoneError("an idle card gave no sign of life") from None
+
+    async def _do(self, job: Job[ReadyCard], card: ReadyCard) -> None:
+        began = self._monotonic()
+        try:
+            value = await job.work(card)
+        except (CardGoneError, OSError) as error:
+            job.fail(CardUnavailableError(self.seid, str(error), self._limits.card_backoff))
+            raise CardGoneError(str(error)) from error
+        except asyncio.CancelledError:
+            job.fail(CardUnavailableError(self.seid, "the grid shuts down", 1.0))
+            raise
+        except Exception as error:  # noqa: BLE001 - the job's own fault: whoever asked gets it, the worker goes on
+            job.fail(error)
+        else:
+            job.succeed(value)
+        finally:
+            took = self._monotonic() - began
+            self._queue.job_took(took)
+            self._metrics.slot_waited.observe(began - job.queued_at)
+            self._metrics.slot_worked.observe(took)
+            self.jobs_done += 1
+
+    def _out_of_service(self, cause: str, *, locked: bool) -> None:
+        if self.state is not SlotState.OUT_OF_SERVICE or cause != self.cause:
+            level = logging.ERROR if locked else logging.WARNING
+            log.log(level, "the card is out of service", extra={"seid": self.seid, "cause": cause})
+        self.cause = cause
+        self._set_state(SlotState.OUT_OF_SERVICE)
+
+    def _set_state(self, state: SlotState) -> None:
+        if state is SlotState.IN_SERVICE:
+            log.info("the card is in service", extra={"seid": self.seid})
+        self.state = state
+        self._metrics.card_in_service.labels(self.seid).set(state is SlotState.IN_SERVICE)
+        self._on_state(self)
