@@ -108,6 +108,8 @@ class Bank:
                 raise CardBusyError(f"no card of {self.name} became free within {timeout:g} s") from None
             yield client
         finally:
+            if not lent.done() or lent.cancelled():
+                job.cancel()
             lent.cancel()
             if not given_back.done():
                 given_back.set_result(None)
