@@ -1,0 +1,426 @@
+"""What a grid knows of those whom it serves: hypervisors, VMs with their secure elements, servers, tokens, and what was revoked.
+
+One SQLite file (write-ahead log), shared by the commands of an administrator and a running grid. Nothing is cached here: each
+question is read from the file, so a revocation that another process has committed is seen by the next question. A revocation is on
+the disk before it is acknowledged.
+
+An identity is a certificate under its thumbprint. It is *pending* from its issue until a card has shown that it holds it, then
+*active*, and *replaced* when its name, or its secure element, went to another. Only active identities are found by their
+thumbprint; all stay in the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from gose.errors import GoseError
+from gose.state import open_database
+from secfunet.identity import Role
+
+SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS identities (
+  thumbprint TEXT PRIMARY KEY,
+  role TEXT NOT NULL CHECK (role IN ('hypervisor', 'vm', 'server')),
+  name TEXT NOT NULL,
+  seid TEXT,
+  certificate BLOB NOT NULL,
+  state TEXT NOT NULL CHECK (state IN ('pending', 'active', 'replaced')),
+  recorded_at REAL NOT NULL,
+  expires_at REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE UNIQUE INDEX IF NOT EXISTS one_active_name ON identities (role, name) WHERE state = 'active';
+CREATE UNIQUE INDEX IF NOT EXISTS one_pending_name ON identities (role, name) WHERE state = 'pending';
+CREATE UNIQUE INDEX IF NOT EXISTS one_active_seid ON identities (seid) WHERE state = 'active' AND seid IS NOT NULL;
+CREATE VIEW IF NOT EXISTS hypervisors AS SELECT * FROM identities WHERE role = 'hypervisor';
+CREATE VIEW IF NOT EXISTS vms AS SELECT * FROM identities WHERE role = 'vm';
+CREATE VIEW IF NOT EXISTS servers AS SELECT * FROM identities WHERE role = 'server';
+CREATE TABLE IF NOT EXISTS tokens (
+  jti TEXT PRIMARY KEY,
+  vmid TEXT NOT NULL,
+  hvid TEXT NOT NULL,
+  operations TEXT NOT NULL,
+  issued_at REAL NOT NULL,
+  expires_at REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS tokens_by_expiry ON tokens (expires_at);
+CREATE TABLE IF NOT EXISTS revocations (
+  sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+  kind TEXT NOT NULL CHECK (kind IN ('token', 'vm', 'hypervisor', 'server')),
+  value TEXT NOT NULL,
+  name TEXT NOT NULL,
+  revoked_at REAL NOT NULL,
+  UNIQUE (kind, value)
+) STRICT;
+"""
+
+TOKENS_KEPT: Final = 30 * 86400.0
+"""How long an expired token (and its revocation) stays in the registry, seconds: for whoever asks afterwards what was issued."""
+
+
+class RegistryError(GoseError):
+    """Root of the registry's refusals."""
+
+
+class NotEnrolledError(RegistryError):
+    """Nothing of that name (or thumbprint, or jti) is in the registry."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__(f"no {kind} '{name}' is in the registry")
+        self.kind = kind
+        self.name = name
+
+
+class AlreadyEnrolledError(RegistryError):
+    """The name, or the secure element, is in use; ``by`` names the holder."""
+
+    def __init__(self, message: str, by: str) -> None:
+        super().__init__(message)
+        self.by = by
+
+
+class State(StrEnum):
+    """Where an identity stands."""
+
+    PENDING = "pending"
+    ACTIVE = "active"
+    REPLACED = "replaced"
+
+
+class RevocationKind(StrEnum):
+    """What was revoked: a token (by jti), or an identity (by thumbprint)."""
+
+    TOKEN = "token"  # noqa: S105 - a word, no password
+    VM = "vm"
+    HYPERVISOR = "hypervisor"
+    SERVER = "server"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A certificate that the CA issued. Times are UTC seconds; ``revoked_at`` None: not revoked."""
+
+    role: Role
+    name: str
+    thumbprint: str
+    certificate: bytes = field(repr=False)  # DER
+    seid: str | None  # the secure element of the grid that holds its key; None: a card elsewhere
+    state: State
+    recorded_at: float
+    expires_at: float
+    revoked_at: float | None
+
+    @property
+    def is_revoked(self) -> bool:
+        """Whether it must be refused."""
+        return self.revoked_at is not None
+
+
+@dataclass(frozen=True)
+class Token:
+    """What is kept of a VM-Auth-Token that was issued (never the token itself). Times are UTC seconds."""
+
+    jti: str
+    vmid: str
+    hvid: str
+    operations: frozenset[str]
+    issued_at: float
+    expires_at: float
+    revoked_at: float | None
+
+
+@dataclass(frozen=True)
+class Revocation:
+    """One revocation; ``value`` is a jti or a thumbprint, ``name`` what a person calls it. ``sequence`` only grows."""
+
+    sequence: int
+    kind: RevocationKind
+    value: str
+    name: str
+    revoked_at: float
+
+
+_IDENTITY: Final = (
+    "SELECT i.role, i.name, i.thumbprint, i.certificate, i.seid, i.state, i.recorded_at, i.expires_at, r.revoked_at "
+    "FROM identities AS i LEFT JOIN revocations AS r ON r.kind = i.role AND r.value = i.thumbprint "
+)
+_TOKEN: Final = (
+    "SELECT t.jti, t.vmid, t.hvid, t.operations, t.issued_at, t.expires_at, r.revoked_at "  # noqa: S105 - SQL, no password
+    "FROM tokens AS t LEFT JOIN revocations AS r ON r.kind = 'token' AND r.value = t.jti "
+)
+_REVOCATION: Final = "SELECT sequence, kind, value, name, revoked_at FROM revocations "
+
+
+class Registry:
+    """The registry in the file ``path`` (made if need be, mode 0600). Threads may share one; several processes may each have one.
+
+    Methods raise sqlite3.Error if the file cannot be used, and what they name.
+    """
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self._database = open_database(path, SCHEMA)
+        # A revocation must survive a power cut once it was acknowledged.
+        self._database.execute("PRAGMA synchronous=FULL")
+        self._lock = threading.RLock()
+        self._clock = clock
+
+    def close(self) -> None:
+        """Gives the file back."""
+        with self._lock:
+            self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- identities: questions
+
+    def find(self, role: Role, thumbprint: str) -> Identity | None:
+        """The active identity with that role and thumbprint, revoked or not; None if there is none."""
+        return self._identity("WHERE i.thumbprint = ? AND i.role = ? AND i.state = 'active'", thumbprint, role.value)
+
+    def find_vm(self, vmid: str) -> Identity | None:
+        """See find. Its ``seid`` is the card that holds the VM's key."""
+        return self.find(Role.VM, vmid)
+
+    def find_hypervisor(self, hvid: str) -> Identity | None:
+        """See find."""
+        return self.find(Role.HYPERVISOR, hvid)
+
+    def find_server(self, thumbprint: str) -> Identity | None:
+        """See find. Its ``seid`` is the card that serves."""
+        return self.find(Role.SERVER, thumbprint)
+
+    def named(self, role: Role, name: str) -> Identity:
+        """The active identity of that name. Raises NotEnrolledError."""
+        found = self._identity("WHERE i.role = ? AND i.name = ? AND i.state = 'active'", role.value, name)
+        if found is None:
+            raise NotEnrolledError(role.value, name)
+        return found
+
+    def identities(self, role: Role) -> tuple[Identity, ...]:
+        """All active identities of that role, by name."""
+        return self._identities("WHERE i.role = ? AND i.state = 'active' ORDER BY i.name", role.value)
+
+    def pending(self, role: Role, name: str) -> Identity | None:
+        """The identity of that name whose enrolment has begun and not ended; None if there is none."""
+        return self._identity("WHERE i.role = ? AND i.name = ? AND i.state = 'pending'", role.value, name)
+
+    def in_secure_element(self, seid: str) -> Identity | None:
+        """The active identity whose key that card holds, or None."""
+        return self._identity("WHERE i.seid = ? AND i.state = 'active'", seid)
+
+    # --- identities: enrolment
+
+    def begin_enrolment(
+        self, role: Role, name: str, thumbprint: str, certificate: bytes, seid: str | None, expires_at: float
+    ) -> None:
+        """Records a certificate that was issued and is about to be loaded into a card.
+
+        It takes the place of an earlier pending one of that name.
+        """
+        with self._transaction() as database:
+            database.execute(
+                "UPDATE identities SET state = 'replaced' WHERE role = ? AND name = ? AND state = 'pending'",
+                (role.value, name),
+            )
+            database.execute(
+                "INSERT INTO identities (thumbprint, role, name, seid, certificate, state, recorded_at, expires_at) "
+                "VALUES (?, ?, ?, ?, ?, 'pending', ?, ?)",
+                (thumbprint, role.value, name, seid, certificate, self._clock(), expires_at),
+            )
+
+    def finish_enrolment(self, thumbprint: str) -> Identity:
+        """Makes a pending identity the active one of its name, and of its secure element; those before it are replaced.
+
+        Raises NotEnrolledError.
+        """
+        with self._transaction() as database:
+            row = database.execute(
+                "SELECT role, name, seid FROM identities WHERE thumbprint = ? AND state = 'pending'", (thumbprint,)
+            ).fetchone()
+            if row is None:
+                raise NotEnrolledError("pending enrolment", thumbprint)
+            role, name, seid = row
+            database.execute(
+                "UPDATE identities SET state = 'replaced' WHERE state = 'active' AND ((role = ? AND name = ?) OR seid = ?)",
+                (role, name, seid),
+            )
+            database.execute("UPDATE identities SET state = 'active' WHERE thumbprint = ?", (thumbprint,))
+        found = self.find(Role(role), thumbprint)
+        if found is None:  # another process replaced it in this instant
+            raise NotEnrolledError(role, name)
+        return found
+
+    # --- tokens
+
+    def record_token(
+        self, jti: str, vmid: str, hvid: str, operations: frozenset[str], issued_at: float, expires_at: float
+    ) -> None:
+        """Records a token before it is handed out; forgets those that ended long ago (TOKENS_KEPT)."""
+        with self._transaction() as database:
+            old = self._clock() - TOKENS_KEPT
+            database.execute(
+                "DELETE FROM revocations WHERE kind = 'token' AND value IN (SELECT jti FROM tokens WHERE expires_at < ?)",
+                (old,),
+            )
+            database.execute("DELETE FROM tokens WHERE expires_at < ?", (old,))
+            database.execute(
+                "INSERT INTO tokens (jti, vmid, hvid, operations, issued_at, expires_at) VALUES (?, ?, ?, ?, ?, ?)",
+                (jti, vmid, hvid, " ".join(sorted(operations)), issued_at, expires_at),
+            )
+
+    def token(self, jti: str) -> Token | None:
+        """What was issued under that jti, or None."""
+        row = self._one(_TOKEN + "WHERE t.jti = ?", jti)
+        return None if row is None else _token(row)
+
+    def tokens(self, *, unexpired_at: float | None = None) -> tuple[Token, ...]:
+        """All tokens on record, or those that have not expired at that time; the newest first."""
+        since = float("-inf") if unexpired_at is None else unexpired_at
+        return tuple(map(_token, self._all(_TOKEN + "WHERE t.expires_at > ? ORDER BY t.issued_at DESC, t.jti", since)))
+
+    # --- revocations
+
+    def revoke_token(self, jti: str) -> Revocation:
+        """Revokes the token (again: nothing changes). Raises NotEnrolledError if it was not issued here."""
+        if self.token(jti) is None:
+            raise NotEnrolledError("token", jti)
+        return self._revoke(RevocationKind.TOKEN, jti, jti)
+
+    def revoke_identity(self, role: Role, name: str) -> tuple[Revocation, ...]:
+        """Revokes every certificate that this name ever had (again: nothing changes); with it fall its tokens and sessions.
+
+        Raises NotEnrolledError.
+        """
+        found = self._identities("WHERE i.role = ? AND i.name = ? ORDER BY i.recorded_at", role.value, name)
+        if not found:
+            raise NotEnrolledError(role.value, name)
+        return tuple(self._revoke(RevocationKind(role.value), identity.thumbprint, name) for identity in found)
+
+    def is_token_revoked(self, jti: str) -> bool:
+        """Whether that jti was revoked; fits TokenVerifier.verify."""
+        return self._one("SELECT 1 FROM revocations WHERE kind = 'token' AND value = ?", jti) is not None
+
+    def is_identity_revoked(self, role: Role, thumbprint: str) -> bool:
+        """Whether that certificate was revoked."""
+        return self._one("SELECT 1 FROM revocations WHERE kind = ? AND value = ?", role.value, thumbprint) is not None
+
+    def revocation_of(self, *, vmid: str, hvid: str, jti: str) -> Revocation | None:
+        """The first revocation that touches a session of this VM, hypervisor and token, or None.
+
+        One question, cheap enough to be asked before every operation.
+        """
+        row = self._one(
+            _REVOCATION
+            + "WHERE (kind = 'token' AND value = ?) OR (kind = 'vm' AND value = ?) OR (kind = 'hypervisor' AND value = ?) "
+            "ORDER BY sequence LIMIT 1",
+            jti,
+            vmid,
+            hvid,
+        )
+        return None if row is None else _revocation(row)
+
+    def revocations(self, *, after: int = 0) -> tuple[Revocation, ...]:
+        """Revocations with a sequence number above ``after``, oldest first: what a running grid has to act upon since it last looked."""
+        return tuple(map(_revocation, self._all(_REVOCATION + "WHERE sequence > ? ORDER BY sequence", after)))
+
+    def last_revocation(self) -> int:
+        """The highest sequence number, 0 if nothing was ever revoked; a cheap question."""
+        row = self._one("SELECT COALESCE(MAX(sequence), 0) FROM revocations")
+        return int(str(row[0])) if row else 0
+
+    # --- SQLite
+
+    def _revoke(self, kind: RevocationKind, value: str, name: str) -> Revocation:
+        with self._transaction() as database:
+            database.execute(
+                "INSERT INTO revocations (kind, value, name, revoked_at) VALUES (?, ?, ?, ?) ON CONFLICT (kind, value) DO NOTHING",
+                (kind.value, value, name, self._clock()),
+            )
+            row = database.execute(_REVOCATION + "WHERE kind = ? AND value = ?", (kind.value, value)).fetchone()
+        return _revocation(row)
+
+    def _identity(self, where: str, *parameters: object) -> Identity | None:
+        row = self._one(_IDENTITY + where, *parameters)
+        return None if row is None else _identity(row)
+
+    def _identities(self, where: str, *parameters: object) -> tuple[Identity, ...]:
+        return tuple(map(_identity, self._all(_IDENTITY + where, *parameters)))
+
+    def _one(self, query: str, *parameters: object) -> tuple[object, ...] | None:
+        with self._lock:
+            row: tuple[object, ...] | None = self._database.execute(query, parameters).fetchone()
+        return row
+
+    def _all(self, query: str, *parameters: object) -> list[tuple[object, ...]]:
+        with self._lock:
+            return self._database.execute(query, parameters).fetchall()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._database
+            except BaseException:
+                self._database.execute("ROLLBACK")
+                raise
+            self._database.execute("COMMIT")
+
+
+def _identity(row: tuple[object, ...]) -> Identity:
+    role, name, thumbprint, certificate, seid, state, recorded_at, expires_at, revoked_at = row
+    return Identity(
+        role=Role(str(role)),
+        name=str(name),
+        thumbprint=str(thumbprint),
+        certificate=_blob(certificate),
+        seid=None if seid is None else str(seid),
+        state=State(str(state)),
+        recorded_at=_time(recorded_at),
+        expires_at=_time(expires_at),
+        revoked_at=None if revoked_at is None else _time(revoked_at),
+    )
+
+
+def _token(row: tuple[object, ...]) -> Token:
+    jti, vmid, hvid, operations, issued_at, expires_at, revoked_at = row
+    return Token(
+        jti=str(jti),
+        vmid=str(vmid),
+        hvid=str(hvid),
+        operations=frozenset(str(operations).split()),
+        issued_at=_time(issued_at),
+        expires_at=_time(expires_at),
+        revoked_at=None if revoked_at is None else _time(revoked_at),
+    )
+
+
+def _revocation(row: tuple[object, ...]) -> Revocation:
+    sequence, kind, value, name, revoked_at = row
+    return Revocation(int(str(sequence)), RevocationKind(str(kind)), str(value), str(name), _time(revoked_at))
+
+
+def _time(value: object) -> float:
+    if not isinstance(value, float | int):
+        raise sqlite3.DataError("a time in the registry is no number")
+    return float(value)
+
+
+def _blob(value: object) -> bytes:
+    if not isinstance(value, bytes):
+        raise sqlite3.DataError("a certificate in the registry is no blob")
+    return value
