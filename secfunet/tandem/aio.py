@@ -1,0 +1,336 @@
+"""TLS-Tandem over asyncio: open a connection, and listen.
+
+The card is leased as late and given back as early as can be: a client leases it when its socket is connected, a server when a
+whole ClientHello has come; both give it back when they have the keys. A TLS 1.3 client keeps it a little longer, in the background, to
+bring it the server's first tickets: until they or data have come, at most two round trips.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, Final, TypeVar
+
+from secfunet.apdu import ApduError
+from secfunet.card.errors import CardError
+from secfunet.card.pool import CardPool
+from secfunet.errors import SecFuNetError
+from secfunet.tandem.card_link import CardLink, EapCardLink
+from secfunet.tandem.connection import AskCard, AskState, Command, StartCard, TakeKeys, TandemConnection, TandemState
+from secfunet.tandem.errors import HandshakeTimeoutError
+from secfunet.tandem.parameters import TandemParameters
+from secfunet.tandem.transport import TandemTransport
+from secfunet.tls.alerts import AlertDescription
+
+_log = logging.getLogger(__name__)
+
+_ProtocolT = TypeVar("_ProtocolT", bound=asyncio.BaseProtocol)
+
+DEFAULT_PARAMETERS: Final = TandemParameters()
+_MIN_GRACE: Final = 0.02
+_MAX_GRACE: Final = 0.5
+_background: set[asyncio.Task[None]] = set()
+
+
+async def create_tandem_connection(
+    protocol_factory: Callable[[], _ProtocolT],
+    pool: CardPool,
+    host: str | None = None,
+    port: int | None = None,
+    *,
+    server_name: str,
+    parameters: TandemParameters = DEFAULT_PARAMETERS,
+    timeout: float,
+    sock: socket.socket | None = None,
+) -> tuple[TandemTransport, _ProtocolT]:
+    """Connect to a TLS server with a card of ``pool`` as the client; ``timeout`` seconds cover all of it.
+
+    ``server_name`` (DNS name or IP address) goes into SNI and must be in the server's certificate (RFC 9525). ``sock`` may be a connected
+    socket in place of host and port.
+
+    Raises HandshakeTimeoutError, OSError from connecting, CardError and ApduError from the card, HandshakeRefusedError when the card
+    does not accept the server, ServerNameError, PeerAlertError, TlsProtocolError, TruncatedStreamError.
+    """
+    loop = asyncio.get_running_loop()
+    core = TandemConnection("client", parameters, server_name=server_name)
+    transport = TandemTransport(core, loop)
+    try:
+        async with asyncio.timeout(timeout), AsyncExitStack() as stack:
+            if sock is not None:
+                await loop.create_connection(lambda: transport.wire, sock=sock)
+            elif host is not None and port is not None:
+                await loop.create_connection(lambda: transport.wire, host, port)
+            else:
+                raise ValueError("host and port, or a connected socket, are needed")
+            link = await _shake_hands(transport, pool, stack, timeout=timeout)
+            protocol = protocol_factory()
+            transport.open(protocol)
+            if link is not None and parameters.resume and core.stream.may_get_tickets:
+                grace = min(max(2 * link.round_trip, _MIN_GRACE), _MAX_GRACE)
+                task = loop.create_task(_bring_tickets(transport, link.link, stack.pop_all(), grace))
+                _background.add(task)
+                task.add_done_callback(_background.discard)
+            return transport, protocol
+    except TimeoutError as error:
+        _give_up(transport, AlertDescription.USER_CANCELED)
+        if isinstance(error, HandshakeTimeoutError):
+            raise
+        raise HandshakeTimeoutError(timeout) from None
+    except BaseException:
+        _give_up(transport, AlertDescription.INTERNAL_ERROR)
+        raise
+
+
+async def open_tandem_connection(
+    pool: CardPool,
+    host: str | None = None,
+    port: int | None = None,
+    *,
+    server_name: str,
+    parameters: TandemParameters = DEFAULT_PARAMETERS,
+    timeout: float,
+    sock: socket.socket | None = None,
+    limit: int = 2**16,
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """As create_tandem_connection(), with streams. ``limit`` is that of the reader's buffer."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=limit, loop=loop)
+    transport, protocol = await create_tandem_connection(
+        lambda: asyncio.StreamReaderProtocol(reader, loop=loop),
+        pool,
+        host,
+        port,
+        server_name=server_name,
+        parameters=parameters,
+        timeout=timeout,
+        sock=sock,
+    )
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+async def start_tandem_server(
+    protocol_factory: Callable[[], asyncio.BaseProtocol],
+    pool: CardPool,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    sock: socket.socket | None = None,
+    parameters: TandemParameters = DEFAULT_PARAMETERS,
+    handshake_timeout: float = 10.0,
+    max_handshakes: int = 64,
+    backlog: int = 128,
+) -> TandemServer:
+    """Listen for TLS clients with the cards of ``pool`` as the server; every client must have a certificate that the card accepts.
+
+    ``protocol_factory`` is called when a client is authenticated. A connection that finds ``max_handshakes`` others in their handshake is
+    closed at once; one that needs more than ``handshake_timeout`` seconds, too.
+    """
+    server = TandemServer(protocol_factory, pool, parameters, handshake_timeout, max_handshakes)
+    await server.listen(host, port, sock, backlog)
+    return server
+
+
+class TandemServer:
+    """What start_tandem_server() returns."""
+
+    def __init__(
+        self,
+        protocol_factory: Callable[[], asyncio.BaseProtocol],
+        pool: CardPool,
+        parameters: TandemParameters,
+        handshake_timeout: float,
+        max_handshakes: int,
+    ) -> None:
+        self._protocol_factory = protocol_factory
+        self._pool = pool
+        self._parameters = parameters
+        self._timeout = handshake_timeout
+        self._max_handshakes = max_handshakes
+        self._handshakes: dict[asyncio.Task[None], TandemTransport] = {}
+        self._connections: set[TandemTransport] = set()
+        self._server: asyncio.Server | None = None
+        self.handshakes_done = 0
+        self.handshakes_failed = 0
+        self.handshakes_refused = 0
+        """Connections closed because too many handshakes were under way."""
+
+    async def listen(self, host: str | None, port: int | None, sock: socket.socket | None, backlog: int) -> None:
+        """Begin to accept; called once, by start_tandem_server()."""
+        loop = asyncio.get_running_loop()
+        if sock is not None:
+            self._server = await loop.create_server(self._accept, sock=sock, backlog=backlog)
+        else:
+            self._server = await loop.create_server(self._accept, host, port or 0, backlog=backlog)
+
+    @property
+    def sockets(self) -> Sequence[Any]:
+        """The listening sockets; empty when closed."""
+        return () if self._server is None else self._server.sockets
+
+    @property
+    def connections(self) -> frozenset[TandemTransport]:
+        """The connections whose handshake is over."""
+        return frozenset(self._connections)
+
+    def close(self) -> None:
+        """Accept no more, and end the handshakes under way. Open connections stay."""
+        if self._server is not None:
+            self._server.close()
+        for task in self._handshakes:
+            task.cancel()
+
+    def close_connections(self) -> None:
+        """Close all open connections in order (close_notify)."""
+        for transport in list(self._connections):
+            transport.close()
+
+    def abort_connections(self) -> None:
+        """Close all open connections at once."""
+        for transport in list(self._connections):
+            transport.abort()
+
+    async def wait_closed(self) -> None:
+        """Wait until the listening sockets, the handshakes and the connections are closed; call close() before."""
+        tasks = list(self._handshakes)
+        if tasks:
+            await asyncio.wait(tasks)
+        if self._server is not None:
+            await self._server.wait_closed()
+        closed = [transport.closed for transport in self._connections]
+        if closed:
+            await asyncio.wait(closed)
+
+    async def __aenter__(self) -> TandemServer:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.close()
+        self.close_connections()
+        await self.wait_closed()
+
+    def _accept(self) -> asyncio.BaseProtocol:
+        if len(self._handshakes) >= self._max_handshakes:
+            self.handshakes_refused += 1
+            return _Refused()
+        loop = asyncio.get_running_loop()
+        transport = TandemTransport(TandemConnection("server", self._parameters), loop)
+        task = loop.create_task(self._serve(transport))
+        self._handshakes[task] = transport
+        task.add_done_callback(self._handshakes.pop)
+        return transport.wire
+
+    async def _serve(self, transport: TandemTransport) -> None:
+        try:
+            async with asyncio.timeout(self._timeout), AsyncExitStack() as stack:
+                await _shake_hands(transport, self._pool, stack, timeout=self._timeout)
+            self._connections.add(transport)
+            transport.closed.add_done_callback(lambda _: self._connections.discard(transport))
+            transport.open(self._protocol_factory())
+            self.handshakes_done += 1
+        except asyncio.CancelledError:
+            _give_up(transport, AlertDescription.USER_CANCELED)
+            raise
+        except TimeoutError:
+            self._failed(transport, HandshakeTimeoutError(self._timeout), AlertDescription.USER_CANCELED)
+        except (SecFuNetError, OSError) as error:
+            self._failed(transport, error, AlertDescription.INTERNAL_ERROR)
+        except Exception as error:  # noqa: BLE001 - one connection's fault must not be the server's
+            _log.exception("a TLS-Tandem connection could not be served")
+            self._failed(transport, error, AlertDescription.INTERNAL_ERROR)
+
+    def _failed(self, transport: TandemTransport, error: Exception, alert: AlertDescription) -> None:
+        self.handshakes_failed += 1
+        peer = transport.get_extra_info("peername")
+        _log.info("TLS-Tandem handshake with %s failed: %s", peer, error)
+        _give_up(transport, alert)
+
+
+class _Refused(asyncio.Protocol):
+    """Closes a connection as soon as it is made."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if isinstance(transport, asyncio.WriteTransport):
+            transport.abort()
+
+
+def _give_up(transport: TandemTransport, alert: AlertDescription) -> None:
+    """Close a connection that did not come to be, with an alert if the core has not made one."""
+    core = transport.core
+    if core.state not in (TandemState.FAILED, TandemState.IDLE):
+        core.fail(alert)
+    transport.abort_handshake()
+
+
+class _TimedLink:
+    """The card of a handshake, and how long the peer took to answer: a measure for how long tickets need."""
+
+    def __init__(self, link: CardLink) -> None:
+        self.link = link
+        self.round_trip = 0.0
+
+
+async def _shake_hands(
+    transport: TandemTransport, pool: CardPool, stack: AsyncExitStack, *, timeout: float
+) -> _TimedLink | None:
+    """Run the core until it is open. The card is leased at its first question, and stays leased in ``stack``."""
+    core = transport.core
+    loop = asyncio.get_running_loop()
+    core.start()
+    timed: _TimedLink | None = None
+    while core.state is not TandemState.OPEN:
+        command = core.next_command()
+        if command is None:
+            waited_from = loop.time()
+            await transport.wait_for_peer()
+            if timed is not None:
+                timed.round_trip = max(timed.round_trip, loop.time() - waited_from)
+            continue
+        if timed is None:
+            client = await stack.enter_async_context(pool.lease(timeout=timeout))
+            timed = _TimedLink(EapCardLink(client, core.role, core.parameters, core.server_name))
+        await _ask_card(core, timed.link, command)
+        transport.flush_core()
+        # What came while the card was at work waits in the buffer.
+        core.received()
+        transport.wire.check_room()
+    return timed
+
+
+async def _ask_card(core: TandemConnection, link: CardLink, command: Command) -> None:
+    match command:
+        case StartCard():
+            core.card_answered(await link.start())
+        case AskCard(flight=flight):
+            core.card_answered(await link.ask(flight))
+        case AskState():
+            core.card_state(is_authenticated=await link.is_authenticated())
+        case TakeKeys():
+            core.card_keys(*await link.hand_over())
+
+
+async def _bring_tickets(transport: TandemTransport, link: CardLink, stack: AsyncExitStack, grace: float) -> None:
+    """Give the card the server's first tickets, then give the card back."""
+    async with stack:
+        try:
+            async with asyncio.timeout(grace):
+                tickets = await transport.wait_for_tickets()
+            if tickets:
+                await link.bring_tickets(tickets)
+        except TimeoutError:
+            pass
+        except (CardError, ApduError) as error:
+            # Only the next handshake is slower for it.
+            _log.info("the card did not take the server's tickets: %s", error)
+        finally:
+            transport.core.stream.stop_collecting_tickets()
+
+
+async def close_writer(writer: asyncio.StreamWriter) -> None:
+    """Close a stream writer and wait for the end; an error of the peer's in the meantime is none of ours."""
+    writer.close()
+    with contextlib.suppress(OSError, SecFuNetError):
+        await writer.wait_closed()
