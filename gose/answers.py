@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gose.errors import Reason, Refusal
 from gose.state import open_database
 
 SCHEMA = """
@@ -70,11 +69,8 @@ class AnswerStore:
             self._keeper.close()
         self._database.close()
 
-    def find(self, scope: bytes, questions: Sequence[Question]) -> dict[bytes, bytes]:
-        """The containers that answer some of ``questions``, by request id.
-
-        Raises Refusal REQUEST_ID_REUSED when a request id was used for another operation before; ``detail`` has the id.
-        """
+    def find(self, scope: bytes, questions: Sequence[Question]) -> tuple[dict[bytes, bytes], set[bytes]]:
+        """The containers that answer some of ``questions``, by request id; and the ids that were used for another operation before."""
         marks = ",".join("?" * len(questions))
         rows = self._database.execute(
             "SELECT answers.request_id, request_digest, containers.container FROM answers"  # noqa: S608 - only question marks are put in
@@ -82,20 +78,16 @@ class AnswerStore:
             f" WHERE scope = ? AND kept_until > ? AND request_id IN ({marks})",
             (scope, self._clock(), *(question.request_id for question in questions)),
         ).fetchall()
-        if not rows:
-            return {}
-        asked = {question.request_id: question.request_digest for question in questions}
         found: dict[bytes, bytes] = {}
-        for request_id, request_digest, container in rows:
-            if hmac.compare_digest(asked[request_id], request_digest):
-                found[request_id] = container
-            else:
-                raise Refusal(
-                    Reason.REQUEST_ID_REUSED,
-                    "this request id was used for another operation",
-                    detail=request_id.hex(),
-                )
-        return found
+        reused: set[bytes] = set()
+        if rows:
+            asked = {question.request_id: question.request_digest for question in questions}
+            for request_id, request_digest, container in rows:
+                if hmac.compare_digest(asked[request_id], request_digest):
+                    found[request_id] = container
+                else:
+                    reused.add(request_id)
+        return found, reused
 
     def keep(self, scope: bytes, questions: Sequence[Question], container: bytes) -> None:
         """Keeps ``container`` as the answer to each of ``questions``."""

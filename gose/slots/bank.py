@@ -55,13 +55,9 @@ class Bank:
         self.queue.close()
         await asyncio.gather(*(slot.close() for slot in self.slots))
 
-    def submit(self, work: Callable[[CardClient], Awaitable[Result]], *, deadline: float) -> asyncio.Future[Any]:
+    def submit(self, work: Callable[[ReadyCard], Awaitable[Result]], *, deadline: float) -> asyncio.Future[Result]:
         """Queues ``work``; see JobQueue.put. ``deadline`` (monotonic) is for the waiting: work that has begun ends by itself."""
-
-        async def run(card: ReadyCard) -> Result:
-            return await work(card.client)
-
-        return self.queue.put(run, deadline=deadline)
+        return self.queue.put(work, deadline=deadline)
 
     @contextlib.asynccontextmanager
     async def lease(self, *, timeout: float) -> AsyncIterator[CardClient]:

@@ -1,0 +1,68 @@
+"""Who is still in good standing: asked at every call, answered from the registry, and remembered only as long as that has not changed."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from gose.errors import Reason, Refusal
+from gose.registry import Identity, Registry, RevocationKind
+from gose.state import open_database
+
+_MAX_REMEMBERED = 10_000
+
+_REASONS = {
+    RevocationKind.TOKEN: (Reason.TOKEN_REFUSED, "the VM-Auth-Token was revoked"),
+    RevocationKind.VM: (Reason.VM_REFUSED, "the VM was revoked"),
+    RevocationKind.HYPERVISOR: (Reason.HYPERVISOR_REFUSED, "the hypervisor was revoked"),
+}
+
+
+class RegistryStanding:
+    """A revocation that another process (``gose revoke``) has committed is seen by the next call.
+
+    SQLite's data_version changes whenever another connection has committed to the file, and costs a few microseconds to ask.
+    """
+
+    def __init__(self, registry: Registry, path: Path) -> None:
+        self._registry = registry
+        self._watch: sqlite3.Connection = open_database(path, "")
+        self._version = -1
+        self._good: set[tuple[str, str, str]] = set()
+
+    def close(self) -> None:
+        """Closes its connection; the registry is the caller's."""
+        self._watch.close()
+
+    def check(self, *, vmid: str, hvid: str, token_id: str) -> None:
+        """Raises Refusal if the VM, the hypervisor or the token was revoked, or is enrolled no longer."""
+        (version,) = self._watch.execute("PRAGMA data_version").fetchone()
+        if version != self._version or len(self._good) > _MAX_REMEMBERED:
+            self._good.clear()
+            self._version = version
+        key = (vmid, hvid, token_id)
+        if key in self._good:
+            return
+        revocation = self._registry.revocation_of(vmid=vmid, hvid=hvid, jti=token_id)
+        if revocation is not None:
+            reason, message = _REASONS[revocation.kind]
+            raise Refusal(reason, message, detail=f"revoked at {revocation.revoked_at:.0f}: {revocation.value}")
+        self.hypervisor(hvid)
+        self.vm(vmid)
+        self._good.add(key)
+
+    def hypervisor(self, hvid: str) -> Identity:
+        """The enrolled hypervisor. Raises Refusal HYPERVISOR_REFUSED."""
+        identity = self._registry.find_hypervisor(hvid)
+        if identity is None or identity.is_revoked:
+            detail = "revoked" if identity is not None else "not enrolled"
+            raise Refusal(Reason.HYPERVISOR_REFUSED, "this hypervisor is not admitted", detail=f"{detail}: {hvid}")
+        return identity
+
+    def vm(self, vmid: str) -> Identity:
+        """The enrolled VM. Raises Refusal VM_REFUSED."""
+        identity = self._registry.find_vm(vmid)
+        if identity is None or identity.is_revoked:
+            detail = "revoked" if identity is not None else "not enrolled"
+            raise Refusal(Reason.VM_REFUSED, "this VM is not admitted", detail=f"{detail}: {vmid}")
+        return identity
