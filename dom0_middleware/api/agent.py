@@ -1,0 +1,185 @@
+"""The door for the agent of one domain: mutual TLS, the guard has established that the certificate is this domain's and current."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+
+from dom0_middleware.api.enrolment import identity_as_known
+from dom0_middleware.api.errors import facts_of
+from dom0_middleware.api.guard import MAX_TIMEOUT, Context, timeout_of
+from dom0_middleware.audit import AuditLog
+from dom0_middleware.call import Call, current_call
+from dom0_middleware.errors import MiddlewareError, Reason, Refused
+from dom0_middleware.guest import GuestDomain, Phase
+from dom0_middleware.guest_authority import GuestAuthority, parse_request
+from dom0_middleware.identity import Identities
+from dom0_middleware.operations import MAX_BATCH, Operations
+from secfunet.gose.v1 import operation_pb2
+from secfunet.middleware.v1 import agent_pb2 as pb
+from secfunet.middleware.v1 import agent_pb2_grpc
+
+BATCHES_IN_FLIGHT = 16  # of one stream; more wait unread
+_WATCH_TIMEOUT = 10.0  # seconds that one look at the identity may take
+_WATCH_INTERVAL = 30.0  # seconds after which it is looked at again unasked
+_WATCH_RETRY = 2.0  # the same, while the grid does not answer
+
+
+class AgentService(agent_pb2_grpc.AgentServiceServicer):
+    """Of ``guest`` only: no field of a request says who calls."""
+
+    def __init__(
+        self,
+        guest: GuestDomain,
+        *,
+        operations: Operations,
+        identities: Identities,
+        authority: GuestAuthority,
+        audit: AuditLog,
+    ) -> None:
+        self._guest = guest
+        self._operations = operations
+        self._identities = identities
+        self._authority = authority
+        self._audit = audit
+
+    async def RenewCertificate(  # noqa: N802 - gRPC's name
+        self, request: pb.RenewCertificateRequest, context: Context
+    ) -> pb.RenewCertificateResponse:
+        call = current_call.get()
+        key = parse_request(request.certificate_signing_request)
+        certificate, facts = self._authority.issue_agent(key, self._guest.uuid)
+        self._audit.record(
+            "renew",
+            "permitted",
+            correlation=call.correlation,
+            vm=self._guest.uuid,
+            name=self._guest.record.name,
+            detail=f"certificate {facts.serial:x}",
+        )
+        self._audit.flush()
+        self._guest.make_current(facts, renewed=call.certificate.serial if call.certificate else None)
+        return pb.RenewCertificateResponse(certificate=certificate)
+
+    async def GetIdentity(  # noqa: N802 - gRPC's name
+        self, request: pb.GetIdentityRequest, context: Context
+    ) -> pb.GetIdentityResponse:
+        identity = await self._identities.identity(self._guest, timeout=timeout_of(context))
+        return pb.GetIdentityResponse(identity=identity)
+
+    async def WatchIdentity(  # noqa: N802 - gRPC's name
+        self, request: pb.WatchIdentityRequest, context: Context
+    ) -> AsyncIterator[pb.WatchIdentityResponse]:
+        call, last = current_call.get(), None
+        while self._guest.phase is not Phase.ENDED:
+            self._require_current(call)
+            version = self._guest.identity_version
+            identity = await identity_as_known(self._identities, self._guest, _WATCH_TIMEOUT)
+            if identity != last:
+                last = identity
+                yield pb.WatchIdentityResponse(identity=identity)
+            complete = bool(identity.container_authority) or self._guest.record.revoked
+            await self._guest.wait_for_change(version, timeout=_WATCH_INTERVAL if complete else _WATCH_RETRY)
+        raise Refused(Reason.DOMAIN_NOT_RUNNING, "the domain of this channel stopped")
+
+    async def Sign(self, request: pb.SignRequest, context: Context) -> pb.SignResponse:  # noqa: N802 - gRPC's name
+        operation = operation_pb2.Operation(request_id=request.request_id, sign=request.sign)
+        return pb.SignResponse(results=await self._one(operation, context))
+
+    async def Decrypt(  # noqa: N802 - gRPC's name
+        self, request: pb.DecryptRequest, context: Context
+    ) -> pb.DecryptResponse:
+        operation = operation_pb2.Operation(request_id=request.request_id, decrypt=request.decrypt)
+        return pb.DecryptResponse(results=await self._one(operation, context))
+
+    async def Encrypt(  # noqa: N802 - gRPC's name
+        self, request: pb.EncryptRequest, context: Context
+    ) -> pb.EncryptResponse:
+        operation = operation_pb2.Operation(request_id=request.request_id, encrypt=request.encrypt)
+        return pb.EncryptResponse(results=await self._one(operation, context))
+
+    async def Operate(  # noqa: N802 - gRPC's name
+        self, request_iterator: AsyncIterator[pb.OperateRequest], context: Context
+    ) -> AsyncIterator[pb.OperateResponse]:
+        async with contextlib.aclosing(_Pipeline(self._batch).run(request_iterator)) as responses:
+            async for response in responses:
+                yield response
+
+    async def _one(self, operation: operation_pb2.Operation, context: Context) -> pb.SealedResults:
+        outcome = await self._operations.perform(current_call.get(), [operation], timeout=timeout_of(context))
+        for failure in outcome.failures:
+            raise failure.error
+        for results in outcome.results:
+            return results
+        raise MiddlewareError(Reason.INTERNAL, "the grid answered without a result")
+
+    async def _batch(self, request: pb.OperateRequest) -> pb.OperateResponse:
+        call = current_call.get()
+        # A stream outlives the certificate it was opened with; its batches do not.
+        self._require_current(call)
+        if not 1 <= len(request.operations) <= MAX_BATCH:
+            raise Refused(Reason.REQUEST_INVALID, f"a batch has 1 to {MAX_BATCH} operations")
+        response = pb.OperateResponse(batch_id=request.batch_id)
+        if not 0 < request.timeout_ms <= MAX_TIMEOUT * 1000:
+            facts = facts_of(Refused(Reason.DEADLINE_REQUIRED, "a batch needs timeout_ms, of at most an hour"))
+            response.failures.extend(facts.failure(operation.request_id) for operation in request.operations)
+            return response
+        outcome = await self._operations.perform(
+            call, request.operations, timeout=request.timeout_ms / 1000, batch=request.batch_id
+        )
+        response.results.extend(outcome.results)
+        response.failures.extend(facts_of(failure.error).failure(failure.request_id) for failure in outcome.failures)
+        return response
+
+    def _require_current(self, call: Call) -> None:
+        if call.certificate is None:
+            raise Refused(Reason.CERTIFICATE_MISSING, "this call needs a certificate")
+        self._guest.require_current(call.certificate)
+
+
+class _Pipeline:
+    """Batches of one stream, several at a time; answers in the order in which they are ready.
+
+    A batch is read only when one of the places is free, and its place is free again when its answer was taken: a caller that does not
+    read its answers is not read either.
+    """
+
+    def __init__(self, perform: Callable[[pb.OperateRequest], Awaitable[pb.OperateResponse]]) -> None:
+        self._perform = perform
+        self._places = asyncio.Semaphore(BATCHES_IN_FLIGHT)
+        self._answers: asyncio.Queue[pb.OperateResponse | Exception | None] = asyncio.Queue()
+        self._batches: set[asyncio.Task[None]] = set()
+
+    async def run(self, requests: AsyncIterator[pb.OperateRequest]) -> AsyncGenerator[pb.OperateResponse, None]:
+        reader = asyncio.create_task(self._read(requests))
+        try:
+            while (answer := await self._answers.get()) is not None:
+                if isinstance(answer, Exception):
+                    raise answer
+                yield answer
+                self._places.release()
+        finally:
+            for task in (reader, *self._batches):
+                task.cancel()
+            await asyncio.gather(reader, *self._batches, return_exceptions=True)
+
+    async def _read(self, requests: AsyncIterator[pb.OperateRequest]) -> None:
+        try:
+            async for request in requests:
+                await self._places.acquire()
+                task = asyncio.create_task(self._answer(request))
+                self._batches.add(task)
+                task.add_done_callback(self._batches.discard)
+            while self._batches:
+                await asyncio.wait(set(self._batches))
+        except Exception as error:  # noqa: BLE001 - it goes to whoever runs the stream
+            self._answers.put_nowait(error)
+        else:
+            self._answers.put_nowait(None)
+
+    async def _answer(self, request: pb.OperateRequest) -> None:
+        try:
+            self._answers.put_nowait(await self._perform(request))
+        except Exception as error:  # noqa: BLE001 - it goes to whoever runs the stream
+            self._answers.put_nowait(error)

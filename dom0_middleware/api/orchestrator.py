@@ -1,0 +1,123 @@
+"""The door for orchestrators: mutual TLS, and a name in the certificate that the settings allow (the guard has seen to both)."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid as uuids
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+
+from dom0_middleware.api.guard import Context, peer_certificate, timeout_of
+from dom0_middleware.audit import AuditLog
+from dom0_middleware.call import Call, current_call
+from dom0_middleware.errors import MiddlewareError, Reason, Refused
+from dom0_middleware.events import EventHub
+from dom0_middleware.orchestrator_authority import orchestrator_name
+from dom0_middleware.vms import Vms
+from secfunet.middleware.v1 import orchestrator_pb2 as pb
+from secfunet.middleware.v1 import orchestrator_pb2_grpc
+
+SERVER_NAME = "secure-middleware"
+
+
+def admit_orchestrator(allowed: frozenset[str]) -> Callable[[Context, Call], Call]:
+    """For ``Guard``: raises Refused (CERTIFICATE_MISSING, ORCHESTRATOR_NOT_ALLOWED)."""
+
+    def admit(context: Context, call: Call) -> Call:
+        name = orchestrator_name(peer_certificate(context))
+        if name not in allowed:
+            raise Refused(
+                Reason.ORCHESTRATOR_NOT_ALLOWED,
+                "this orchestrator is not among the allowed ones",
+                detail=f"it is '{name}'",
+            )
+        return Call(call.method, call.correlation, caller=name)
+
+    return admit
+
+
+class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
+    """Each call that changes something is one record of the audit log, on file before it is done."""
+
+    def __init__(self, vms: Vms, *, events: EventHub, audit: AuditLog) -> None:
+        self._vms = vms
+        self._events = events
+        self._audit = audit
+
+    async def CreateVm(self, request: pb.CreateVmRequest, context: Context) -> pb.CreateVmResponse:  # noqa: N802
+        with self._recorded("create", name=request.name):
+            vm = await self._vms.create(
+                name=request.name,
+                vm_certificate=request.vm_certificate,
+                vm_auth_token=request.vm_auth_token,
+                memory_mib=request.memory_mib,
+                vcpus=request.vcpus,
+            )
+        return pb.CreateVmResponse(vm=vm)
+
+    async def StartVm(self, request: pb.StartVmRequest, context: Context) -> pb.StartVmResponse:  # noqa: N802
+        uuid = _uuid(request.uuid)
+        with self._recorded("start", uuid):
+            vm, folder = await self._vms.start_vm(uuid, vm_auth_token=request.vm_auth_token)
+        return pb.StartVmResponse(vm=vm, guest_channel=folder)
+
+    async def StopVm(self, request: pb.StopVmRequest, context: Context) -> pb.StopVmResponse:  # noqa: N802
+        uuid = _uuid(request.uuid)
+        with self._recorded("stop", uuid, detail="by force" if request.force else ""):
+            vm = await self._vms.stop_vm(uuid, force=request.force, timeout=timeout_of(context))
+        return pb.StopVmResponse(vm=vm)
+
+    async def DeleteVm(self, request: pb.DeleteVmRequest, context: Context) -> pb.DeleteVmResponse:  # noqa: N802
+        uuid = _uuid(request.uuid)
+        with self._recorded("delete", uuid):
+            await self._vms.delete_vm(uuid)
+        return pb.DeleteVmResponse()
+
+    async def RevokeVm(self, request: pb.RevokeVmRequest, context: Context) -> pb.RevokeVmResponse:  # noqa: N802
+        uuid = _uuid(request.uuid)
+        with self._recorded("revoke", uuid):
+            vm = await self._vms.revoke_vm(uuid)
+        return pb.RevokeVmResponse(vm=vm)
+
+    async def GetVm(self, request: pb.GetVmRequest, context: Context) -> pb.GetVmResponse:  # noqa: N802
+        return pb.GetVmResponse(vm=await self._vms.get_vm(_uuid(request.uuid)))
+
+    async def ListVms(self, request: pb.ListVmsRequest, context: Context) -> pb.ListVmsResponse:  # noqa: N802
+        return pb.ListVmsResponse(vms=await self._vms.list_vms())
+
+    async def WatchEvents(  # noqa: N802
+        self, request: pb.WatchEventsRequest, context: Context
+    ) -> AsyncIterator[pb.WatchEventsResponse]:
+        async with contextlib.aclosing(self._events.watch()) as events:
+            # Tells the caller that from here on it misses nothing.
+            await context.send_initial_metadata(())
+            async for event in events:
+                yield event
+
+    @contextlib.contextmanager
+    def _recorded(self, action: str, uuid: str = "", *, name: str = "", detail: str = "") -> Iterator[None]:
+        call = current_call.get()
+        record = partial(
+            self._audit.record,
+            f"vm.{action}",
+            correlation=call.correlation,
+            caller=call.caller,
+            vm=uuid,
+            name=name[:64],
+        )
+        record("permitted", detail=detail)
+        # Stopping and revoking take rights away: a full disk must not prevent that.
+        if action not in ("stop", "revoke"):
+            self._audit.flush()
+        try:
+            yield
+        except MiddlewareError as error:
+            record("failed", reason=str(error.reason))
+            raise
+
+
+def _uuid(untrusted: str) -> str:
+    try:
+        return str(uuids.UUID(untrusted))
+    except ValueError:
+        raise Refused(Reason.REQUEST_INVALID, "a VM is named by its UUID") from None

@@ -1,0 +1,190 @@
+"""gRPC servers over TLS: a pair for each domain (made with the domain, ended with it), and one for orchestrators."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped] # it ships no types
+
+from dom0_middleware.api.agent import AgentService
+from dom0_middleware.api.enrolment import EnrolmentService
+from dom0_middleware.api.errors import reason_of
+from dom0_middleware.api.guard import Context, Guard, peer_certificate
+from dom0_middleware.audit import AuditLog
+from dom0_middleware.call import Call
+from dom0_middleware.enrolment import JoinSecrets
+from dom0_middleware.errors import Reason, Unavailable
+from dom0_middleware.guest import GuestDomain
+from dom0_middleware.guest_authority import AgentCertificate, GuestAuthority, agent_certificate
+from dom0_middleware.guest_channel import ChannelAddresses
+from dom0_middleware.identity import Identities
+from dom0_middleware.metrics import Metrics
+from dom0_middleware.operations import Operations
+from dom0_middleware.policy import Policy
+from dom0_middleware.sessions import VmSessions
+from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc
+
+MAX_MESSAGE = 256 * 1024  # bytes: 64 operations are some 40 KiB
+MAX_ENROL_MESSAGE = 32 * 1024
+_MAX_CERTIFICATES = 8  # parsed ones that are remembered, a domain
+
+ServerOptions = Sequence[tuple[str, int]]
+
+
+def make_server(guard: Guard, *, max_message: int, concurrent_calls: int) -> grpc.aio.Server:
+    options: ServerOptions = (
+        ("grpc.max_receive_message_length", max_message),
+        # Each socket is one server's: a second one on the same path is a fault.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_metadata_size", 16384),
+    )
+    return grpc.aio.server(interceptors=(guard,), options=options, maximum_concurrent_rpcs=concurrent_calls)
+
+
+async def add_health(server: grpc.aio.Server, service: str) -> None:
+    servicer = health.aio.HealthServicer()
+    await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+
+
+def add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
+    # Only where it is wanted: the import is not free.
+    from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped] # it ships no types
+
+    reflection.enable_server_reflection((*services, reflection.SERVICE_NAME), server)
+
+
+def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials) -> int:
+    """Raises Unavailable if the address cannot be used; the port, for TCP."""
+    try:
+        port = server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise Unavailable(Reason.INTERNAL, f"cannot listen on {address}: {error}") from error
+    if port == 0:
+        raise Unavailable(Reason.INTERNAL, f"cannot listen on {address}")
+    return port
+
+
+class GuestServerPairs:
+    """See ``vms.GuestServers``. ``on_enrolled`` is told of each first certificate of a run."""
+
+    def __init__(
+        self,
+        *,
+        authority: GuestAuthority,
+        secrets: JoinSecrets,
+        policy: Policy,
+        sessions: VmSessions,
+        identities: Identities,
+        audit: AuditLog,
+        metrics: Metrics,
+        operations_in_flight: int,
+        concurrent_calls: int,
+        reflection: bool,
+    ) -> None:
+        self._authority = authority
+        self._secrets = secrets
+        self._policy = policy
+        self._sessions = sessions
+        self._identities = identities
+        self._audit = audit
+        self._metrics = metrics
+        self._operations_in_flight = operations_in_flight
+        self._concurrent_calls = concurrent_calls
+        self._reflection = reflection
+        self._pairs: dict[str, tuple[grpc.aio.Server, grpc.aio.Server]] = {}
+        self.on_enrolled: Callable[[GuestDomain], None] = lambda guest: None
+
+    async def open(self, guest: GuestDomain, addresses: ChannelAddresses) -> None:
+        pair = self._server_pair()
+        enrol, agent = await self._enrol_server(guest), await self._agent_server(guest)
+        bind(enrol, addresses.enrol, grpc.ssl_server_credentials([pair]))
+        bind(
+            agent,
+            addresses.agent,
+            grpc.ssl_server_credentials(
+                [pair], root_certificates=self._authority.certificate_pem, require_client_auth=True
+            ),
+        )
+        self._pairs[guest.uuid] = (enrol, agent)
+        await enrol.start()
+        await agent.start()
+
+    async def close(self, uuid: str) -> None:
+        """At once: whatever call is in flight is cancelled."""
+        pair = self._pairs.pop(uuid, None)
+        if pair is not None:
+            await asyncio.gather(*(server.stop(0) for server in pair))
+
+    def _server_pair(self) -> tuple[bytes, bytes]:
+        return self._authority.server_pair()
+
+    async def _enrol_server(self, guest: GuestDomain) -> grpc.aio.Server:
+        def admit(context: Context, call: Call) -> Call:
+            self._policy.require_valid()
+            return call
+
+        server = make_server(
+            Guard(admit, audit=self._audit, metrics=self._metrics, vm=guest.uuid, name=guest.record.name),
+            max_message=MAX_ENROL_MESSAGE,
+            concurrent_calls=4,
+        )
+        service = EnrolmentService(
+            guest,
+            secrets=self._secrets,
+            authority=self._authority,
+            identities=self._identities,
+            audit=self._audit,
+            on_enrolled=self.on_enrolled,
+        )
+        agent_pb2_grpc.add_EnrolmentServiceServicer_to_server(service, server)
+        await self._add_common(server, agent_pb2.DESCRIPTOR.services_by_name["EnrolmentService"].full_name)
+        return server
+
+    async def _agent_server(self, guest: GuestDomain) -> grpc.aio.Server:
+        known: dict[bytes, AgentCertificate] = {}
+
+        def admit(context: Context, call: Call) -> Call:
+            pem = peer_certificate(context)
+            certificate = known.get(pem)
+            if certificate is None:
+                certificate = agent_certificate(pem)
+                if len(known) >= _MAX_CERTIFICATES:
+                    known.clear()
+                known[pem] = certificate
+            guest.require_current(certificate)
+            guest.require_running()
+            self._policy.require_valid()
+            return Call(call.method, call.correlation, certificate)
+
+        server = make_server(
+            Guard(admit, audit=self._audit, metrics=self._metrics, vm=guest.uuid, name=guest.record.name),
+            max_message=MAX_MESSAGE,
+            concurrent_calls=self._concurrent_calls,
+        )
+        service = AgentService(
+            guest,
+            operations=Operations(
+                guest,
+                policy=self._policy,
+                sessions=self._sessions,
+                audit=self._audit,
+                metrics=self._metrics,
+                limit=self._operations_in_flight,
+                reason_of=reason_of,
+            ),
+            identities=self._identities,
+            authority=self._authority,
+            audit=self._audit,
+        )
+        agent_pb2_grpc.add_AgentServiceServicer_to_server(service, server)
+        await self._add_common(server, agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name)
+        return server
+
+    async def _add_common(self, server: grpc.aio.Server, service: str) -> None:
+        await add_health(server, service)
+        if self._reflection:
+            add_reflection(server, [service])

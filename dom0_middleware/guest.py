@@ -1,0 +1,128 @@
+"""One run of one domain, from the moment its channel is made until it stops: the caller that everything from that channel is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from enum import Enum
+
+from dom0_middleware.errors import Reason, Refused, Unavailable
+from dom0_middleware.guest_authority import AgentCertificate
+from dom0_middleware.hypervisor import DomainState
+from dom0_middleware.policy import Subject
+from dom0_middleware.state import StateStore, VmRecord
+
+
+class Phase(Enum):
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    ENDED = "ended"
+
+
+class GuestDomain:
+    """The domain that a pair of servers is made for. ``hypervisor_answers`` says whether what we know of its state still holds."""
+
+    def __init__(
+        self,
+        record: VmRecord,
+        store: StateStore,
+        *,
+        clock: Callable[[], float],
+        hypervisor_answers: Callable[[], bool],
+        serials: Mapping[int, float] | None = None,
+    ) -> None:
+        self.record = record
+        self.phase = Phase.STARTING
+        self.domain_id: int | None = None
+        self._store = store
+        self._clock = clock
+        self._hypervisor_answers = hypervisor_answers
+        self._serials = dict(serials or {})
+        self._changed = asyncio.Event()
+        self._version = 0
+        self.operations_in_flight = 0
+
+    @property
+    def uuid(self) -> str:
+        return self.record.uuid
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(self.record.uuid, self.record.name, self.record.vmid)
+
+    @property
+    def enrolled(self) -> bool:
+        """An agent of this run holds a certificate that has not ended."""
+        now = self._clock()
+        return any(end > now for end in self._serials.values())
+
+    def set_state(self, state: DomainState) -> None:
+        if self.phase is not Phase.ENDED:
+            self.phase = {
+                DomainState.RUNNING: Phase.RUNNING,
+                DomainState.PAUSED: Phase.PAUSED,
+                DomainState.STOPPED: Phase.ENDED,
+            }[state]
+
+    def end(self) -> None:
+        """The domain stopped: from now on nothing is permitted, and no certificate is current. There is no way back."""
+        self.phase = Phase.ENDED
+        self._serials.clear()
+        self.identity_changed()
+
+    def require_running(self) -> None:
+        """Raises Refused (DOMAIN_NOT_RUNNING), or Unavailable (HYPERVISOR_UNAVAILABLE) while nobody can say whether it runs."""
+        if self.phase is not Phase.RUNNING:
+            raise Refused(Reason.DOMAIN_NOT_RUNNING, "the domain of this channel does not run")
+        if not self._hypervisor_answers():
+            raise Unavailable(
+                Reason.HYPERVISOR_UNAVAILABLE,
+                "the hypervisor cannot be asked whether this domain runs",
+                retry_after=1.0,
+            )
+
+    def require_current(self, certificate: AgentCertificate) -> None:
+        """Raises Refused: CERTIFICATE_FOREIGN, CERTIFICATE_EXPIRED, CERTIFICATE_NOT_CURRENT."""
+        if certificate.uuid != self.uuid:
+            raise Refused(
+                Reason.CERTIFICATE_FOREIGN,
+                "this certificate belongs to another domain",
+                detail=f"the certificate of {certificate.uuid}",
+            )
+        if certificate.not_after <= self._clock():
+            raise Refused(Reason.CERTIFICATE_EXPIRED, "this certificate has ended; renew it before, or enrol again")
+        if certificate.serial not in self._serials:
+            raise Refused(Reason.CERTIFICATE_NOT_CURRENT, "this certificate is not of this run of the domain")
+
+    def require_authorised(self) -> None:
+        """Raises Refused (VM_REVOKED, TOKEN_MISSING)."""
+        if self.record.revoked:
+            raise Refused(Reason.VM_REVOKED, "this VM's right to its key was revoked")
+        if not self.record.vm_auth_token:
+            raise Refused(Reason.TOKEN_MISSING, "there is no VM-Auth-Token for this VM")
+
+    def make_current(self, certificate: AgentCertificate, *, renewed: int | None = None) -> None:
+        """``certificate`` is current from now on; of those before it only ``renewed``, the serial that asked for it."""
+        kept = {serial: end for serial, end in self._serials.items() if serial == renewed}
+        self._serials = {**kept, certificate.serial: certificate.not_after}
+        self._store.set_serials(self.uuid, self._serials)
+
+    @property
+    def identity_version(self) -> int:
+        """Counts the changes of the identity."""
+        return self._version
+
+    def identity_changed(self) -> None:
+        """Wakes whoever waits for a change of the identity."""
+        self._version += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait_for_change(self, since: int, *, timeout: float) -> None:
+        """Returns once the identity's version is not ``since`` any more, or after ``timeout`` seconds."""
+        if self._version == since:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._changed.wait()

@@ -1,0 +1,93 @@
+"""The hypervisor, as the rest of this room sees it: a port. ``libvirt_hypervisor`` is its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+
+class DomainState(Enum):
+    STOPPED = "stopped"
+    RUNNING = "running"
+    PAUSED = "paused"
+
+
+class DomainEventKind(Enum):
+    STARTED = "started"
+    SUSPENDED = "suspended"
+    RESUMED = "resumed"
+    STOPPED = "stopped"  # shut down, destroyed, crashed, saved or migrated away: it runs here no longer
+    UNDEFINED = "undefined"
+
+
+@dataclass(frozen=True)
+class DomainSpec:
+    """What a domain is defined from. ``vmid`` (x5t#S256 thumbprint) is bound to it in its metadata."""
+
+    uuid: str
+    name: str
+    vmid: str
+    memory_mib: int
+    vcpus: int
+
+
+@dataclass(frozen=True)
+class DomainInfo:
+    """What the hypervisor says of a domain now. ``domain_id``: the number of this very run, None while stopped."""
+
+    uuid: str
+    name: str
+    state: DomainState
+    domain_id: int | None
+    vmid: str | None
+
+
+@dataclass(frozen=True)
+class DomainEvent:
+    uuid: str
+    name: str
+    kind: DomainEventKind
+
+
+EventListener = Callable[[DomainEvent], None]
+ConnectionListener = Callable[[bool], None]
+
+
+class Hypervisor(Protocol):
+    """Every call raises Unavailable (HYPERVISOR_UNAVAILABLE) while the connection is lost, and Refused (HYPERVISOR_REFUSED,
+    VM_UNKNOWN, VM_EXISTS) for what the hypervisor itself refuses. Listeners are called in the event loop."""
+
+    @property
+    def connected(self) -> bool: ...
+
+    async def connect(self, on_event: EventListener, on_connection: ConnectionListener) -> None:
+        """Connects, and from then on keeps connected: a lost connection is opened again, and ``on_connection(True)`` called."""
+        ...
+
+    async def close(self) -> None: ...
+
+    async def define(self, spec: DomainSpec) -> DomainInfo: ...
+
+    async def create(self, uuid: str) -> DomainInfo:
+        """Boots a defined domain."""
+        ...
+
+    async def suspend(self, uuid: str) -> None: ...
+
+    async def resume(self, uuid: str) -> None: ...
+
+    async def shutdown(self, uuid: str) -> None:
+        """Asks the guest to shut down; it may take its time."""
+        ...
+
+    async def destroy(self, uuid: str) -> None:
+        """Pulls the plug."""
+        ...
+
+    async def undefine(self, uuid: str) -> None: ...
+
+    async def info(self, uuid: str) -> DomainInfo | None: ...
+
+    async def list(self) -> tuple[DomainInfo, ...]: ...

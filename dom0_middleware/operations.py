@@ -1,0 +1,226 @@
+"""Operations with a VM's key, in three stages: sanitise what the guest sent, permit it, act.
+
+The rules, in the order in which they are applied to each operation:
+
+1. it is well-formed (``secfunet.operation.validate_operation``), and its request id stands once in the batch;
+2. the VM has not more operations in flight than its share;
+3. its domain runs, the caller's certificate is current, the VM is not revoked and has a token;
+4. policy permits operation and scheme, and the rate;
+5. the VM-Auth-Token, as the grid took it, covers the operation.
+
+Each decision is one record of the audit log, in the file before anything is done. The container that comes back stays closed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from dom0_middleware.audit import AuditLog, Decision
+from dom0_middleware.call import Call
+from dom0_middleware.errors import GridFailed, MiddlewareError, Reason, Refused, Unavailable
+from dom0_middleware.guest import GuestDomain
+from dom0_middleware.metrics import Metrics
+from dom0_middleware.policy import Policy
+from dom0_middleware.sessions import VmSessions
+from secfunet.errors import SecFuNetError
+from secfunet.gose.v1 import operation_pb2
+from secfunet.middleware.v1 import agent_pb2
+from secfunet.operation import OperationError, scheme_name, validate_operation
+
+MAX_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one operation has no result."""
+
+    request_id: bytes
+    error: SecFuNetError
+
+
+@dataclass
+class Outcome:
+    results: list[agent_pb2.SealedResults] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Sane:
+    """An operation that passed the first rule."""
+
+    operation: operation_pb2.Operation
+    name: str
+    scheme: str
+
+
+class Operations:
+    """For one domain. ``limit``: operations of it in flight; ``reason_of``: what an error is called in the audit log."""
+
+    def __init__(
+        self,
+        guest: GuestDomain,
+        *,
+        policy: Policy,
+        sessions: VmSessions,
+        audit: AuditLog,
+        metrics: Metrics,
+        limit: int,
+        reason_of: Callable[[SecFuNetError], str],
+    ) -> None:
+        self._guest = guest
+        self._policy = policy
+        self._sessions = sessions
+        self._audit = audit
+        self._metrics = metrics
+        self._limit = limit
+        self._reason_of = reason_of
+
+    async def perform(
+        self,
+        call: Call,
+        untrusted: Sequence[operation_pb2.Operation],
+        *,
+        timeout: float,
+        batch: int | None = None,
+    ) -> Outcome:
+        """Every operation of the batch ends as a result or as a failure. Raises Refused (REQUEST_INVALID) for a batch of a wrong size."""
+        if not 1 <= len(untrusted) <= MAX_BATCH:
+            raise Refused(Reason.REQUEST_INVALID, f"a batch has 1 to {MAX_BATCH} operations")
+        guest = self._guest
+        guest.operations_in_flight += len(untrusted)
+        try:
+            return await self._perform(_Batch(self, call, batch), untrusted, timeout)
+        finally:
+            guest.operations_in_flight -= len(untrusted)
+
+    async def _perform(self, batch: _Batch, untrusted: Sequence[operation_pb2.Operation], timeout: float) -> Outcome:
+        permitted = batch.permit(batch.sanitise(untrusted))
+        if permitted:
+            try:
+                session = await self._sessions.session(self._guest.record, timeout=timeout)
+            except SecFuNetError as error:
+                batch.fail(permitted, error, "failed")
+                return batch.outcome
+            permitted = batch.authorise(permitted, frozenset(session.operations))
+        if permitted:
+            await self._act(batch, permitted, timeout)
+        return batch.outcome
+
+    async def _act(self, batch: _Batch, permitted: list[_Sane], timeout: float) -> None:
+        try:
+            # On record before it is done.
+            self._audit.flush()
+            with self._metrics.batch_seconds.time():
+                results, failures = await self._sessions.execute(
+                    self._guest.record, [sane.operation for sane in permitted], timeout=timeout
+                )
+        except SecFuNetError as error:
+            batch.fail(permitted, error, "failed")
+            return
+        batch.outcome.results.extend(results)
+        by_id = {sane.operation.request_id: sane for sane in permitted}
+        for failure in failures:
+            sane = by_id.get(failure.request_id)
+            if sane is not None:
+                retry = failure.retry_after_ms / 1000 if failure.retry_after_ms > 0 else None
+                failed = GridFailed(failure.code, failure.reason, failure.message, retry_after=retry)
+                batch.fail([sane], failed, "failed")
+
+
+class _Batch:
+    """One batch on its way through the rules."""
+
+    def __init__(self, room: Operations, call: Call, number: int | None) -> None:
+        self._room = room
+        self._call = call
+        self._number = number
+        self.outcome = Outcome()
+
+    def sanitise(self, untrusted: Sequence[operation_pb2.Operation]) -> list[_Sane]:
+        sane: list[_Sane] = []
+        seen: set[bytes] = set()
+        for operation in untrusted:
+            try:
+                name = validate_operation(operation)
+                if operation.request_id in seen:
+                    raise Refused(Reason.OPERATION_INVALID, "two operations of the batch have the same request id")
+            except OperationError as error:
+                self._refuse_unsound(operation, Refused(Reason.OPERATION_INVALID, str(error)))
+                continue
+            except Refused as error:
+                self._refuse_unsound(operation, error)
+                continue
+            seen.add(operation.request_id)
+            sane.append(_Sane(operation, name, scheme_name(operation)))
+        return sane
+
+    def permit(self, sane: list[_Sane]) -> list[_Sane]:
+        permitted = []
+        for one in sane:
+            try:
+                self._require_permitted(one)
+            except MiddlewareError as error:
+                self.fail([one], error, "refused")
+            else:
+                permitted.append(one)
+        return permitted
+
+    def authorise(self, permitted: list[_Sane], token_operations: frozenset[str]) -> list[_Sane]:
+        authorised = []
+        for one in permitted:
+            if one.name in token_operations:
+                try:
+                    self._record(one, "permitted", "")
+                except Unavailable as error:
+                    self.outcome.failures.append(Failure(one.operation.request_id, error))
+                    continue
+                authorised.append(one)
+            else:
+                message = f"the VM-Auth-Token does not cover '{one.name}'"
+                self.fail([one], Refused(Reason.OPERATION_NOT_AUTHORISED, message), "refused")
+        return authorised
+
+    def fail(self, sane: Sequence[_Sane], error: SecFuNetError, decision: Decision) -> None:
+        reason = self._room._reason_of(error)
+        for one in sane:
+            self.outcome.failures.append(Failure(one.operation.request_id, error))
+            self._record_quietly(one, decision, reason)
+
+    def _require_permitted(self, one: _Sane) -> None:
+        guest = self._room._guest
+        if guest.operations_in_flight > self._room._limit:
+            raise Refused(Reason.TOO_MANY_OPERATIONS, "this VM has too many operations in flight", retry_after=0.05)
+        guest.require_running()
+        if self._call.certificate is None:
+            raise Refused(Reason.CERTIFICATE_MISSING, "operations need a certificate")
+        guest.require_current(self._call.certificate)
+        guest.require_authorised()
+        self._room._policy.permit(guest.subject, one.name, one.scheme)
+
+    def _refuse_unsound(self, operation: operation_pb2.Operation, error: Refused) -> None:
+        self.outcome.failures.append(Failure(operation.request_id, error))
+        self._record_quietly(_Sane(operation, "unsound", ""), "refused", error.reason)
+
+    def _record_quietly(self, one: _Sane, decision: Decision, reason: str) -> None:
+        """A refusal that cannot be recorded is a refusal still."""
+        try:
+            self._record(one, decision, reason)
+        except Unavailable:
+            self._room._metrics.refused_calls.labels(Reason.AUDIT_UNAVAILABLE).inc()
+
+    def _record(self, one: _Sane, decision: Decision, reason: str) -> None:
+        room = self._room
+        room._metrics.decisions.labels(one.name, decision, reason).inc()
+        room._audit.record(
+            "operation",
+            decision,
+            correlation=self._call.correlation,
+            vm=room._guest.uuid,
+            name=room._guest.record.name,
+            operation=one.name,
+            scheme=one.scheme,
+            request=one.operation.request_id[:16].hex(),
+            reason=reason,
+            batch=self._number,
+        )

@@ -1,0 +1,197 @@
+"""The daemon put together: every room of this folder, wired once, started in order and stopped in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import grpc
+import prometheus_client
+
+from dom0_middleware.api.guard import Guard
+from dom0_middleware.api.orchestrator import SERVER_NAME, OrchestratorService, admit_orchestrator
+from dom0_middleware.api.servers import MAX_MESSAGE, GuestServerPairs, add_health, add_reflection, bind, make_server
+from dom0_middleware.audit import AuditLog
+from dom0_middleware.enrolment import JoinSecrets
+from dom0_middleware.errors import MiddlewareError
+from dom0_middleware.events import EventHub
+from dom0_middleware.guest_authority import GuestAuthority
+from dom0_middleware.guest_channel import ChannelError, FolderChannel, GuestChannel
+from dom0_middleware.hypervisor import Hypervisor
+from dom0_middleware.identity import HypervisorIdentity, Identities
+from dom0_middleware.libvirt_hypervisor import LibvirtHypervisor
+from dom0_middleware.metrics import Metrics
+from dom0_middleware.orchestrator_authority import OrchestratorAuthority
+from dom0_middleware.policy import Policy
+from dom0_middleware.sessions import Grid, VmSessions
+from dom0_middleware.settings import MiddlewareSettings
+from dom0_middleware.state import StateStore
+from dom0_middleware.vms import Vms
+from secfunet.middleware.v1 import orchestrator_pb2, orchestrator_pb2_grpc
+from secfunet.service.files import private_folder
+
+log = logging.getLogger(__name__)
+
+MAX_SOCKET_PATH = 107  # bytes
+STOP_GRACE = 1.0  # seconds that an orchestrator's call gets to end
+
+
+class MiddlewareService:
+    """Async context manager: entering starts the daemon, leaving stops it.
+
+    ``grid`` and ``hypervisor_identity``: how the grid is reached and who this hypervisor is; both are opened and closed by the caller
+    (``grid.connect_grid`` makes the real ones). ``hypervisor`` and ``channel`` None: libvirt, and folders with Unix sockets.
+    """
+
+    def __init__(
+        self,
+        settings: MiddlewareSettings,
+        *,
+        grid: Grid,
+        hypervisor_identity: HypervisorIdentity,
+        hypervisor: Hypervisor | None = None,
+        channel: GuestChannel | None = None,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        randbytes: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._stack = AsyncExitStack()
+        state = private_folder(settings.state)
+        authority = GuestAuthority.load(state, clock=clock, agent_lifetime=settings.limits.agent_certificate_lifetime)
+        self._orchestrator_authority = OrchestratorAuthority.load(state, clock=clock)
+        self._store = StateStore(state / "state.sqlite")
+        self.metrics = Metrics()
+        self.audit = AuditLog(settings.audit_file, clock=clock, sync_interval=settings.audit.sync_interval)
+        self.policy = Policy(settings.policy, monotonic=monotonic)
+        self.sessions = VmSessions(grid)
+        self.events = EventHub(clock=clock)
+        secrets = JoinSecrets(self._store, randbytes=randbytes)
+        servers = GuestServerPairs(
+            authority=authority,
+            secrets=secrets,
+            policy=self.policy,
+            sessions=self.sessions,
+            identities=Identities(policy=self.policy, sessions=self.sessions, hypervisor=hypervisor_identity),
+            audit=self.audit,
+            metrics=self.metrics,
+            operations_in_flight=settings.limits.operations_in_flight,
+            concurrent_calls=settings.limits.concurrent_calls,
+            reflection=settings.reflection,
+        )
+        self.vms = Vms(
+            store=self._store,
+            hypervisor=hypervisor or _libvirt(settings),
+            channel=channel or FolderChannel(state / "guests"),
+            servers=servers,
+            sessions=self.sessions,
+            secrets=secrets,
+            authority=authority,
+            events=self.events,
+            metrics=self.metrics,
+            clock=clock,
+        )
+        servers.on_enrolled = self.vms.enrolled
+        self.metrics.sessions.set_function(lambda: len(self.sessions))
+
+    async def __aenter__(self) -> MiddlewareService:
+        async with AsyncExitStack() as stack:
+            stack.callback(self._store.close)
+            await stack.enter_async_context(self.audit)
+            self.audit.record("daemon.start", "noted")
+            stack.callback(self._note_stop)
+            self.policy.reload()
+            self._note_policy()
+            stack.push_async_callback(self.sessions.close)
+            stack.push_async_callback(self.vms.close)
+            await self.vms.start()
+            await self._serve_orchestrators(stack)
+            self._serve_metrics(stack)
+            loop = asyncio.get_running_loop()
+            with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: whoever runs us reloads us
+                loop.add_signal_handler(signal.SIGHUP, self.reload)
+                stack.callback(loop.remove_signal_handler, signal.SIGHUP)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    def reload(self) -> None:
+        """SIGHUP: reads the policy again, and lets go of an audit log that was rotated away."""
+        self.policy.reload()
+        self._note_policy()
+        try:
+            self.audit.reopen()
+        except (MiddlewareError, OSError) as error:
+            log.error("the audit log cannot be opened again: %s", error)
+        for guest in self.vms.guests():
+            guest.identity_changed()
+
+    async def _serve_orchestrators(self, stack: AsyncExitStack) -> None:
+        allowed = frozenset(self._settings.orchestrators.allowed)
+        guard = Guard(admit_orchestrator(allowed), audit=self.audit, metrics=self.metrics)
+        server = make_server(guard, max_message=MAX_MESSAGE, concurrent_calls=64)
+        service = OrchestratorService(self.vms, events=self.events, audit=self.audit)
+        orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(service, server)
+        name = orchestrator_pb2.DESCRIPTOR.services_by_name["OrchestratorService"].full_name
+        await add_health(server, name)
+        if self._settings.reflection:
+            add_reflection(server, [name])
+        credentials = grpc.ssl_server_credentials(
+            [self._orchestrator_authority.server_pair(SERVER_NAME)],
+            root_certificates=self._orchestrator_authority.certificate_pem,
+            require_client_auth=True,
+        )
+        socket = _free_socket(self._settings.orchestrator_socket)
+        bind(server, f"unix:{socket}", credentials)
+        if self._settings.orchestrators.address is not None:
+            bind(server, self._settings.orchestrators.address, credentials)
+        await server.start()
+        # The folder may be another than ours: the socket itself is for its owner only.
+        socket.chmod(0o600)
+        stack.callback(lambda: socket.unlink(missing_ok=True))
+        stack.push_async_callback(server.stop, STOP_GRACE)
+
+    def _serve_metrics(self, stack: AsyncExitStack) -> None:
+        if self._settings.metrics_port is not None:
+            server, thread = prometheus_client.start_http_server(
+                self._settings.metrics_port, addr="127.0.0.1", registry=self.metrics.registry
+            )
+            stack.callback(thread.join, 5.0)
+            stack.callback(server.server_close)
+            stack.callback(server.shutdown)
+
+    def _note_policy(self) -> None:
+        problems = "; ".join(self.policy.problems)
+        self.audit.record("policy.read", "noted", reason="POLICY_INVALID" if problems else "", detail=problems)
+
+    def _note_stop(self) -> None:
+        with contextlib.suppress(MiddlewareError):
+            self.audit.record("daemon.stop", "noted")
+
+
+def _libvirt(settings: MiddlewareSettings) -> LibvirtHypervisor:
+    template = settings.libvirt.template
+    return LibvirtHypervisor(
+        settings.libvirt.uri,
+        template=template.read_text(encoding="utf-8") if template is not None else None,
+        heal_interval=settings.libvirt.heal_interval,
+    )
+
+
+def _free_socket(path: Path) -> Path:
+    """The path, with a folder to be in, and without what an earlier daemon left."""
+    if len(str(path).encode()) > MAX_SOCKET_PATH:
+        raise ChannelError(f"{path}: this path is too long for a Unix socket")
+    private_folder(path.parent)
+    path.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,182 @@
+"""A session with the grid for each VM: opened once, when it is first needed, and ended at once when the VM loses its right to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+from dom0_middleware.errors import Reason, Refused, Unavailable
+from dom0_middleware.state import VmRecord
+from secfunet.gose.v1 import operation_pb2
+from secfunet.middleware.v1 import agent_pb2
+
+log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+CLOSE_TIMEOUT = 5.0  # seconds that the grid gets to hear of it
+
+
+class BatchAnswer(Protocol):
+    @property
+    def containers(self) -> tuple[bytes, ...]: ...
+    @property
+    def failures(self) -> tuple[operation_pb2.OperationFailure, ...]: ...
+
+
+class GridSession(Protocol):
+    """What of ``gose_client.VmSession`` is used here."""
+
+    @property
+    def expires_at(self) -> float: ...
+    @property
+    def operations(self) -> frozenset[str]: ...
+    @property
+    def container_authority(self) -> bytes: ...
+    async def execute(self, operations: Sequence[operation_pb2.Operation], *, timeout: float) -> BatchAnswer: ...
+    async def close(self) -> None: ...
+
+
+class Grid(Protocol):
+    """What of ``gose_client.GoseClient`` is used here."""
+
+    async def open_session(self, vm_certificate: bytes, vm_auth_token: str, *, timeout: float) -> GridSession: ...
+    async def content_key(self, container: bytes, *, timeout: float) -> bytes: ...
+
+
+class _Slot:
+    """What one VM has with the grid. Once ``ended`` it stays so; a later run of the domain gets a slot of its own."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.session: GridSession | None = None
+        self.ended = False
+        self.tasks: set[asyncio.Task[Any]] = set()
+
+
+class VmSessions:
+    """Sessions by the domain's UUID."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._slots: dict[str, _Slot] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return sum(slot.session is not None for slot in self._slots.values())
+
+    def current(self, uuid: str) -> GridSession | None:
+        """The session if there is one; never asks the grid."""
+        slot = self._slots.get(uuid)
+        return slot.session if slot is not None else None
+
+    async def session(self, vm: VmRecord, *, timeout: float) -> GridSession:
+        """The VM's session, opened if need be. Callers that come together share one login.
+
+        Raises what GoseClient.open_session raises; Refused (SESSION_ENDED) if the VM lost its right meanwhile; Unavailable
+        (DEADLINE_EXCEEDED) after ``timeout`` seconds.
+        """
+        slot = self._slots.setdefault(vm.uuid, _Slot())
+        if slot.session is not None:
+            return slot.session
+        return await self._until_ended(slot, self._open(slot, vm, timeout))
+
+    async def execute(
+        self, vm: VmRecord, operations: Sequence[operation_pb2.Operation], *, timeout: float
+    ) -> tuple[list[agent_pb2.SealedResults], list[operation_pb2.OperationFailure]]:
+        """Runs a batch; containers come back closed, each beside the key to it. Raises as ``session`` does."""
+        slot = self._slots.setdefault(vm.uuid, _Slot())
+        return await self._until_ended(slot, self._execute(slot, vm, operations, timeout))
+
+    def end(self, uuid: str) -> None:
+        """At once: what is in flight for this VM fails, its session is used no more. The grid is told in the background."""
+        slot = self._slots.pop(uuid, None)
+        if slot is None:
+            return
+        slot.ended = True
+        for task in slot.tasks:
+            task.cancel()
+        if slot.session is not None:
+            self._close_later(slot.session)
+            slot.session = None
+
+    async def close(self) -> None:
+        """Ends every session and waits until the grid was told."""
+        for uuid in list(self._slots):
+            self.end(uuid)
+        while self._closing:
+            await asyncio.wait(set(self._closing))
+
+    async def _open(self, slot: _Slot, vm: VmRecord, timeout: float) -> GridSession:
+        async with _deadline(timeout), slot.lock:
+            if slot.session is None:
+                session = await self._grid.open_session(vm.vm_certificate, vm.vm_auth_token, timeout=timeout)
+                if slot.ended:
+                    # The right ended while the grid was asked, and the cancellation was not heard.
+                    self._close_later(session)
+                    raise _ended()
+                slot.session = session
+            return slot.session
+
+    async def _execute(
+        self, slot: _Slot, vm: VmRecord, operations: Sequence[operation_pb2.Operation], timeout: float
+    ) -> tuple[list[agent_pb2.SealedResults], list[operation_pb2.OperationFailure]]:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout
+        async with _deadline(timeout):
+            session = slot.session or await self._open(slot, vm, timeout)
+            answer = await session.execute(operations, timeout=max(0.001, end - loop.time()))
+            results = [
+                agent_pb2.SealedResults(
+                    container=container,
+                    content_key=await self._grid.content_key(container, timeout=max(0.001, end - loop.time())),
+                )
+                for container in answer.containers
+            ]
+        if slot.ended:
+            raise _ended()
+        return results, list(answer.failures)
+
+    async def _until_ended(self, slot: _Slot, work: Coroutine[Any, Any, Answer]) -> Answer:
+        task = asyncio.ensure_future(work)
+        slot.tasks.add(task)
+        task.add_done_callback(slot.tasks.discard)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if slot.ended and not _cancelling():
+                raise _ended() from None
+            task.cancel()
+            raise
+
+    def _close_later(self, session: GridSession) -> None:
+        task = asyncio.ensure_future(_close(session))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+
+async def _close(session: GridSession) -> None:
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT):
+            await session.close()
+    except Exception as error:  # noqa: BLE001 - whatever it is: here the session is gone, and there it runs out
+        log.warning("the grid was not told that a session ended: %s", error)
+
+
+@contextlib.asynccontextmanager
+async def _deadline(timeout: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(timeout):
+            yield
+    except TimeoutError:
+        raise Unavailable(Reason.DEADLINE_EXCEEDED, "the grid did not answer in time") from None
+
+
+def _cancelling() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _ended() -> Refused:
+    return Refused(Reason.SESSION_ENDED, "this VM lost its session with the grid")

@@ -1,0 +1,93 @@
+"""The settings of one dom0: a TOML file. Relative paths are relative to its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, ValidationInfo
+
+from secfunet.service.settings import Settings
+
+
+def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
+    folder = (info.context or {}).get("folder")
+    return Path(folder).absolute() / path if folder is not None else path
+
+
+FilePath = Annotated[Path, AfterValidator(_beside_the_file)]
+Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+OrchestratorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+LoopbackAddress = Annotated[str, Field(pattern=r"^(127\.0\.0\.1|\[::1\]|localhost):[0-9]{1,5}$")]
+
+
+class LibvirtSettings(Settings):
+    """``template``: a domain XML with what every domain here has (operating system, devices)."""
+
+    uri: str = "test:///default"
+    template: FilePath | None = None
+    heal_interval: Seconds = 1.0
+
+
+class CardSettings(Settings):
+    """The hypervisor's secure element."""
+
+    socket: FilePath
+    user_pin_file: FilePath
+    identity: str = Field(default="hypervisor", min_length=1, max_length=64)
+    timeout: Seconds = 10.0
+
+
+class GridSettings(Settings):
+    """The grid that holds the VMs' keys. ``authority``: the grid's CA, PEM."""
+
+    service_provider: str = Field(pattern=r"^https://[^/]+/?$")
+    operations: str = Field(pattern=r"^[^/]+:[0-9]{1,5}$")
+    openid_providers: tuple[str, ...] = Field(min_length=1)
+    authority: FilePath
+
+
+class OrchestratorSettings(Settings):
+    """``address``: TCP on loopback, beside the Unix socket; None: off."""
+
+    allowed: tuple[OrchestratorName, ...] = ("admin",)
+    socket: FilePath | None = None
+    address: LoopbackAddress | None = None
+
+
+class AuditSettings(Settings):
+    """``file`` None: audit.jsonl in the state folder. ``sync_interval``: seconds of records that a power cut may cost."""
+
+    file: FilePath | None = None
+    sync_interval: Seconds = 1.0
+
+
+class LimitSettings(Settings):
+    """Of each domain."""
+
+    operations_in_flight: Count = 1024
+    concurrent_calls: Count = 256
+    agent_certificate_lifetime: Annotated[float, Field(ge=1, le=86400)] = 3600.0
+
+
+class MiddlewareSettings(Settings):
+    state: FilePath
+    policy: FilePath
+    card: CardSettings
+    grid: GridSettings
+    libvirt: LibvirtSettings = LibvirtSettings()
+    orchestrators: OrchestratorSettings = OrchestratorSettings()
+    audit: AuditSettings = AuditSettings()
+    limits: LimitSettings = LimitSettings()
+    reflection: bool = False
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
+
+    @property
+    def orchestrator_socket(self) -> Path:
+        return self.orchestrators.socket or self.state / "orchestrator.sock"
+
+    @property
+    def audit_file(self) -> Path:
+        return self.audit.file or self.state / "audit.jsonl"

@@ -1,0 +1,218 @@
+"""What must outlive the daemon: which VMID is bound to which domain, and what holds for each domain's present run.
+
+SQLite, mode 0600, in the state folder. Every method is one transaction, on disk when it returns (WAL, synchronous=FULL): a revocation
+survives a power cut. Calls are rare (life cycle, enrolment) and short, so they run in the event loop.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dom0_middleware.errors import MiddlewareError, Reason, Refused
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS vms (
+  uuid TEXT PRIMARY KEY,
+  name TEXT NOT NULL UNIQUE,
+  vmid TEXT NOT NULL UNIQUE,
+  vm_certificate BLOB NOT NULL,
+  vm_auth_token TEXT NOT NULL,
+  memory_mib INTEGER NOT NULL,
+  vcpus INTEGER NOT NULL,
+  revoked INTEGER NOT NULL DEFAULT 0,
+  created_at REAL NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS runs (
+  uuid TEXT PRIMARY KEY REFERENCES vms (uuid) ON DELETE CASCADE,
+  domain_id INTEGER,
+  secret_hash BLOB NOT NULL,
+  attempts_left INTEGER NOT NULL,
+  secret_used INTEGER NOT NULL DEFAULT 0,
+  serials TEXT NOT NULL DEFAULT '{}'
+) STRICT;
+"""
+_VERSION = 1
+
+
+class StateError(MiddlewareError):
+    """The state file cannot be used."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(Reason.INTERNAL, f"{path}: {problem}")
+        self.path = path
+
+
+@dataclass(frozen=True)
+class VmRecord:
+    """A VM that an orchestrator created: the binding of a domain (UUID) to a VMID."""
+
+    uuid: str
+    name: str
+    vmid: str
+    vm_certificate: bytes
+    # A bearer statement, though worthless without the hypervisor's card: kept out of logs.
+    vm_auth_token: str = field(repr=False)
+    memory_mib: int
+    vcpus: int
+    revoked: bool
+    created_at: float
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run of a domain, from StartVm until it stops. ``domain_id`` None: it has not booted yet.
+
+    ``serials``: the agent's current certificates, serial number -> end of life (UTC seconds).
+    """
+
+    uuid: str
+    domain_id: int | None
+    attempts_left: int
+    secret_used: bool
+    serials: Mapping[int, float]
+
+
+class StateStore:
+    """The file ``path``; made if it does not exist. Raises StateError if it is no state file of this version."""
+
+    def __init__(self, path: Path) -> None:
+        # Made before SQLite opens it, so that it never has another mode.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        path.chmod(0o600)
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA foreign_keys=ON")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, _VERSION):
+                raise StateError(path, f"has version {version}, this program knows {_VERSION}")
+            self._db.executescript(_SCHEMA)
+            self._db.execute(f"PRAGMA user_version={_VERSION}")
+        except sqlite3.DatabaseError as error:
+            raise StateError(path, f"is no state file: {error}") from error
+
+    def close(self) -> None:
+        self._db.close()
+
+    # VMs
+
+    def add_vm(self, record: VmRecord) -> None:
+        """Raises Refused (VM_EXISTS) if the name, the UUID or the VMID is bound already."""
+        try:
+            self._db.execute(
+                "INSERT INTO vms VALUES (?,?,?,?,?,?,?,?,?)",
+                (
+                    record.uuid,
+                    record.name,
+                    record.vmid,
+                    record.vm_certificate,
+                    record.vm_auth_token,
+                    record.memory_mib,
+                    record.vcpus,
+                    int(record.revoked),
+                    record.created_at,
+                ),
+            )
+        except sqlite3.IntegrityError as error:
+            taken = "VMID" if "vms.vmid" in str(error) else "name"
+            raise Refused(Reason.VM_EXISTS, f"this {taken} is bound to another VM") from None
+
+    def vm(self, uuid: str) -> VmRecord:
+        """Raises Refused (VM_UNKNOWN)."""
+        row = self._db.execute("SELECT * FROM vms WHERE uuid=?", (uuid,)).fetchone()
+        if row is None:
+            raise Refused(Reason.VM_UNKNOWN, "no such VM")
+        return _vm(row)
+
+    def vms(self) -> tuple[VmRecord, ...]:
+        """All, by name."""
+        return tuple(_vm(row) for row in self._db.execute("SELECT * FROM vms ORDER BY name"))
+
+    def set_token(self, uuid: str, vm_auth_token: str) -> None:
+        self._db.execute("UPDATE vms SET vm_auth_token=? WHERE uuid=? AND revoked=0", (vm_auth_token, uuid))
+
+    def revoke(self, uuid: str) -> None:
+        """For good: there is no way back but a new VM. The token is forgotten with it."""
+        self._db.execute("UPDATE vms SET revoked=1, vm_auth_token='' WHERE uuid=?", (uuid,))
+
+    def delete_vm(self, uuid: str) -> None:
+        self._db.execute("DELETE FROM vms WHERE uuid=?", (uuid,))
+
+    # Runs
+
+    def begin_run(self, uuid: str, *, secret_hash: bytes, attempts: int) -> None:
+        """Forgets the run before it, with its certificates and its secret."""
+        self._db.execute(
+            "INSERT OR REPLACE INTO runs (uuid, secret_hash, attempts_left) VALUES (?,?,?)",
+            (uuid, secret_hash, attempts),
+        )
+
+    def set_domain_id(self, uuid: str, domain_id: int) -> None:
+        self._db.execute("UPDATE runs SET domain_id=? WHERE uuid=?", (domain_id, uuid))
+
+    def set_serials(self, uuid: str, serials: Mapping[int, float]) -> None:
+        encoded = json.dumps({format(serial, "x"): end for serial, end in serials.items()})
+        self._db.execute("UPDATE runs SET serials=? WHERE uuid=?", (encoded, uuid))
+
+    def end_run(self, uuid: str) -> None:
+        self._db.execute("DELETE FROM runs WHERE uuid=?", (uuid,))
+
+    def run(self, uuid: str) -> RunRecord | None:
+        row = self._db.execute(
+            "SELECT uuid, domain_id, attempts_left, secret_used, serials FROM runs WHERE uuid=?", (uuid,)
+        ).fetchone()
+        return _run(row) if row else None
+
+    def runs(self) -> tuple[RunRecord, ...]:
+        rows = self._db.execute("SELECT uuid, domain_id, attempts_left, secret_used, serials FROM runs")
+        return tuple(_run(row) for row in rows)
+
+    # Join secrets: each step is one atomic statement, so two callers cannot both pass it.
+
+    def take_attempt(self, uuid: str) -> bytes | None:
+        """Uses up one attempt before anything is compared; the secret's hash, or None if no attempt is left or the secret is used."""
+        row = self._db.execute(
+            "UPDATE runs SET attempts_left=attempts_left-1 WHERE uuid=? AND attempts_left>0 AND secret_used=0"
+            " RETURNING secret_hash",
+            (uuid,),
+        ).fetchone()
+        return bytes(row[0]) if row else None
+
+    def use_secret(self, uuid: str) -> bool:
+        """True for exactly one caller."""
+        done = self._db.execute(
+            "UPDATE runs SET secret_used=1, secret_hash=x'' WHERE uuid=? AND secret_used=0", (uuid,)
+        )
+        return done.rowcount == 1
+
+
+def _vm(row: tuple[object, ...]) -> VmRecord:
+    uuid, name, vmid, certificate, token, memory, vcpus, revoked, created = row
+    return VmRecord(
+        uuid=str(uuid),
+        name=str(name),
+        vmid=str(vmid),
+        vm_certificate=bytes(certificate),  # type: ignore[call-overload] # a BLOB column of a STRICT table
+        vm_auth_token=str(token),
+        memory_mib=int(str(memory)),
+        vcpus=int(str(vcpus)),
+        revoked=bool(revoked),
+        created_at=float(str(created)),
+    )
+
+
+def _run(row: tuple[object, ...]) -> RunRecord:
+    uuid, domain_id, attempts, used, serials = row
+    return RunRecord(
+        uuid=str(uuid),
+        domain_id=None if domain_id is None else int(str(domain_id)),
+        attempts_left=int(str(attempts)),
+        secret_used=bool(used),
+        serials={int(serial, 16): float(end) for serial, end in json.loads(str(serials)).items()},
+    )

@@ -1,0 +1,423 @@
+"""The life of VMs: what orchestrators ask for and what libvirt says happened, brought together in one place.
+
+For each VM one lock orders requests and events. A domain gets its channel before it boots; whatever way it stops (our API, another program,
+a crash), the end of its run is the same: nothing permitted any more, serials and join secret forgotten, session ended, servers
+stopped, channel removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import uuid as uuids
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from dom0_middleware.enrolment import JoinSecrets
+from dom0_middleware.errors import MiddlewareError, Reason, Refused
+from dom0_middleware.events import EventHub
+from dom0_middleware.guest import GuestDomain, Phase
+from dom0_middleware.guest_authority import SERVER_NAME, GuestAuthority
+from dom0_middleware.guest_channel import ChannelAddresses, GuestChannel, JoinInformation
+from dom0_middleware.hypervisor import DomainEvent, DomainEventKind, DomainInfo, DomainSpec, DomainState, Hypervisor
+from dom0_middleware.metrics import Metrics
+from dom0_middleware.sessions import VmSessions
+from dom0_middleware.state import RunRecord, StateStore, VmRecord
+from secfunet.identity import IdentityError, check_validity, der_of, load_certificate, thumbprint
+from secfunet.middleware.v1 import orchestrator_pb2 as pb
+from secfunet.vm_auth_token import TokenError, unverified_claims, unverified_expiry
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MEMORY_MIB, DEFAULT_VCPUS = 512, 1
+MAX_MEMORY_MIB, MAX_VCPUS = 1 << 20, 256
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_STATES = {
+    DomainState.STOPPED: pb.VM_STATE_STOPPED,
+    DomainState.RUNNING: pb.VM_STATE_RUNNING,
+    DomainState.PAUSED: pb.VM_STATE_PAUSED,
+}
+_EVENTS = {
+    DomainEventKind.STARTED: pb.VM_EVENT_KIND_STARTED,
+    DomainEventKind.SUSPENDED: pb.VM_EVENT_KIND_SUSPENDED,
+    DomainEventKind.RESUMED: pb.VM_EVENT_KIND_RESUMED,
+    DomainEventKind.STOPPED: pb.VM_EVENT_KIND_STOPPED,
+}
+_STOP_POLL = 0.05  # seconds
+
+
+class GuestServers(Protocol):
+    """The servers of each domain's channel."""
+
+    async def open(self, guest: GuestDomain, addresses: ChannelAddresses) -> None: ...
+    async def close(self, uuid: str) -> None: ...
+
+
+class Vms:
+    """``start`` before anything else; ``close`` stops every server, but leaves the domains and their runs as they are."""
+
+    def __init__(
+        self,
+        *,
+        store: StateStore,
+        hypervisor: Hypervisor,
+        channel: GuestChannel,
+        servers: GuestServers,
+        sessions: VmSessions,
+        secrets: JoinSecrets,
+        authority: GuestAuthority,
+        events: EventHub,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._hypervisor = hypervisor
+        self._channel = channel
+        self._servers = servers
+        self._sessions = sessions
+        self._secrets = secrets
+        self._authority = authority
+        self._events = events
+        self._metrics = metrics
+        self._clock = clock
+        self._guests: dict[str, GuestDomain] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Connects to the hypervisor and makes true again what the state file says.
+
+        A VM whose domain is gone (the embedded hypervisor forgets them with its process) is defined again, stopped. A run goes on
+        if its very domain still runs; any other run is over.
+        """
+        await self._hypervisor.connect(self._on_event, self._on_connection)
+        for record in self._store.vms():
+            info = await self._hypervisor.info(record.uuid)
+            if info is None:
+                await self._define_again(record)
+            elif not _bound(record, info):
+                log.warning("a domain has the UUID of a VM but is another one", extra={"vm": record.uuid})
+        runs = {run.uuid: run for run in self._store.runs()}
+        for uuid, run in runs.items():
+            async with self._lock(uuid):
+                await self._resume_run(run)
+        self._channel.sweep(self._guests)
+
+    async def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for uuid in list(self._guests):
+            await self._servers.close(uuid)
+        await self._hypervisor.close()
+
+    def guests(self) -> tuple[GuestDomain, ...]:
+        return tuple(self._guests.values())
+
+    # What orchestrators ask for. Each raises Refused or Unavailable.
+
+    async def create(
+        self, *, name: str, vm_certificate: bytes, vm_auth_token: str, memory_mib: int, vcpus: int
+    ) -> pb.Vm:
+        if not _NAME.fullmatch(name):
+            raise Refused(Reason.REQUEST_INVALID, "a VM's name is 1 to 64 characters of [A-Za-z0-9._-]")
+        memory_mib, vcpus = memory_mib or DEFAULT_MEMORY_MIB, vcpus or DEFAULT_VCPUS
+        if memory_mib > MAX_MEMORY_MIB or vcpus > MAX_VCPUS:
+            raise Refused(
+                Reason.REQUEST_INVALID, f"a VM has at most {MAX_MEMORY_MIB} MiB of memory and {MAX_VCPUS} vcpus"
+            )
+        certificate = self._parse_certificate(vm_certificate)
+        record = VmRecord(
+            # Ours to choose: nobody can ask for the UUID of another.
+            uuid=str(uuids.uuid4()),
+            name=name,
+            vmid=thumbprint(certificate),
+            vm_certificate=certificate,
+            vm_auth_token=vm_auth_token,
+            memory_mib=memory_mib,
+            vcpus=vcpus,
+            revoked=False,
+            created_at=self._clock(),
+        )
+        if vm_auth_token:
+            self._check_token(record, vm_auth_token)
+        # The record first: a crash in between leaves a VM whose domain start() defines.
+        self._store.add_vm(record)
+        try:
+            info = await self._hypervisor.define(_spec(record))
+        except MiddlewareError:
+            self._store.delete_vm(record.uuid)
+            raise
+        vm = self._describe(record, info)
+        self._events.tell(pb.VM_EVENT_KIND_CREATED, vm)
+        return vm
+
+    async def start_vm(self, uuid: str, *, vm_auth_token: str) -> tuple[pb.Vm, str]:
+        """The VM, and the folder of its channel ("" where it travels through the hypervisor)."""
+        async with self._lock(uuid):
+            record = self._store.vm(uuid)
+            if vm_auth_token:
+                if record.revoked:
+                    raise Refused(Reason.VM_REVOKED, "this VM was revoked on this hypervisor; no token helps")
+                self._check_token(record, vm_auth_token)
+            info = await self._hypervisor.info(uuid) or await self._hypervisor.define(_spec(record))
+            if not _bound(record, info):
+                raise Refused(
+                    Reason.BINDING_MISMATCH, "the domain with this UUID is not the one that was bound to this VMID"
+                )
+            if info.state is not DomainState.STOPPED:
+                raise Refused(Reason.VM_STATE_WRONG, "this VM runs already")
+            await self._end_run(uuid)
+            if vm_auth_token:
+                self._store.set_token(uuid, vm_auth_token)
+            return await self._begin_run(self._store.vm(uuid))
+
+    async def stop_vm(self, uuid: str, *, force: bool, timeout: float) -> pb.Vm:
+        """Ends the run at once; then the domain, which has until the deadline to shut down."""
+        async with self._lock(uuid):
+            record = self._store.vm(uuid)
+            await self._end_run(uuid)
+            info = await self._require_domain(record)
+            if info.state is not DomainState.STOPPED:
+                if force:
+                    await self._hypervisor.destroy(uuid)
+                else:
+                    await self._hypervisor.shutdown(uuid)
+                info = await self._wait_until_stopped(record, timeout)
+            return self._describe(record, info)
+
+    async def delete_vm(self, uuid: str) -> None:
+        async with self._lock(uuid):
+            record = self._store.vm(uuid)
+            info = await self._hypervisor.info(uuid)
+            if info is not None and _bound(record, info):
+                if info.state is not DomainState.STOPPED:
+                    raise Refused(Reason.VM_STATE_WRONG, "this VM runs; stop it first")
+                await self._hypervisor.undefine(uuid)
+            await self._end_run(uuid)
+            self._sessions.end(uuid)
+            self._store.delete_vm(uuid)
+        self._locks.pop(uuid, None)
+        self._events.tell(pb.VM_EVENT_KIND_DELETED, pb.Vm(uuid=uuid, name=record.name, vmid=record.vmid))
+
+    async def revoke_vm(self, uuid: str) -> pb.Vm:
+        """At once and for good. Waits for no lock: a VM that is just being started is revoked all the same."""
+        self._store.vm(uuid)
+        self._store.revoke(uuid)
+        record = self._store.vm(uuid)
+        guest = self._guests.get(uuid)
+        if guest is not None:
+            guest.record = record
+        self._sessions.end(uuid)
+        if guest is not None:
+            guest.identity_changed()
+        vm = self._describe(record, await self._hypervisor.info(uuid))
+        self._events.tell(pb.VM_EVENT_KIND_REVOKED, vm)
+        return vm
+
+    async def get_vm(self, uuid: str) -> pb.Vm:
+        record = self._store.vm(uuid)
+        return self._describe(record, await self._hypervisor.info(uuid))
+
+    async def list_vms(self) -> list[pb.Vm]:
+        domains = {info.uuid: info for info in await self._hypervisor.list()}
+        return [self._describe(record, domains.get(record.uuid)) for record in self._store.vms()]
+
+    def enrolled(self, guest: GuestDomain) -> None:
+        """An agent of this run got its first certificate: the join information has done its work."""
+        self._channel.erase_join(guest.uuid)
+        info = DomainInfo(guest.uuid, guest.record.name, DomainState.RUNNING, guest.domain_id, guest.record.vmid)
+        self._events.tell(pb.VM_EVENT_KIND_ENROLLED, self._describe(guest.record, info))
+
+    # Runs. The VM's lock is held.
+
+    async def _begin_run(self, record: VmRecord) -> tuple[pb.Vm, str]:
+        secret = self._secrets.begin_run(record.uuid)
+        guest = self._new_guest(record)
+        try:
+            addresses = self._channel.open(record.uuid)
+            await self._servers.open(guest, addresses)
+            self._channel.hand_over(
+                JoinInformation(
+                    uuid=record.uuid,
+                    join_secret=secret,
+                    guest_authority=self._authority.certificate_pem.decode("ascii"),
+                    enrol=addresses.enrol,
+                    agent=addresses.agent,
+                    server_name=SERVER_NAME,
+                )
+            )
+            info = await self._hypervisor.create(record.uuid)
+            if info.domain_id is None:
+                raise Refused(Reason.HYPERVISOR_REFUSED, "the domain stopped as soon as it was started")
+            self._store.set_domain_id(record.uuid, info.domain_id)
+            guest.domain_id = info.domain_id
+            guest.set_state(info.state)
+        except BaseException:
+            await self._end_run(record.uuid)
+            raise
+        return self._describe(guest.record, info), addresses.folder
+
+    async def _resume_run(self, run: RunRecord) -> None:
+        """After a restart of this daemon."""
+        info = await self._hypervisor.info(run.uuid)
+        record = self._store.vm(run.uuid)
+        if (
+            info is None
+            or info.state is DomainState.STOPPED
+            or info.domain_id is None
+            or info.domain_id != run.domain_id
+            or not _bound(record, info)
+        ):
+            await self._end_run(run.uuid)
+            return
+        guest = self._new_guest(record, run)
+        guest.domain_id = run.domain_id
+        try:
+            await self._servers.open(guest, self._channel.reopen(run.uuid))
+            guest.set_state(info.state)
+        except MiddlewareError:
+            log.exception("the channel of a running domain cannot be made again", extra={"vm": run.uuid})
+            await self._end_run(run.uuid)
+
+    async def _end_run(self, uuid: str) -> None:
+        """Idempotent. First what takes effect at once and cannot fail, then what has to be waited for."""
+        guest = self._guests.pop(uuid, None)
+        if guest is not None:
+            guest.end()
+        self._sessions.end(uuid)
+        self._store.end_run(uuid)
+        await self._servers.close(uuid)
+        self._channel.close(uuid)
+        self._metrics.guests.set(len(self._guests))
+
+    def _new_guest(self, record: VmRecord, run: RunRecord | None = None) -> GuestDomain:
+        guest = GuestDomain(
+            record,
+            self._store,
+            clock=self._clock,
+            hypervisor_answers=lambda: self._hypervisor.connected,
+            serials=run.serials if run is not None else None,
+        )
+        self._guests[record.uuid] = guest
+        self._metrics.guests.set(len(self._guests))
+        return guest
+
+    # What the hypervisor says.
+
+    def _on_event(self, event: DomainEvent) -> None:
+        if event.kind is not DomainEventKind.UNDEFINED:
+            self._spawn(self._follow(event))
+
+    def _on_connection(self, connected: bool) -> None:
+        # While it is lost, GuestDomain.require_running refuses. Events of that time are lost, so each run is looked at again.
+        if connected:
+            for uuid in list(self._guests):
+                self._spawn(self._look_again(uuid))
+
+    async def _follow(self, event: DomainEvent) -> None:
+        try:
+            record = self._store.vm(event.uuid)
+        except Refused:
+            return  # none of our VMs
+        info = await self._look_again(event.uuid)
+        kind = _EVENTS.get(event.kind)
+        if kind is not None:
+            self._events.tell(kind, self._describe(record, info))
+
+    async def _look_again(self, uuid: str) -> DomainInfo | None:
+        """Brings the run in line with what the hypervisor says now: an event may be old when it comes to its turn."""
+        async with self._lock(uuid):
+            info = await self._hypervisor.info(uuid)
+            guest = self._guests.get(uuid)
+            if guest is not None:
+                if info is None or info.state is DomainState.STOPPED or info.domain_id != guest.domain_id:
+                    await self._end_run(uuid)
+                    log.info("a domain stopped; its channel is gone", extra={"vm": uuid})
+                else:
+                    guest.set_state(info.state)
+            return info
+
+    def _spawn(self, work: Coroutine[Any, Any, object]) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(self._logged(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _logged(self, work: Coroutine[Any, Any, object]) -> None:
+        try:
+            await work
+        except MiddlewareError as error:
+            # The connection was lost again; when it is back every run is looked at.
+            log.warning("an event could not be followed: %s", error)
+        except Exception:
+            log.exception("an event could not be followed")
+
+    # Small parts.
+
+    def _lock(self, uuid: str) -> asyncio.Lock:
+        return self._locks.setdefault(uuid, asyncio.Lock())
+
+    async def _define_again(self, record: VmRecord) -> None:
+        try:
+            await self._hypervisor.define(_spec(record))
+        except Refused as error:
+            log.warning("a VM's domain cannot be defined again: %s", error, extra={"vm": record.uuid})
+
+    async def _require_domain(self, record: VmRecord) -> DomainInfo:
+        info = await self._hypervisor.info(record.uuid)
+        if info is None:
+            return DomainInfo(record.uuid, record.name, DomainState.STOPPED, None, record.vmid)
+        if not _bound(record, info):
+            raise Refused(Reason.BINDING_MISMATCH, "the domain with this UUID is not this VM's")
+        return info
+
+    async def _wait_until_stopped(self, record: VmRecord, timeout: float) -> DomainInfo:
+        loop = asyncio.get_running_loop()
+        # A little before the caller's own deadline, so that it hears how things stand.
+        end = loop.time() + timeout * 0.9
+        while True:
+            info = await self._require_domain(record)
+            if info.state is DomainState.STOPPED or loop.time() >= end:
+                return info
+            await asyncio.sleep(_STOP_POLL)
+
+    def _parse_certificate(self, untrusted: bytes) -> bytes:
+        try:
+            certificate = load_certificate(untrusted)
+            check_validity(certificate, self._clock())
+        except IdentityError as error:
+            raise Refused(Reason.VM_CERTIFICATE_INVALID, f"the VM's certificate cannot be used: {error}") from None
+        return der_of(certificate)
+
+    def _check_token(self, record: VmRecord, token: str) -> None:
+        """Spares the orchestrator a mistake; the token's signature is the grid's to check."""
+        try:
+            claims = unverified_claims(token)
+        except TokenError:
+            raise Refused(Reason.TOKEN_INVALID, "this is no VM-Auth-Token") from None
+        if claims.vmid != record.vmid:
+            raise Refused(Reason.TOKEN_INVALID, "this VM-Auth-Token is for another VMID")
+        if claims.expires_at <= self._clock():
+            raise Refused(Reason.TOKEN_EXPIRED, "this VM-Auth-Token has ended")
+
+    def _describe(self, record: VmRecord, info: DomainInfo | None) -> pb.Vm:
+        guest = self._guests.get(record.uuid)
+        return pb.Vm(
+            uuid=record.uuid,
+            name=record.name,
+            state=_STATES[info.state] if info is not None and _bound(record, info) else pb.VM_STATE_STOPPED,
+            vmid=record.vmid,
+            enrolled=guest is not None and guest.phase is not Phase.ENDED and guest.enrolled,
+            revoked=record.revoked,
+            authorised_until=unverified_expiry(record.vm_auth_token) if record.vm_auth_token else 0,
+        )
+
+
+def _spec(record: VmRecord) -> DomainSpec:
+    return DomainSpec(record.uuid, record.name, record.vmid, record.memory_mib, record.vcpus)
+
+
+def _bound(record: VmRecord, info: DomainInfo) -> bool:
+    """The domain is the one that we defined for this VM: same UUID, same name, same VMID in its metadata."""
+    return info.uuid == record.uuid and info.name == record.name and info.vmid == record.vmid
