@@ -1,0 +1,118 @@
+"""Values that wait under a random name until somebody takes them: once, and not for long."""
+
+from __future__ import annotations
+
+import base64
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from gose.errors import Reason, Refusal
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class _Entry(Generic[Value]):
+    value: Value
+    owner: str
+    until: float
+
+
+class SingleUse(Generic[Value]):
+    """At most ``limit`` values, at most ``per_owner`` of one owner, each for ``lifetime`` seconds. In memory: a restart forgets them.
+
+    Names are 43 characters of base64url, 256 random bits.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit: int,
+        lifetime: float,
+        per_owner: int | None = None,
+        clock: Callable[[], float] = time.time,
+        randbytes: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self._limit = limit
+        self._lifetime = lifetime
+        self._per_owner = per_owner
+        self._clock = clock
+        self._randbytes = randbytes
+        self._entries: OrderedDict[str, _Entry[Value]] = OrderedDict()
+        self._owned: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def put(self, value: Value, *, owner: str = "") -> str:
+        """Keeps ``value``; returns its name. When all is full the oldest goes. Raises Refusal TOO_MANY_LOGINS for an owner's bound."""
+        self._purge()
+        if self._per_owner is not None and self._owned.get(owner, 0) >= self._per_owner:
+            raise Refusal(Reason.TOO_MANY_LOGINS, "too many logins have begun and not ended", retry_after=1.0)
+        while len(self._entries) >= self._limit:
+            self._remove(next(iter(self._entries)))
+        name = base64.urlsafe_b64encode(self._randbytes(32)).rstrip(b"=").decode()
+        self._entries[name] = _Entry(value, owner, self._clock() + self._lifetime)
+        self._owned[owner] = self._owned.get(owner, 0) + 1
+        return name
+
+    def look(self, untrusted_name: str) -> Value | None:
+        """The value, which stays; None if there is none."""
+        self._purge()
+        entry = self._entries.get(untrusted_name)
+        return entry.value if entry is not None else None
+
+    def take(self, untrusted_name: str) -> Value | None:
+        """The value, for the first who asks; None for everybody else."""
+        self._purge()
+        if untrusted_name not in self._entries:
+            return None
+        return self._remove(untrusted_name).value
+
+    def _remove(self, name: str) -> _Entry[Value]:
+        entry = self._entries.pop(name)
+        left = self._owned[entry.owner] - 1
+        if left:
+            self._owned[entry.owner] = left
+        else:
+            del self._owned[entry.owner]
+        return entry
+
+    def _purge(self) -> None:
+        now = self._clock()
+        # All live equally long, so they end in the order in which they came.
+        while self._entries:
+            name, entry = next(iter(self._entries.items()))
+            if entry.until > now:
+                return
+            self._remove(name)
+
+
+class RateLimit:
+    """At most ``limit`` events of one owner in any ``window`` seconds."""
+
+    def __init__(
+        self, *, limit: int, window: float, max_owners: int = 10_000, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._limit = limit
+        self._window = window
+        self._max_owners = max_owners
+        self._monotonic = monotonic
+        self._events: OrderedDict[str, list[float]] = OrderedDict()
+
+    def spend(self, owner: str) -> None:
+        """Counts an event. Raises Refusal TOO_MANY_LOGINS."""
+        now = self._monotonic()
+        events = [at for at in self._events.get(owner, ()) if at > now - self._window]
+        if len(events) >= self._limit:
+            raise Refusal(
+                Reason.TOO_MANY_LOGINS, "too many logins in a short time", retry_after=events[0] + self._window - now
+            )
+        self._events[owner] = [*events, now]
+        self._events.move_to_end(owner)
+        while len(self._events) > self._max_owners:
+            self._events.popitem(last=False)
