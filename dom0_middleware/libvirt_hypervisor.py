@@ -92,6 +92,7 @@ class LibvirtHypervisor:
         # One thread: libvirt's calls are short, and their order is then the order in which they were asked.
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="libvirt-call")
         self._connection: Any = None
+        self._callback = -1
         self._domain_type = "xen"
         self._lost = asyncio.Event()
         self._connected = False
@@ -233,12 +234,17 @@ class LibvirtHypervisor:
             connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT)
         with contextlib.suppress(libvirt.libvirtError):
             connection.registerCloseCallback(lambda *_: self._tell(self._mark_lost), None)
-        connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None)
+        self._callback = connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None)
         self._domain_type = {"TEST": "test", "QEMU": "kvm"}.get(connection.getType(), "xen")
         self._connection = connection
 
     def _drop(self) -> None:
         if self._connection is not None:
+            # A callback that stays registered keeps the connection open.
+            with contextlib.suppress(libvirt.libvirtError):
+                self._connection.domainEventDeregisterAny(self._callback)
+            with contextlib.suppress(libvirt.libvirtError):
+                self._connection.unregisterCloseCallback()
             with contextlib.suppress(libvirt.libvirtError):
                 self._connection.close()
             self._connection = None
