@@ -1,0 +1,218 @@
+"""Enrolment: a single-use join secret becomes a certificate for the agent's own key, and is kept across restarts.
+
+What is kept is one file, replaced as a whole, so that key and certificate always belong together. It also remembers which invitation it
+came from: join information that could not be erased is not presented a second time.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc
+from secfunet.service.files import UnsafeFileError, read_secret, write_atomically
+from vm_agent.errors import AgentError, EnrolmentRefusedError, JoinError, NotEnrolledError, from_rpc_error
+from vm_agent.identity import VmIdentity, parse_identity
+from vm_agent.join import JoinInformation
+from vm_agent.keys import AgentKey
+
+MAX_KEPT_BYTES = 32768
+CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
+    ("grpc.max_receive_message_length", 1 << 20),
+    ("grpc.max_metadata_size", 16384),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.enable_retries", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolment:
+    """The agent's place at the middleware: its key, its certificate, and where to go with them."""
+
+    uuid: str
+    key: AgentKey = field(repr=False)
+    certificate: x509.Certificate
+    guest_authority: bytes  # X.509, DER
+    agent: str  # gRPC target
+    server_name: str
+    join_digest: str  # which invitation it came from
+
+    @property
+    def expires_at(self) -> float:
+        """UTC seconds."""
+        return self.certificate.not_valid_after_utc.timestamp()
+
+    @property
+    def renew_at(self) -> float:
+        """UTC seconds: two thirds of the certificate's life."""
+        begin = self.certificate.not_valid_before_utc.timestamp()
+        return begin + (self.expires_at - begin) * 2 / 3
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Mutual TLS with the middleware: its certificate must come from the guest authority."""
+        return grpc.ssl_channel_credentials(
+            root_certificates=_pem(self.guest_authority),
+            private_key=self.key.pem(),
+            certificate_chain=self.certificate.public_bytes(Encoding.PEM),
+        )
+
+    def renewed(self, untrusted_certificate: bytes, now: float) -> Enrolment:
+        """This enrolment with the next certificate for the same key. Raises EnrolmentRefusedError if that is not what it should be."""
+        certificate = check_certificate(untrusted_certificate, self.key, self.guest_authority, self.uuid, now)
+        return replace(self, certificate=certificate)
+
+    def to_json(self) -> bytes:
+        """What the kept file holds. A secret: the key is in it."""
+        kept = {
+            "uuid": self.uuid,
+            "key": self.key.pem().decode(),
+            "certificate": self.certificate.public_bytes(Encoding.PEM).decode(),
+            "guest_authority": base64.b64encode(self.guest_authority).decode(),
+            "agent": self.agent,
+            "server_name": self.server_name,
+            "join_digest": self.join_digest,
+        }
+        return json.dumps(kept, indent=1).encode()
+
+    @classmethod
+    def from_json(cls, untrusted: bytes) -> Enrolment:
+        """Raises NotEnrolledError, and nothing else, if this is no kept enrolment."""
+        try:
+            kept = json.loads(untrusted)
+            values = {name: kept[name] for name in ("uuid", "agent", "server_name", "join_digest")}
+            if not all(isinstance(value, str) for value in values.values()):
+                raise ValueError("not a string")
+            key = AgentKey.from_pem(kept["key"].encode())
+            certificate = x509.load_pem_x509_certificate(kept["certificate"].encode())
+            authority = base64.b64decode(kept["guest_authority"], validate=True)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, binascii.Error):
+            raise NotEnrolledError("the kept enrolment cannot be read") from None
+        if not key.fits(certificate):
+            raise NotEnrolledError("the kept certificate is not for the kept key")
+        return cls(key=key, certificate=certificate, guest_authority=authority, **values)
+
+
+class EnrolmentStore:
+    """The kept enrolment: one file of mode 0600 in the agent's state folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "enrolment.json"
+
+    def load(self) -> Enrolment | None:
+        """What is kept; None if nothing is. Raises NotEnrolledError if it cannot be used."""
+        try:
+            return Enrolment.from_json(read_secret(self._path, limit=MAX_KEPT_BYTES))
+        except FileNotFoundError:
+            return None
+        except UnsafeFileError as error:
+            raise NotEnrolledError(str(error)) from error
+        except OSError as error:
+            raise NotEnrolledError(f"{self._path} cannot be read: {error.strerror}") from error
+
+    def save(self, enrolment: Enrolment) -> None:
+        write_atomically(self._path, enrolment.to_json())
+
+
+async def enrol(join: JoinInformation, *, now: float, timeout: float) -> tuple[Enrolment, VmIdentity | None]:
+    """Presents the join secret once, over TLS to whoever holds the guest authority's certificate for ``server_name``.
+
+    Returns the enrolment and, if the answer already tells it, who the VM is. Raises EnrolmentRefusedError (this secret will never do) or
+    another AgentError (try again).
+    """
+    key = AgentKey.generate()
+    credentials = grpc.ssl_channel_credentials(root_certificates=_pem(join.guest_authority))
+    async with grpc.aio.secure_channel(join.enrol, credentials, channel_options(join.server_name)) as channel:
+        stub = agent_pb2_grpc.EnrolmentServiceStub(channel)
+        request = agent_pb2.EnrolRequest(join_secret=join.secret, certificate_signing_request=key.signing_request())
+        try:
+            response = await stub.Enrol(request, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            failed = from_rpc_error(error)
+            if failed.code in _FINAL:
+                raise EnrolmentRefusedError(f"the Secure Middleware refused the join secret: {failed}") from error
+            raise failed from error
+    if response.guest_authority and response.guest_authority != join.guest_authority:
+        raise EnrolmentRefusedError("the middleware speaks of another guest authority than the join information")
+    certificate = check_certificate(response.certificate, key, join.guest_authority, join.uuid, now)
+    enrolment = Enrolment(
+        uuid=join.uuid,
+        key=key,
+        certificate=certificate,
+        guest_authority=join.guest_authority,
+        agent=join.agent,
+        server_name=join.server_name,
+        join_digest=join.digest,
+    )
+    try:
+        return enrolment, parse_identity(response.identity)
+    except AgentError:
+        return enrolment, None  # a VM without an identity is enrolled all the same; WatchIdentity tells it later
+
+
+_FINAL = frozenset(
+    {
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.ALREADY_EXISTS,
+    }
+)
+
+
+def check_certificate(
+    untrusted: bytes, key: AgentKey, guest_authority: bytes, uuid: str, now: float
+) -> x509.Certificate:
+    """A certificate for our key and this domain, issued by the guest authority, not yet ended. Raises EnrolmentRefusedError."""
+    try:
+        certificate = x509.load_der_x509_certificate(untrusted)
+        authority = x509.load_der_x509_certificate(guest_authority)
+        certificate.verify_directly_issued_by(authority)
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    except (
+        ValueError,
+        TypeError,
+        InvalidSignature,
+        UnsupportedAlgorithm,
+        x509.ExtensionNotFound,
+        x509.DuplicateExtension,
+        x509.UnsupportedGeneralNameType,
+    ):
+        raise EnrolmentRefusedError("the middleware's answer is no certificate of the guest authority") from None
+    if not key.fits(certificate):
+        raise EnrolmentRefusedError("the middleware's certificate is not for this agent's key")
+    if f"urn:uuid:{uuid}" not in [uri.lower() for uri in uris]:
+        raise EnrolmentRefusedError("the middleware's certificate is for another domain")
+    if certificate.not_valid_after_utc.timestamp() <= now:
+        raise EnrolmentRefusedError("the middleware's certificate has already ended: compare the clocks of VM and dom0")
+    return certificate
+
+
+def channel_options(server_name: str) -> list[tuple[str, str | int]]:
+    """Options of every channel to the middleware; its certificate must carry ``server_name``."""
+    if not server_name:
+        raise JoinError("no server name to check the middleware's certificate against")
+    return [
+        *CHANNEL_OPTIONS,
+        ("grpc.ssl_target_name_override", server_name),
+        ("grpc.default_authority", server_name),
+    ]
+
+
+def _pem(der: bytes) -> bytes:
+    return x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM)

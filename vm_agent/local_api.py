@@ -1,0 +1,162 @@
+"""LocalService: what the programs of this VM ask of the agent. Each call is checked here, executed below, and answered or refused with a
+reason.
+
+A refusal is a gRPC status with a google.rpc.ErrorInfo (domain ``agent.secfunet``; reasons in ``errors``) and, where waiting helps, a
+RetryInfo.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, NoReturn, Protocol
+
+import grpc
+import grpc.aio
+
+from secfunet.agent.v1 import local_pb2, local_pb2_grpc
+from secfunet.gose.v1 import operation_pb2
+from secfunet.operation import OperationError, validate_operation
+from vm_agent.errors import AgentError, RequestError, status_details
+from vm_agent.identity import VmIdentity
+from vm_agent.local_socket import caller_uid
+from vm_agent.settings import Limits
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_PLACEHOLDER_ID = bytes(16)  # until the client to the middleware gives each operation its own
+
+
+class AgentCore(Protocol):
+    """What the API stands on (``server.AgentService``)."""
+
+    @property
+    def identity(self) -> VmIdentity: ...  # raises an AgentError while it is not known
+
+    def status(self) -> local_pb2.GetStatusResponse: ...
+
+    async def operate(self, operation: operation_pb2.Operation, *, timeout: float) -> bytes: ...
+
+
+class LocalApi(local_pb2_grpc.LocalServiceServicer):
+    """See the module."""
+
+    def __init__(self, core: AgentCore, limits: Limits) -> None:
+        self._core = core
+        self._limits = limits
+
+    async def GetIdentity(  # noqa: N802 - named by the protocol
+        self, request: local_pb2.GetIdentityRequest, context: Context
+    ) -> local_pb2.GetIdentityResponse:
+        try:
+            identity = self._core.identity
+        except AgentError as error:
+            await refuse(context, error)
+        return local_pb2.GetIdentityResponse(
+            vm_certificate=identity.vm_certificate,
+            vmid=identity.vmid,
+            operations=identity.operations,
+            authorised_until=identity.authorised_until,
+        )
+
+    async def GetStatus(  # noqa: N802 - named by the protocol
+        self, request: local_pb2.GetStatusRequest, context: Context
+    ) -> local_pb2.GetStatusResponse:
+        return self._core.status()
+
+    async def Sign(  # noqa: N802 - named by the protocol
+        self, request: local_pb2.SignRequest, context: Context
+    ) -> local_pb2.SignResponse:
+        return local_pb2.SignResponse(signature=await self._one(operation_pb2.Operation(sign=request.sign), context))
+
+    async def Decrypt(  # noqa: N802 - named by the protocol
+        self, request: local_pb2.DecryptRequest, context: Context
+    ) -> local_pb2.DecryptResponse:
+        operation = operation_pb2.Operation(decrypt=request.decrypt)
+        return local_pb2.DecryptResponse(plaintext=await self._one(operation, context))
+
+    async def Encrypt(  # noqa: N802 - named by the protocol
+        self, request: local_pb2.EncryptRequest, context: Context
+    ) -> local_pb2.EncryptResponse:
+        operation = operation_pb2.Operation(encrypt=request.encrypt)
+        return local_pb2.EncryptResponse(ciphertext=await self._one(operation, context))
+
+    async def Operate(  # noqa: N802 - named by the protocol
+        self, request_iterator: AsyncIterator[local_pb2.OperateRequest], context: Context
+    ) -> AsyncIterator[local_pb2.OperateResponse]:
+        """Reads on while fewer than the limit wait; a program that reads no answers is read no further."""
+        answers: asyncio.Queue[local_pb2.OperateResponse | None] = asyncio.Queue()
+        places = asyncio.Semaphore(self._limits.per_stream)
+        running: set[asyncio.Task[None]] = set()
+
+        async def execute(request: local_pb2.OperateRequest) -> None:
+            answers.put_nowait(await self._one_of_stream(request))
+
+        async def read() -> None:
+            try:
+                async for request in request_iterator:
+                    await places.acquire()
+                    task = asyncio.create_task(execute(request))
+                    running.add(task)
+                    task.add_done_callback(running.discard)
+                while running:
+                    await asyncio.wait(running)
+            finally:
+                answers.put_nowait(None)
+
+        reader = asyncio.create_task(read(), name="vm-agent-local-stream")
+        try:
+            while (answer := await answers.get()) is not None:
+                yield answer
+                places.release()
+        finally:
+            for task in (reader, *running):
+                task.cancel()
+
+    async def _one(self, operation: operation_pb2.Operation, context: Context) -> bytes:
+        remaining = context.time_remaining()
+        timeout = self._limits.default_timeout if remaining is None else min(remaining, self._limits.max_timeout)
+        try:
+            return await self._execute(operation, timeout)
+        except AgentError as error:
+            log.info("refused: %s", error, extra={"reason": error.reason, "uid": caller_uid(context.peer())})
+            await refuse(context, error)
+
+    async def _one_of_stream(self, request: local_pb2.OperateRequest) -> local_pb2.OperateResponse:
+        match request.WhichOneof("kind"):
+            case "sign":
+                operation = operation_pb2.Operation(sign=request.sign)
+            case "decrypt":
+                operation = operation_pb2.Operation(decrypt=request.decrypt)
+            case "encrypt":
+                operation = operation_pb2.Operation(encrypt=request.encrypt)
+            case _:
+                operation = operation_pb2.Operation()
+        try:
+            output = await self._execute(operation, self._limits.default_timeout)
+        except AgentError as error:
+            failure = operation_pb2.OperationFailure(
+                code=error.code.value[0],
+                reason=error.reason,
+                message=str(error),
+                retry_after_ms=int(error.retry_after * 1000),
+            )
+            return local_pb2.OperateResponse(id=request.id, failure=failure)
+        return local_pb2.OperateResponse(id=request.id, output=output)
+
+    def _execute(self, operation: operation_pb2.Operation, timeout: float) -> Awaitable[bytes]:
+        operation.request_id = _PLACEHOLDER_ID
+        try:
+            validate_operation(operation)
+        except OperationError as error:
+            raise RequestError(str(error)) from error
+        return self._core.operate(operation, timeout=timeout)
+
+
+async def refuse(context: Context, error: AgentError) -> NoReturn:
+    """Ends the call with the error's status, reason and retry time."""
+    details = status_details(error.code, error.reason, str(error), error.retry_after)
+    context.set_trailing_metadata((("grpc-status-details-bin", details),))
+    await context.abort(error.code, str(error))

@@ -1,0 +1,229 @@
+"""The agent's door: a Unix socket whose callers the kernel names.
+
+gRPC does not tell who is at the other end of a Unix socket. So the agent listens itself, with the socket's owner, group and mode set
+before the first connection can be made, asks the kernel for each caller's uid and pid (SO_PEERCRED, unix(7)), logs them, holds the
+number of connections within its limit, and passes the bytes on to the gRPC server on an inner socket in a folder that only the agent
+can enter. The inner connection is bound to a name that carries the uid, so that a handler can read it (``caller_uid``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import grp
+import logging
+import os
+import secrets
+import socket
+import struct
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from vm_agent.errors import AgentError
+from vm_agent.settings import AgentSettings
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 128
+BUFFER_BYTES = 65536
+_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+class DoorError(AgentError):
+    """The socket cannot be offered; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who opened a connection, as the kernel says."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+class _Half(asyncio.BufferedProtocol):
+    """One side of a relayed connection: whatever it reads, the other side writes."""
+
+    def __init__(self) -> None:
+        self.other: _Half | None = None
+        self.transport: asyncio.Transport | None = None
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if not isinstance(transport, asyncio.Transport):
+            raise TypeError("a stream transport is needed")
+        self.transport = transport
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self.other is not None and self.other.transport is not None:
+            self.other.transport.write(bytes(self._buffer[:nbytes]))
+
+    def eof_received(self) -> bool:
+        if self.other is not None and self.other.transport is not None and self.other.transport.can_write_eof():
+            self.other.transport.write_eof()
+            return True  # the other direction may still have something to say
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.other is not None and self.other.transport is not None:
+            self.other.transport.close()
+
+    def pause_writing(self) -> None:
+        if self.other is not None and self.other.transport is not None:
+            self.other.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self.other is not None and self.other.transport is not None:
+            self.other.transport.resume_reading()
+
+
+class _Outer(_Half):
+    def __init__(self, door: LocalDoor) -> None:
+        super().__init__()
+        self._door = door
+        self._task: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if self.transport is not None:
+            self.transport.pause_reading()
+            self._task = asyncio.create_task(self._door.admit(self), name="vm-agent-door")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._door.left(self)
+
+
+class LocalDoor:
+    """Listens at ``settings.socket``; async context manager. ``inner`` is where the gRPC server must listen, in a private folder."""
+
+    def __init__(self, settings: AgentSettings, inner: Path) -> None:
+        self._path = settings.socket
+        self._group = settings.group
+        self._limit = settings.limits.connections
+        self._inner = inner
+        self._numbers = count(1)
+        self._inside: set[_Outer] = set()
+        self._server: asyncio.Server | None = None
+        # Not to be guessed by another process of the same user that could enter the private folder anyway; it keeps names apart.
+        self._nonce = secrets.token_hex(4)
+
+    @property
+    def connections(self) -> int:
+        """Open connections."""
+        return len(self._inside)
+
+    async def __aenter__(self) -> LocalDoor:
+        listener = listen(self._path, self._group)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(lambda: _Outer(self), sock=listener, backlog=BACKLOG)
+        return self
+
+    def stop_listening(self) -> None:
+        """No new connections; those that are open go on."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.stop_listening()
+        for outer in list(self._inside):
+            if outer.transport is not None:
+                outer.transport.close()
+
+    async def admit(self, outer: _Outer) -> None:
+        """Names the caller, then connects it to the gRPC server; or closes it."""
+        if outer.transport is None:
+            return
+        caller = peer_of(outer.transport.get_extra_info("socket"))
+        facts = {"uid": caller.uid, "pid": caller.pid}
+        if len(self._inside) >= self._limit:
+            log.warning("a local program was turned away: too many connections", extra=facts)
+            outer.transport.abort()
+            return
+        self._inside.add(outer)
+        log.info("a local program connected", extra=facts)
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            connection.bind(f"\0secfunet-agent-{os.getpid()}-{self._nonce}-{next(self._numbers)}-uid-{caller.uid}")
+            connection.connect(str(self._inner))
+            half = _Half()
+            half.other = outer
+            await asyncio.get_running_loop().create_connection(lambda: half, sock=connection)
+        except OSError as error:
+            connection.close()
+            log.warning("a local program could not be served: %s", error, extra=facts)
+            outer.transport.abort()
+            return
+        outer.other = half
+        if outer.transport.is_closing():
+            if half.transport is not None:
+                half.transport.close()
+            return
+        outer.transport.resume_reading()
+
+    def left(self, outer: _Outer) -> None:
+        """The connection is over."""
+        self._inside.discard(outer)
+
+
+def peer_of(connection: socket.socket) -> Caller:
+    """Who connected, by SO_PEERCRED."""
+    return Caller(*_CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
+
+
+def caller_uid(peer: str) -> int | None:
+    """The uid in ``grpc.ServicerContext.peer()`` of a connection that came through the door."""
+    name, _, uid = peer.rpartition("-uid-")
+    return int(uid) if name.startswith("unix-abstract:") and uid.isdecimal() else None
+
+
+def listen(path: Path, group: str | None) -> socket.socket:
+    """A listening socket that only its owner, or also ``group`` (mode 0660), may open. Replaces what a dead process left, nothing else.
+
+    Raises DoorError.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        _remove_stale(path)
+        mask = os.umask(0o177)  # born closed: opened to the group below, before anybody can be accepted
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(mask)
+        if group is not None:
+            os.chown(path, -1, grp.getgrnam(group).gr_gid)
+            path.chmod(0o660)
+        listener.listen(BACKLOG)
+    except KeyError:
+        listener.close()
+        path.unlink(missing_ok=True)
+        raise DoorError(f"there is no group '{group}' to open {path} to") from None
+    except DoorError:
+        listener.close()
+        raise
+    except OSError as error:
+        listener.close()
+        raise DoorError(f"{path} cannot be offered: {error.strerror}") from error
+    return listener
+
+
+def _remove_stale(path: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise DoorError(f"{path} exists and is no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise DoorError(f"another agent serves at {path}")

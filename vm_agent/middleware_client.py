@@ -1,0 +1,329 @@
+"""The agent's way to the Secure Middleware: gRPC with mutual TLS over the domain's channel.
+
+``MiddlewareConnection`` is one channel with one certificate. ``MiddlewareClient`` keeps one connection, watches the identity over it,
+renews the certificate at two thirds of its life (a renewed certificate means a new channel; the old one answers what it was asked, then
+closes), and carries operations over it in batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import grpc
+import grpc.aio
+
+from secfunet.gose.v1 import operation_pb2
+from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc
+from vm_agent.batching import Batcher, Ticket
+from vm_agent.enrolment import Enrolment, channel_options
+from vm_agent.errors import (
+    AgentError,
+    IdentityUnusableError,
+    NotEnrolledError,
+    UnavailableError,
+    from_rpc_error,
+)
+from vm_agent.identity import VmIdentity, parse_identity
+from vm_agent.results import ResultChecker
+from vm_agent.settings import AgentSettings
+
+if TYPE_CHECKING:
+    from grpc.aio import StreamStreamCall
+
+log = logging.getLogger(__name__)
+
+CALL_TIMEOUT = 10.0  # seconds, for calls that no local program waits for
+DRAIN_TIME = 60.0  # seconds that a replaced channel may still answer
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between attempts to reach the middleware
+CORRELATION_KEY = "secfunet-correlation-id"
+
+Operation = operation_pb2.Operation
+
+
+class OperateStream:
+    """One Operate stream; see ``batching.BatchStream``."""
+
+    def __init__(self, call: StreamStreamCall[agent_pb2.OperateRequest, agent_pb2.OperateResponse]) -> None:
+        self._call = call
+
+    async def send(self, batch_id: int, requests: Sequence[Operation], timeout: float) -> None:
+        message = agent_pb2.OperateRequest(
+            batch_id=batch_id, operations=requests, timeout_ms=min(int(timeout * 1000) + 1, 2**32 - 1)
+        )
+        with self._errors():
+            await self._call.write(message)
+
+    async def receive(self) -> tuple[int, agent_pb2.OperateResponse]:
+        with self._errors():
+            response = await self._call.read()
+        if not isinstance(response, agent_pb2.OperateResponse):  # grpc.aio.EOF
+            raise UnavailableError("the Secure Middleware ended the stream")
+        return response.batch_id, response
+
+    async def finish(self) -> None:
+        with self._errors():
+            await self._call.done_writing()
+
+    def abort(self) -> None:
+        self._call.cancel()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """grpc.aio's ways to say that a call is over, as our errors; a cancellation of the calling task stays one."""
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        except asyncio.InvalidStateError as error:
+            raise UnavailableError("the stream to the Secure Middleware is over") from error
+        except asyncio.CancelledError:
+            if _given_up(self._call):
+                raise UnavailableError("the stream to the Secure Middleware was given up") from None
+            raise
+
+
+def _given_up(call: grpc.aio.Call) -> bool:
+    """Whether a CancelledError comes from a call that we cancelled, and not from a cancellation of the task that waits for it."""
+    task = asyncio.current_task()
+    return call.cancelled() and (task is None or not task.cancelling())
+
+
+class MiddlewareConnection:
+    """One channel to the middleware, opened with one certificate. Connects at the first call."""
+
+    def __init__(self, enrolment: Enrolment) -> None:
+        self.enrolment = enrolment
+        self._channel = grpc.aio.secure_channel(
+            enrolment.agent, enrolment.credentials(), channel_options(enrolment.server_name)
+        )
+        self._stub = agent_pb2_grpc.AgentServiceStub(self._channel)
+        self._watching: grpc.aio.Call | None = None
+
+    async def renew(self, now: float) -> Enrolment:
+        """The enrolment with a fresh certificate for the same key. Raises EnrolmentRefusedError or another AgentError."""
+        request = agent_pb2.RenewCertificateRequest(certificate_signing_request=self.enrolment.key.signing_request())
+        try:
+            response = await self._stub.RenewCertificate(request, timeout=CALL_TIMEOUT)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        return self.enrolment.renewed(response.certificate, now)
+
+    async def watch_identity(self) -> AsyncIterator[agent_pb2.Identity]:
+        """The identity now, and again whenever it changes, until the stream is lost (an AgentError) or ended by the middleware."""
+        call = self._stub.WatchIdentity(agent_pb2.WatchIdentityRequest())
+        self._watching = call
+        try:
+            async for response in call:
+                yield response.identity
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        except asyncio.CancelledError:
+            if not _given_up(call):
+                raise
+        finally:
+            call.cancel()
+
+    def stop_watching(self) -> None:
+        """Ends ``watch_identity``."""
+        if self._watching is not None:
+            self._watching.cancel()
+
+    def operate(self) -> OperateStream:
+        """A new stream for batches."""
+        return OperateStream(self._stub.Operate(metadata=((CORRELATION_KEY, secrets.token_hex(8)),)))
+
+    async def close(self, grace: float | None = None) -> None:
+        """Closes the channel; calls under way have ``grace`` seconds."""
+        await self._channel.close(grace)
+
+
+class MiddlewareClient:
+    """The agent as a client of the middleware, for one enrolment and its renewals; an async context manager.
+
+    ``save`` keeps each renewed enrolment. ``problem`` is None, or why operations would fail now.
+    """
+
+    def __init__(
+        self,
+        enrolment: Enrolment,
+        settings: AgentSettings,
+        *,
+        save: Callable[[Enrolment], None],
+        identity: VmIdentity | None = None,
+        clock: Callable[[], float] = time.time,
+        randbytes: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self._settings = settings
+        self._save = save
+        self._clock = clock
+        self._randbytes = randbytes
+        self._connection = MiddlewareConnection(enrolment)
+        self._checker = ResultChecker(
+            settings.container_profile, clock=clock, max_age=settings.limits.answer_age, identity=identity
+        )
+        self._batcher: Batcher[Operation, agent_pb2.OperateResponse] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closing: set[asyncio.Task[None]] = set()
+        self._connected = asyncio.Event()
+        self._ended = asyncio.Event()
+        self.changed = asyncio.Event()  # set whenever ``connected`` may have changed
+        self.problem: AgentError | None = UnavailableError("the Secure Middleware has not been reached yet")
+
+    @property
+    def enrolment(self) -> Enrolment:
+        return self._connection.enrolment
+
+    @property
+    def identity(self) -> VmIdentity | None:
+        """Who the VM is, as last heard."""
+        return self._checker.identity
+
+    @property
+    def connected(self) -> bool:
+        return self._connected.is_set()
+
+    @property
+    def batcher(self) -> Batcher[Operation, agent_pb2.OperateResponse]:
+        if self._batcher is None:
+            raise NotEnrolledError("the agent is not connected yet")
+        return self._batcher
+
+    @property
+    def checker(self) -> ResultChecker:
+        return self._checker
+
+    async def __aenter__(self) -> MiddlewareClient:
+        limits = self._settings.limits
+        self._batcher = Batcher(
+            self._open_stream,
+            self._checker.settle,
+            max_batch=limits.batch,
+            max_in_flight=limits.batches_in_flight,
+            max_waiting=limits.waiting,
+        )
+        self._tasks = [
+            asyncio.create_task(self._watch(), name="vm-agent-identity"),
+            asyncio.create_task(self._renew(), name="vm-agent-renewal"),
+        ]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._batcher is not None:
+            await self._batcher.close()
+        for task in self._closing:
+            task.cancel()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+        await self._connection.close()
+
+    async def ended(self) -> None:
+        """Returns when the certificate has ended and could not be renewed: only new join information helps then."""
+        await self._ended.wait()
+
+    async def operate(self, operation: Operation, *, timeout: float) -> bytes:
+        """The output of one operation, out of a container that was verified. ``request_id`` is given here.
+
+        Raises AnswerRefusedError, OperationFailedError, DeadlineError, OverloadedError, UnavailableError or IdentityUnusableError.
+        """
+        if self._ended.is_set() and self.problem is not None:
+            raise self.problem
+        operation.request_id = self._randbytes(16)
+        output = await self.batcher.submit(Ticket(operation.request_id, operation), timeout=timeout)
+        if not isinstance(output, bytes):
+            raise TypeError("an output is bytes")
+        return output
+
+    async def _open_stream(self) -> OperateStream:
+        if self._checker.identity is None:
+            if isinstance(self.problem, IdentityUnusableError):
+                raise self.problem
+            try:
+                async with asyncio.timeout(LONGEST_PAUSE):
+                    await self._connected.wait()
+            except TimeoutError:
+                raise UnavailableError(str(self.problem or "this VM's identity is not known yet")) from None
+        return self._connection.operate()
+
+    async def _watch(self) -> None:
+        """Keeps the identity fresh; tells by the way whether the middleware is there."""
+        pause = FIRST_PAUSE
+        while True:
+            connection = self._connection
+            try:
+                async for untrusted in connection.watch_identity():
+                    pause = FIRST_PAUSE
+                    self._heard(untrusted)
+                problem: AgentError = UnavailableError("the Secure Middleware ended the connection")
+            except AgentError as error:
+                problem = error
+            if connection is not self._connection:
+                continue  # it was replaced: watch the new one at once
+            self._lost()
+            if not isinstance(self.problem, type(problem)):
+                log.warning("the Secure Middleware is away: %s", problem, extra={"reason": problem.reason})
+            self.problem = problem
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
+
+    def _heard(self, untrusted: agent_pb2.Identity) -> None:
+        try:
+            identity = parse_identity(untrusted)
+        except IdentityUnusableError as error:
+            log.error("the identity cannot be used: %s", error, extra={"reason": error.reason})
+            self.problem = error
+            self._lost()
+            return
+        if identity != self._checker.identity:
+            log.info("identity", extra={"vmid": identity.vmid, "hvid": identity.hvid})
+        self._checker.identity = identity
+        self.problem = None
+        self._connected.set()
+        self.changed.set()
+
+    def _lost(self) -> None:
+        self._connected.clear()
+        self.changed.set()
+
+    async def _renew(self) -> None:
+        """Renews the certificate at two thirds of its life, and tries again until its end."""
+        pause = FIRST_PAUSE
+        while True:
+            now = self._clock()
+            if now >= self.enrolment.expires_at:
+                self.problem = NotEnrolledError(
+                    "the agent's certificate has ended and was not renewed: dom0 must hand this domain a new join secret"
+                )
+                log.error("%s", self.problem, extra={"reason": self.problem.reason})
+                self._lost()
+                self._ended.set()
+                return
+            if now < self.enrolment.renew_at:
+                # In short steps: the wall clock may be set, and a suspended VM does not count its sleep.
+                await asyncio.sleep(min(self.enrolment.renew_at - now, 30.0))
+                continue
+            try:
+                self._replace(await self._connection.renew(now))
+                pause = FIRST_PAUSE
+            except AgentError as error:
+                log.warning("the certificate was not renewed: %s", error, extra={"reason": error.reason})
+                await asyncio.sleep(min(pause, max(self.enrolment.expires_at - self._clock(), 0.05)))
+                pause = min(pause * 2, 30.0)
+
+    def _replace(self, enrolment: Enrolment) -> None:
+        self._save(enrolment)
+        old, self._connection = self._connection, MiddlewareConnection(enrolment)
+        log.info("certificate renewed", extra={"expires_at": enrolment.expires_at})
+        self.batcher.renew()
+        old.stop_watching()
+        task = asyncio.create_task(old.close(DRAIN_TIME), name="vm-agent-drain")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)

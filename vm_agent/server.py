@@ -1,0 +1,270 @@
+"""The daemon, put together: enrols, stays enrolled, and serves the programs of this VM.
+
+The local socket is there from the beginning, also while dom0 is not: a program then gets a sentence that says what is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped] # no stubs are installed
+from grpc_health.v1.health import aio as health  # type: ignore[import-untyped] # as above
+
+from secfunet import __version__
+from secfunet.agent.v1 import local_pb2, local_pb2_grpc
+from secfunet.gose.v1 import operation_pb2
+from secfunet.operation import OperationError, check_key
+from secfunet.service.files import private_folder
+from vm_agent.enrolment import Enrolment, EnrolmentStore, enrol
+from vm_agent.errors import AgentError, EnrolmentRefusedError, JoinError, NotEnrolledError, RequestError
+from vm_agent.identity import VmIdentity
+from vm_agent.join import JoinInformation, erase_join, read_join
+from vm_agent.local_api import LocalApi
+from vm_agent.local_socket import DoorError, LocalDoor
+from vm_agent.middleware_client import MiddlewareClient
+from vm_agent.settings import AgentSettings
+
+log = logging.getLogger(__name__)
+
+ENROL_TIMEOUT = 10.0  # seconds
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between looks at the join information, and between attempts to enrol
+ENROL_WAIT = 2.0  # seconds that an operation waits for an enrolment under way
+STOP_GRACE = 2.0  # seconds that local calls may still take after SIGTERM
+SERVICE = local_pb2.DESCRIPTOR.services_by_name["LocalService"].full_name
+
+
+class AgentService:
+    """``async with AgentService(settings)`` is a running agent; see ``local_api.AgentCore`` for what it offers to its API."""
+
+    def __init__(self, settings: AgentSettings, *, clock: Callable[[], float] = time.time) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._store = EnrolmentStore(settings.state)
+        self._stack = AsyncExitStack()
+        self._client: MiddlewareClient | None = None
+        self._problem: AgentError = NotEnrolledError("the agent has not enrolled yet")
+        self._refused: str | None = None  # digest of join information that will never do
+        self._health = health.HealthServicer()
+        self._door: LocalDoor | None = None
+        self._enrolled_now = asyncio.Event()
+
+    async def __aenter__(self) -> AgentService:
+        async with AsyncExitStack() as stack:
+            folder = private_folder(self._settings.state)
+            stack.callback(os.close, lock_folder(folder))
+            inner = folder / "s"
+            server = grpc.aio.server(
+                options=[("grpc.max_receive_message_length", 65536), ("grpc.max_concurrent_streams", 1024)]
+            )
+            local_pb2_grpc.add_LocalServiceServicer_to_server(LocalApi(self, self._settings.limits), server)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+            await self._tell_health(False)
+            try:
+                server.add_insecure_port(f"unix:{inner}")
+            except RuntimeError:
+                raise DoorError(f"{inner} cannot be listened at: is the path of the state folder too long?") from None
+            await server.start()
+            # Left in the opposite order: no new callers, then those inside get their answers, then the way to dom0 is closed.
+            life = asyncio.create_task(self._live(), name="vm-agent-life")
+            stack.push_async_callback(_cancelled, life)
+            self._door = await stack.enter_async_context(LocalDoor(self._settings, inner))
+            stack.push_async_callback(server.stop, STOP_GRACE)
+            stack.callback(self._door.stop_listening)
+            if self._settings.metrics_port is not None:
+                self._serve_metrics(self._settings.metrics_port, stack)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    @property
+    def identity(self) -> VmIdentity:
+        """Who this VM is. Raises the AgentError that keeps it from being known."""
+        if self._client is None:
+            raise self._problem
+        identity = self._client.identity
+        if identity is None:
+            raise self._client.problem or self._problem
+        return identity
+
+    def status(self) -> local_pb2.GetStatusResponse:
+        """How the agent is."""
+        client = self._client
+        if client is None:
+            return local_pb2.GetStatusResponse(version=__version__, problem=str(self._problem))
+        return local_pb2.GetStatusResponse(
+            version=__version__,
+            enrolled=True,
+            connected=client.connected,
+            certificate_expires_at=int(client.enrolment.expires_at),
+            problem=str(client.problem) if client.problem is not None else "",
+        )
+
+    async def operate(self, operation: operation_pb2.Operation, *, timeout: float) -> bytes:
+        """One operation with the VM's key; see ``MiddlewareClient.operate``.
+
+        Raises NotEnrolledError while there is no certificate, RequestError if the operation does not fit the VM's key.
+        """
+        begin = time.monotonic()
+        client = self._client or await self._awaited_client(timeout)
+        if client.identity is not None:
+            try:
+                check_key(operation, client.identity.vm_key)
+            except OperationError as error:
+                raise RequestError(str(error)) from error
+        return await client.operate(operation, timeout=timeout - (time.monotonic() - begin))
+
+    async def _awaited_client(self, timeout: float) -> MiddlewareClient:
+        """A program that starts together with the agent waits a moment for it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(timeout, ENROL_WAIT)):
+                await self._enrolled_now.wait()
+        if self._client is None:
+            raise self._problem
+        return self._client
+
+    async def _live(self) -> None:
+        """Enrols, serves until the certificate ends or dom0 hands over new join information, and so on."""
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                found = await self._enrolled()
+            except AgentError as error:
+                if str(error) != str(self._problem):
+                    log.warning("not enrolled: %s", error, extra={"reason": error.reason})
+                self._problem = error
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, LONGEST_PAUSE)
+                continue
+            pause = FIRST_PAUSE
+            await self._serve_enrolled(*found)
+            self._problem = NotEnrolledError(
+                "the agent's certificate has ended: dom0 must hand this domain a new join secret (start the domain again)"
+            )
+
+    async def _serve_enrolled(self, enrolment: Enrolment, identity: VmIdentity | None) -> None:
+        client = MiddlewareClient(
+            enrolment, self._settings, save=self._store.save, identity=identity, clock=self._clock
+        )
+        async with client:
+            self._client = client
+            self._enrolled_now.set()
+            waits = [
+                asyncio.create_task(client.ended()),
+                asyncio.create_task(self._invited(enrolment)),
+            ]
+            told = asyncio.create_task(self._follow(client))
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                self._client = None
+                self._enrolled_now.clear()
+                for task in (*waits, told):
+                    task.cancel()
+        await self._tell_health(False)
+
+    async def _follow(self, client: MiddlewareClient) -> None:
+        while True:
+            client.changed.clear()
+            await self._tell_health(client.connected)
+            await client.changed.wait()
+
+    async def _invited(self, enrolment: Enrolment) -> None:
+        """Returns when there is join information that this enrolment did not come from."""
+        while True:
+            await asyncio.sleep(LONGEST_PAUSE)
+            with contextlib.suppress(JoinError):
+                join = read_join(self._settings.join)
+                if join is not None and join.digest not in (enrolment.join_digest, self._refused):
+                    return
+
+    async def _enrolled(self) -> tuple[Enrolment, VmIdentity | None]:
+        """The kept enrolment if it still serves, else a new one. Raises an AgentError that says what is missing."""
+        kept: Enrolment | None = None
+        problem: AgentError = NotEnrolledError(
+            f"there is no join information at {self._settings.join}: dom0 puts it there when it starts the domain"
+        )
+        try:
+            kept = self._store.load()
+        except NotEnrolledError as error:
+            problem = error
+        if kept is not None and kept.expires_at <= self._clock():
+            problem = NotEnrolledError(
+                "the agent's certificate has ended: dom0 must hand this domain a new join secret (start the domain again)"
+            )
+        try:
+            join = read_join(self._settings.join)
+            if join is not None and join.digest != self._refused and (kept is None or join.digest != kept.join_digest):
+                return await self._accept(join)
+        except AgentError as error:
+            problem = error
+        if kept is None or kept.expires_at <= self._clock():
+            raise problem
+        log.info("enrolled before", extra={"uuid": kept.uuid, "expires_at": kept.expires_at})
+        return kept, None
+
+    async def _accept(self, join: JoinInformation) -> tuple[Enrolment, VmIdentity | None]:
+        try:
+            enrolment, identity = await enrol(join, now=self._clock(), timeout=ENROL_TIMEOUT)
+        except EnrolmentRefusedError:
+            self._refused = join.digest  # attempts are bounded at the other end, and this one will never do
+            raise
+        self._store.save(enrolment)
+        if not erase_join(self._settings.join):
+            log.warning("used join information could not be removed", extra={"path": str(self._settings.join)})
+        log.info("enrolled", extra={"uuid": enrolment.uuid, "expires_at": enrolment.expires_at})
+        return enrolment, identity
+
+    async def _tell_health(self, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+    def _serve_metrics(self, port: int, stack: AsyncExitStack) -> None:
+        from vm_agent.metrics import Reading, serve_metrics
+
+        def read() -> Reading:
+            client = self._client
+            counters = client.batcher.counters if client is not None else None
+            return Reading(
+                connected=client is not None and client.connected,
+                certificate_expires_at=client.enrolment.expires_at if client is not None else 0.0,
+                connections=self._door.connections if self._door is not None else 0,
+                waiting=client.batcher.waiting if client is not None else 0,
+                operations=counters.operations if counters is not None else 0,
+                batches=counters.batches if counters is not None else 0,
+                resent=counters.resent if counters is not None else 0,
+                streams=counters.streams if counters is not None else 0,
+                refused_answers=client.checker.refused if client is not None else 0,
+            )
+
+        http, thread = serve_metrics(port, read)
+        stack.callback(thread.join, 2.0)
+        stack.callback(http.server_close)
+        stack.callback(http.shutdown)
+
+
+def lock_folder(folder: Path) -> int:
+    """Takes the state folder for this process; two agents would spend one join secret twice. Raises DoorError. Returns a descriptor."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise DoorError(f"another agent works in {folder}") from None
+    return descriptor
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

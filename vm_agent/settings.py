@@ -1,0 +1,62 @@
+"""Settings of ``vm-agent serve``: one TOML file, relative paths in it are relative to its folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, ValidationInfo
+
+from secfunet.service.settings import Settings
+
+MAX_UNIX_PATH = 107  # bytes; sockaddr_un(7), less the terminating zero
+DEFAULT_CONFIG = Path("/etc/secfunet/vm-agent.toml")
+DEFAULT_SOCKET = Path("/run/secfunet/agent.sock")
+
+
+def _beside_settings(path: Path, info: ValidationInfo) -> Path:
+    folder: Path = (info.context or {}).get("folder", Path())
+    return (folder / path).absolute()
+
+
+def _short_enough(path: Path) -> Path:
+    if len(os.fsencode(path)) > MAX_UNIX_PATH:
+        raise ValueError(f"a Unix socket's path has at most {MAX_UNIX_PATH} bytes: {path}")
+    return path
+
+
+FolderPath = Annotated[Path, AfterValidator(_beside_settings)]
+SocketPath = Annotated[Path, AfterValidator(_beside_settings), AfterValidator(_short_enough)]
+
+
+class Limits(Settings):
+    """What local programs may ask of the agent at once. Times in seconds."""
+
+    connections: int = Field(default=64, ge=1, le=4096, description="open connections of local programs")
+    waiting: int = Field(default=1024, ge=1, le=65536, description="operations that wait for an answer")
+    per_stream: int = Field(default=256, ge=1, le=4096, description="operations of one stream that wait for an answer")
+    batch: int = Field(default=64, ge=1, le=64, description="operations in one batch to the middleware")
+    batches_in_flight: int = Field(default=2, ge=1, le=4, description="batches sent and not yet answered")
+    default_timeout: float = Field(default=20.0, gt=0, le=60, description="for a caller that sets no deadline")
+    max_timeout: float = Field(default=60.0, gt=0, le=300, description="for a caller that sets a longer deadline")
+    answer_age: float = Field(default=60.0, gt=0, le=600, description="how old an answer may be, by this VM's clock")
+
+
+class AgentSettings(Settings):
+    """The whole file. Every key has a default: an empty file serves a VM whose join information lies beside it."""
+
+    join: FolderPath = Field(
+        default=Path("join.json"), description="what dom0 handed to this domain; removed once it is used"
+    )
+    state: FolderPath = Field(default=Path("state"), description="folder (0700) of the agent's own key and certificate")
+    socket: SocketPath = Field(default=Path("agent.sock"), description="Unix socket for the programs of this VM")
+    group: str | None = Field(
+        default=None, max_length=64, description="group that may open the socket; none: only the agent's own user"
+    )
+    container_profile: Literal["oaep-pss-sha256", "pkcs1-v1_5"] = "oaep-pss-sha256"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    metrics_port: int | None = Field(
+        default=None, ge=1, le=65535, description="Prometheus metrics on 127.0.0.1; none: off"
+    )
+    limits: Limits = Limits()
