@@ -33,11 +33,9 @@ from secfunet.card.errors import CardError, CardGoneError
 from secfunet.container import ContainerSealer
 from secfunet.gose.v1 import operation_pb2
 from secfunet.identity import load_certificate, rsa_key_of
-from secfunet.operation import OperationError, operation_name, request_digest, validate_operation
+from secfunet.operation import REQUEST_ID_SIZE, OperationError, request_digest, validate_operation
 
 log = logging.getLogger(__name__)
-
-REQUEST_ID_SIZE = 16
 
 
 @dataclass(slots=True)
@@ -167,11 +165,10 @@ class Executor:
         self, session: Session, untrusted: operation_pb2.Operation, refusals: dict[bytes, Refusal]
     ) -> _Task | None:
         try:
-            validate_operation(untrusted)
+            name = validate_operation(untrusted)
         except OperationError as error:
             refusals[untrusted.request_id] = Refusal(Reason.OPERATION_INVALID, str(error))
             return None
-        name = operation_name(untrusted)
         if name not in session.operations:
             refusals[untrusted.request_id] = Refusal(
                 Reason.OPERATION_NOT_ALLOWED, f"the VM-Auth-Token does not allow to {name}"
@@ -275,7 +272,7 @@ class Executor:
                 self._container_key,
                 max_containers=self._limits.containers_per_key,
                 max_age=self._limits.container_key_age,
-                clock=self._clock,
+                clock=self._monotonic,
             )
         sealer: ContainerSealer = session.scratch
         return sealer

@@ -63,9 +63,10 @@ class Bank:
     async def lease(self, *, timeout: float) -> AsyncIterator[CardClient]:
         """A card for the time of the context (secfunet.card.pool.CardPool).
 
-        Entering raises CardBusyError when none becomes free within ``timeout`` seconds or too many wait already, CardGoneError when
-        none is in service.
+        Entering raises CardBusyError when none becomes free within ``timeout`` seconds (limits.server_card_timeout at most) or too many
+        wait already, CardGoneError when none is in service.
         """
+        timeout = min(timeout, self._limits.server_card_timeout)
         loop = asyncio.get_running_loop()
         lent: asyncio.Future[CardClient] = loop.create_future()
         given_back: asyncio.Future[None] = loop.create_future()
