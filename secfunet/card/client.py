@@ -107,7 +107,7 @@ class CardClient:
 
     async def version(self, method: bool = False) -> tuple[int, int]:
         """Major and minor version of the EAP engine, or of the EAP-TLS method."""
-        major, minor = await self._send_sized(Cla.EAP, Ins.GET_CURRENT_IDENTITY, 0x01, 1 if method else 0, 2)
+        major, minor = await self._send_sized(Cla.EAP, Ins.GET_CURRENT_IDENTITY, 0x01 if method else 0x02, 0x00, 2)
         return major, minor
 
     async def reset_state(self) -> None:

@@ -56,8 +56,8 @@ class _LeasedPort:
 class SingleCard:
     """A pool of one card behind a first-in-first-out lock.
 
-    ``connect`` returns a client that is ready for work (selected, PIN verified, identity set). It is called when the card is first needed, and
-    again after the connection was lost.
+    ``connect`` returns a client that is ready for work (selected, PIN verified, identity set). It is called when the card is first needed,
+    and again after the connection was lost.
     """
 
     def __init__(self, connect: Callable[[], Awaitable[CardClient]]) -> None:

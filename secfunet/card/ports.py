@@ -8,8 +8,8 @@ from typing import Protocol
 class CardPort(Protocol):
     """One exclusive connection to one card. Commands are carried one after another, in the order of the calls.
 
-    Every method raises CardGoneError once the connection is lost. A cancelled call does not stop the card: its answer is awaited and dropped
-    before the next command is sent.
+    Every method raises CardGoneError once the connection is lost. A cancelled call does not stop the card: its answer is awaited and
+    dropped before the next command is sent.
     """
 
     async def transmit(self, command: bytes) -> bytes:

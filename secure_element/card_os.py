@@ -1,0 +1,409 @@
+"""The card: takes command APDUs, gives response APDUs. One call after another; no IO but the store's.
+
+A command passes: segments are joined, the applet must be selected, the guard's PIN verified, then its handler runs, and the answer is cut
+to what the reader can take. ``secure_element.commands`` is the table.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from cryptography import x509
+
+from secfunet.apdu import ApduFormatError, CommandApdu, ResponseApdu
+from secfunet.card.errors import CardFormatError
+from secfunet.card.instructions import (
+    AID,
+    AID_OF_DRAFT,
+    PIN_SIZE,
+    Cla,
+    Ins,
+    KeyIns,
+    KeyOperation,
+    MethodFunction,
+)
+from secfunet.card.parameters import PinRole, TlsParameters, encode_certificates
+from secfunet.card.profile import CardProfile
+from secure_element.commands import GUARDS, NAMES, VERIFY_PIN_ALIAS, Guard
+from secure_element.eap_engine import EapDiscarded, EapEngine, EapFailure, TlsIdView
+from secure_element.errors import CommandRefusedError, Sw
+from secure_element.identities import Identities
+from secure_element.keys import KeyPair
+from secure_element.pin import PinKeeper
+from secure_element.segmentation import AnswerStyle, Segments
+from secure_element.store import CardStore, IdentityRecord, RandBytes
+
+log = logging.getLogger(__name__)
+
+ATR: Final = bytes.fromhex("3B80800101")
+"""T=1, extended lengths."""
+
+VERSION: Final = b"\x01\x00"
+
+_UNIX_TIME_SIZE: Final = 4
+_SESSION_KEY_SIZE: Final = 64
+_EXTENDED_SESSION_KEY_SIZE: Final = 128
+
+
+class SessionKeyOrder(Enum):
+    """In which order Get-Session-Key gives the halves of the MSK."""
+
+    TRACE = "trace"  # MSK[32:64] ‖ MSK[0:32], as the published EAP-TLS trace does (what RADIUS calls Send ‖ Recv)
+    RFC = "rfc"  # as RFC 5216 has them
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """What an administrator may decide about a card."""
+
+    answers: AnswerStyle = AnswerStyle.DRAFT
+    session_key_order: SessionKeyOrder = SessionKeyOrder.TRACE
+    legacy_tls: bool = False
+
+
+class CardOs:
+    """One card over one open store."""
+
+    atr = ATR
+
+    def __init__(
+        self, store: CardStore, options: CardOptions = CardOptions(), randbytes: RandBytes = os.urandom
+    ) -> None:
+        self._options = options
+        self._randbytes = randbytes
+        self._pins = PinKeeper(store, randbytes)
+        self._identities = Identities(store)
+        self._segments = Segments(options.answers)
+        handlers: dict[tuple[int, int], Callable[[CommandApdu], bytes]] = {
+            (Cla.EAP, Ins.VERIFY_PIN): self._verify_pin,
+            (Cla.EAP, VERIFY_PIN_ALIAS): self._verify_pin,
+            (Cla.EAP, Ins.CHANGE_PIN): self._change_pin,
+            (Cla.EAP, Ins.UNBLOCK_PIN): self._unblock_pin,
+            (Cla.EAP, Ins.SET_IDENTITY): self._set_identity,
+            (Cla.EAP, Ins.GET_NEXT_IDENTITY): self._get_next_identity,
+            (Cla.EAP, Ins.GET_CURRENT_IDENTITY): self._get_current_identity,
+            (Cla.EAP, Ins.GET_PROFILE_DATA): self._get_profile_data,
+            (Cla.EAP, Ins.STATE): self._state,
+            (Cla.EAP, Ins.PROCESS_EAP): self._process_eap,
+            (Cla.EAP, Ins.METHOD_FUNCTION): self._method_function,
+            (Cla.EAP, Ins.GET_EXPORTED_PARAMETER): self._get_exported_parameter,
+            (Cla.EAP, Ins.GET_SESSION_KEY): self._get_session_key,
+            (Cla.KEYS, KeyIns.OPERATE): self._operate,
+            (Cla.KEYS, KeyIns.GET_CERTIFICATE): self._get_certificate,
+            (Cla.KEYS, KeyIns.GENERATE_KEY): self._generate_key,
+            (Cla.KEYS, KeyIns.REQUEST_CERTIFICATE): self._request_certificate,
+            (Cla.KEYS, KeyIns.LOAD_IDENTITY): self._load_identity,
+            (Cla.KEYS, KeyIns.DELETE_IDENTITY): self._delete_identity,
+        }
+        self._handlers = handlers
+        self.reset()
+
+    def reset(self) -> None:
+        """Everything volatile is forgotten: selection, PINs, EAP, sessions to resume."""
+        self._engine = EapEngine(randbytes=self._randbytes, legacy_tls=self._options.legacy_tls)
+        self._is_selected = False
+        self._forget_session()
+
+    def _forget_session(self) -> None:
+        self._verified: set[PinRole] = set()
+        self._chosen: str | None = None
+        self._cursor: str | None = None
+        self._segments.forget()
+
+    def process(self, untrusted_command: bytes) -> bytes:
+        """One command APDU in, one response APDU out; never raises."""
+        ins = untrusted_command[1] if len(untrusted_command) > 1 else 0
+        try:
+            return self._process(CommandApdu.decode(untrusted_command)).encode()
+        except ApduFormatError:
+            sw = int(Sw.WRONG_LENGTH)
+        except CommandRefusedError as error:
+            sw = error.sw
+        except OSError as error:
+            log.error("the store cannot be written", extra={"errno": error.errno})
+            sw = Sw.MEMORY_FAILURE
+        except Exception as error:  # noqa: BLE001 - a card answers, whatever happens; the text of the error may hold a secret
+            log.error("internal error", extra={"instruction": f"{ins:02X}", "kind": type(error).__name__})
+            sw = Sw.INTERNAL
+        return ResponseApdu(sw=sw).encode()
+
+    @staticmethod
+    def takes_long(command: bytes) -> bool:
+        """Whether the command may take seconds (it makes a key pair), so that it is better run beside the event loop."""
+        return len(command) >= 2 and command[0] == Cla.KEYS and command[1] == KeyIns.GENERATE_KEY
+
+    @staticmethod
+    def name_of(command: bytes) -> str:
+        """What to call the command in logs and metrics."""
+        if len(command) < 2:
+            return "unknown"
+        return NAMES.get((command[0] & ~0x10, command[1]), "unknown")
+
+    # From bytes to handlers
+
+    def _process(self, command: CommandApdu) -> ResponseApdu:
+        repeated = self._segments.repeat(command)
+        if repeated is not None:
+            return repeated
+        if command.ins in (Ins.GET_RESPONSE, Ins.FETCH):
+            return self._segments.fetch(command)
+        if command.cla & ~0x10 not in (Cla.ISO, Cla.EAP, Cla.KEYS):
+            raise CommandRefusedError(Sw.UNKNOWN_CLASS)
+        self._check_guard(command)
+        whole = self._segments.join(command)
+        if whole is None:
+            return ResponseApdu()
+        return self._segments.answer(whole, self._handle(whole))
+
+    def _check_guard(self, command: CommandApdu) -> None:
+        cla = command.cla & ~0x10
+        if command.ins == Ins.SELECT and cla in (Cla.ISO, Cla.EAP):
+            return
+        if not self._is_selected:
+            raise CommandRefusedError(Sw.NOT_SELECTED)
+        guard = GUARDS.get((cla, command.ins))
+        if guard is None:
+            raise CommandRefusedError(Sw.UNKNOWN_INSTRUCTION)
+        allowed = {
+            Guard.NOBODY: True,
+            Guard.USER: PinRole.USER in self._verified,
+            Guard.OPERATOR: PinRole.OPERATOR in self._verified,
+            Guard.EITHER: bool(self._verified),
+        }
+        if not allowed[guard]:
+            raise self._pin_needed(PinRole.OPERATOR if guard is Guard.OPERATOR else PinRole.USER)
+
+    def _handle(self, command: CommandApdu) -> bytes:
+        if command.ins == Ins.SELECT and command.cla in (Cla.ISO, Cla.EAP):
+            return self._select(command)
+        return self._handlers[command.cla, command.ins](command)
+
+    def _pin_needed(self, role: PinRole) -> CommandRefusedError:
+        return CommandRefusedError(Sw.PIN_ATTEMPTS | self._pins.attempts(role))
+
+    # The applet and its PINs
+
+    def _select(self, command: CommandApdu) -> bytes:
+        _expect(command, 0x04, 0x00)
+        if command.data not in (AID, AID_OF_DRAFT):
+            raise CommandRefusedError(Sw.APPLICATION_NOT_FOUND)
+        self._forget_session()
+        self._engine.select_identity(None)
+        self._is_selected = True
+        return b""
+
+    def _verify_pin(self, command: CommandApdu) -> bytes:
+        role = _role(command)
+        if not command.data:
+            raise self._pin_needed(role)
+        if len(command.data) != PIN_SIZE:
+            raise CommandRefusedError(Sw.WRONG_LENGTH)
+        self._verified.discard(role)
+        self._pins.verify(role, command.data)
+        self._verified.add(role)
+        return b""
+
+    def _change_pin(self, command: CommandApdu) -> bytes:
+        role = _role(command)
+        old, new = _two_pins(command.data)
+        self._verified.discard(role)
+        self._pins.verify(role, old)
+        self._pins.change(role, new)
+        return b""
+
+    def _unblock_pin(self, command: CommandApdu) -> bytes:
+        _expect(command, 0x00, 0x00)
+        new, operator_pin = _two_pins(command.data)
+        self._verified.clear()
+        self._pins.verify(PinRole.OPERATOR, operator_pin)
+        self._pins.change(PinRole.USER, new)
+        return b""
+
+    # Identities
+
+    def _current(self) -> IdentityRecord:
+        """The identity that was set, else the first."""
+        records = self._identities.records
+        if self._chosen is not None:
+            records = [record for record in records if record.name == self._chosen]
+        if not records:
+            raise CommandRefusedError(Sw.NO_IDENTITY)
+        return records[0]
+
+    def _current_complete(self) -> IdentityRecord:
+        record = self._current()
+        if not record.is_complete:
+            raise CommandRefusedError(Sw.CONDITIONS_NOT_SATISFIED)
+        return record
+
+    def _set_identity(self, command: CommandApdu) -> bytes:
+        _expect(command, 0x00, 0x80)
+        record = self._identities.find(command.data)
+        if record is None or not record.is_complete:
+            raise CommandRefusedError(Sw.CONDITIONS_NOT_SATISFIED)
+        view = TlsIdView(
+            name=record.name,
+            eap_id=record.eap_id,
+            certificate=x509.load_der_x509_certificate(record.certificate),
+            authorities=tuple(x509.load_der_x509_certificate(authority) for authority in record.authorities),
+            private_key=self._identities.key_of(record).private_key,
+        )
+        self._engine.select_identity(view)
+        self._chosen = record.name
+        return b""
+
+    def _get_next_identity(self, command: CommandApdu) -> bytes:
+        if command.p1 != 0 or command.p2 not in (0x01, 0x02):
+            raise CommandRefusedError(Sw.WRONG_P1_P2)
+        names = [record.name for record in self._identities.records]
+        if not names:
+            raise CommandRefusedError(Sw.NO_IDENTITY)
+        follow = command.p2 == 0x01 and self._cursor in names
+        name = names[(names.index(self._cursor or "") + 1) % len(names)] if follow else names[0]
+        self._cursor = name
+        return name.encode()
+
+    def _get_current_identity(self, command: CommandApdu) -> bytes:
+        if command.p2 == 0 and command.p1 in (0x01, 0x02):
+            return VERSION
+        _expect(command, 0x00, 0x00)
+        return self._current().name.encode()
+
+    def _get_profile_data(self, command: CommandApdu) -> bytes:
+        _expect(command, 0x00, 0x00)
+        record = self._current_complete()
+        return CardProfile(record.eap_id, (record.certificate,), record.authorities).encode()
+
+    def _get_certificate(self, command: CommandApdu) -> bytes:
+        _expect(command, 0x00, 0x00)
+        return self._current_complete().certificate
+
+    # EAP and TLS
+
+    def _state(self, command: CommandApdu) -> bytes:
+        if command.p2 != 0 or command.p1 not in (0x00, 0x10):
+            raise CommandRefusedError(Sw.WRONG_P1_P2)
+        if command.p1 == 0x10:
+            self._engine.reset_state()
+            return b""
+        return bytes((self._engine.state,))
+
+    def _process_eap(self, command: CommandApdu) -> bytes:
+        _expect(command, 0x00, 0x00)
+        if len(command.data) < 4:
+            raise CommandRefusedError(Sw.DISCARDED)
+        length = int.from_bytes(command.data[2:4])
+        packet, suffix = command.data[:length], command.data[length:]
+        if length < 4 or length > len(command.data) or len(suffix) not in (0, _UNIX_TIME_SIZE):
+            raise CommandRefusedError(Sw.DISCARDED)
+        return self._ask_engine(lambda: self._engine.process(packet, int.from_bytes(suffix) if suffix else None))
+
+    def _get_session_key(self, command: CommandApdu) -> bytes:
+        _expect(command, 0x00, 0x00)
+        key = self._ask_engine(self._engine.session_key)
+        if command.le == _EXTENDED_SESSION_KEY_SIZE:
+            return key
+        msk = key[:_SESSION_KEY_SIZE]
+        if self._options.session_key_order is SessionKeyOrder.TRACE:
+            return msk[32:] + msk[:32]
+        return msk
+
+    def _get_exported_parameter(self, command: CommandApdu) -> bytes:
+        _expect(command, 0x00, 0x00)
+        if len(command.data) != 1:
+            raise CommandRefusedError(Sw.WRONG_LENGTH)
+        return self._ask_engine(lambda: self._engine.exported_parameter(command.data[0]))
+
+    def _method_function(self, command: CommandApdu) -> bytes:
+        if command.p2 != 0:
+            raise CommandRefusedError(Sw.WRONG_P1_P2)
+        if command.p1 == MethodFunction.SET_TLS_PARAMETERS:
+            try:
+                parameters = TlsParameters.decode(command.data)
+            except CardFormatError:
+                raise CommandRefusedError(Sw.WRONG_DATA) from None
+            return self._ask_engine(lambda: self._set_parameters(parameters))
+        if command.p1 == MethodFunction.CIPHER_SUITE:
+            return self._ask_engine(lambda: self._engine.negotiated().encode())
+        if command.p1 == MethodFunction.KEY_BLOCK:
+            return self._ask_engine(self._engine.key_block)
+        if command.p1 == MethodFunction.PEER_CERTIFICATES:
+            return self._ask_engine(lambda: encode_certificates(self._engine.peer_certificates()))
+        raise CommandRefusedError(Sw.WRONG_P1_P2)
+
+    def _set_parameters(self, parameters: TlsParameters) -> bytes:
+        self._engine.set_parameters(parameters)
+        return b""
+
+    @staticmethod
+    def _ask_engine(ask: Callable[[], bytes]) -> bytes:
+        try:
+            return ask()
+        except EapDiscarded:
+            raise CommandRefusedError(Sw.DISCARDED) from None
+        except EapFailure as failure:
+            raise CommandRefusedError(failure.sw) from None
+
+    # The key pair
+
+    def _operate(self, command: CommandApdu) -> bytes:
+        key = self._identities.key_of(self._current_complete())
+        operations: dict[int, Callable[[KeyPair, int, bytes], bytes]] = {
+            KeyOperation.SIGN: KeyPair.sign,
+            KeyOperation.DECRYPT: KeyPair.decrypt,
+            KeyOperation.ENCRYPT: KeyPair.encrypt,
+            KeyOperation.UNWRAP_KEY: KeyPair.unwrap,
+        }
+        operation = operations.get(command.p1)
+        if operation is None:
+            raise CommandRefusedError(Sw.WRONG_P1_P2)
+        return operation(key, command.p2, command.data)
+
+    def _generate_key(self, command: CommandApdu) -> bytes:
+        _expect(command, command.p1, 0x00)
+        self._identities.generate(command.p1, command.data)
+        log.info("key pair generated")
+        return b""
+
+    def _request_certificate(self, command: CommandApdu) -> bytes:
+        _expect(command, 0x00, 0x00)
+        return self._identities.request_certificate(command.data)
+
+    def _load_identity(self, command: CommandApdu) -> bytes:
+        _expect(command, 0x00, 0x00)
+        self._deselect(self._identities.load(command.data))
+        log.info("identity loaded")
+        return b""
+
+    def _delete_identity(self, command: CommandApdu) -> bytes:
+        _expect(command, 0x00, 0x00)
+        self._deselect(self._identities.delete(command.data))
+        log.info("identity deleted")
+        return b""
+
+    def _deselect(self, name: str) -> None:
+        if self._chosen == name:
+            self._chosen = None
+            self._engine.select_identity(None)
+
+
+def _expect(command: CommandApdu, p1: int, p2: int) -> None:
+    if (command.p1, command.p2) != (p1, p2):
+        raise CommandRefusedError(Sw.WRONG_P1_P2)
+
+
+def _role(command: CommandApdu) -> PinRole:
+    if command.p1 != 0 or command.p2 not in (PinRole.USER, PinRole.OPERATOR):
+        raise CommandRefusedError(Sw.WRONG_P1_P2)
+    return PinRole(command.p2)
+
+
+def _two_pins(untrusted: bytes) -> tuple[bytes, bytes]:
+    if len(untrusted) != 2 * PIN_SIZE:
+        raise CommandRefusedError(Sw.WRONG_LENGTH)
+    return untrusted[:PIN_SIZE], untrusted[PIN_SIZE:]

@@ -1,0 +1,97 @@
+"""The card's command table: who may give which command. Numbers are in ``secfunet.card.instructions``.
+
+Any command longer than one APDU may travel in segments: ISO chaining (CLA bit 10 in all but the last), and for Process-EAP also P1=01
+(More) in all but the last; each answers 9000. Extended APDUs are taken too. An answer that does not fit is fetched by ``A0 C0 00 00 xx``
+after 61xx and ``A0 12 00 00 xx`` after 9Fxx (either instruction does); 6Cxx asks for the same command with Le xx, and does not execute it
+twice.
+
+SELECT comes first (else 6999); ``00 A4 04 00 Lc AID``. ``ii`` (short identifier) is 00. PINs have 8 bytes on the wire, filled up with FF.
+
+Class A0, draft-urien-eap-smartcard (PIN needed in brackets; 63 0n: n attempts left):
+
+- ``20 00 00|01`` PIN: Verify-PIN of user | operator. Without data: 63 0n, costs nothing. Blocked: 6983. ``2A`` means the same.
+- ``24 00 00|01`` old new: Change-PIN. ``2C 00 00`` new user PIN, operator PIN: Unblock-PIN. The operator's Verify-PIN unblocks the user's
+  PIN.
+- ``16 00 80`` name: Set-Identity [user]. 6985: none of that name that is complete.
+- ``18 00 00``: Get-Current-Identity; ``17 00 01`` next, ``17 00 02`` first [user or operator]. 6A88: the card has none.
+- ``18 01 00`` version of the EAP-TLS method, ``18 02 00`` of the engine (2 bytes; 02 is ours, 00 being taken).
+- ``1A 00 00``: Get-Profile-Data [user or operator], BER.
+- ``19 00 00`` Get-State, ``19 10 00`` Reset-State [user].
+- ``80 00|01 00`` EAP packet, Unix time (4 bytes, optional): Process-EAP [user]. 7000 discarded, 7001 or 6985 failed.
+- ``A6 00 00``: Get-Session-Key [user]; Le 80: MSK ‖ EMSK, else the MSK of 64 bytes in the order that the settings say.
+- ``86 00 00`` index: Get-Exported-Parameter [user].
+
+Class A0, private extension for TLS-Tandem [user]:
+
+- ``82 CA 00`` CipherSuite (``NegotiatedTls``), ``82 CB 00`` KeyBlock (once a handshake), ``82 CD 00`` Get-Peer-Certificates: in state 03
+  only, else 6985.
+- ``82 CC 00`` TlsParameters: Set-TLS-Parameters for the next handshake.
+
+Class 80, the key pair. Personalisation [operator]; data are items of tag (1), length (2), value: 01 name, 02 EAP-ID, 03 certificate, 04
+authority (several), 05 subject's common name; DER; names are 1 to 32 printable ASCII characters:
+
+- ``46 alg 00`` name: make a key pair; 01 RSA-2048, 02 RSA-3072, 03 RSA-4096, 04 P-256, 05 P-384. 6A89: the identity is complete already.
+- ``48 00 00`` {01, 05}: certificate signing request, PKCS#10.
+- ``DA 00 00`` {01, 02, 03, 04...}: load certificate and authorities. 6A80: not for this key, or no certificates.
+- ``E4 00 00`` name: delete an identity and its key.
+- ``CA 00 00``: certificate of the current identity [user or operator].
+
+Operations with the current identity's key [user]; P2 is the number of the scheme in ``secfunet.gose.v1``:
+
+- ``2A 9E scheme`` digest: sign. ``2A 80 scheme`` ciphertext: decrypt. ``2A 86 scheme`` plaintext: encrypt.
+- ``2A 82 profile`` header: unwrap a container's content key (01 OAEP-SHA256, 02 PKCS#1 v1.5): 32 bytes. 6A80 for whatever is wrong;
+  under profile 02 a header of the right length always yields 32 bytes, made up ones if its padding is wrong.
+- 6A80 for lengths and values that do not fit, 6A81 for a scheme that the key cannot do.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Final
+
+from secfunet.card.instructions import Cla, Ins, KeyIns
+
+VERIFY_PIN_ALIAS: Final = 0x2A
+
+
+class Guard(Enum):
+    """Whose PIN opens a command."""
+
+    NOBODY = "nobody"
+    USER = "user"
+    OPERATOR = "operator"
+    EITHER = "either"
+
+
+GUARDS: Final[dict[tuple[int, int], Guard]] = {
+    (Cla.EAP, Ins.VERIFY_PIN): Guard.NOBODY,
+    (Cla.EAP, VERIFY_PIN_ALIAS): Guard.NOBODY,
+    (Cla.EAP, Ins.CHANGE_PIN): Guard.NOBODY,
+    (Cla.EAP, Ins.UNBLOCK_PIN): Guard.NOBODY,
+    (Cla.EAP, Ins.SET_IDENTITY): Guard.USER,
+    (Cla.EAP, Ins.GET_NEXT_IDENTITY): Guard.EITHER,
+    (Cla.EAP, Ins.GET_CURRENT_IDENTITY): Guard.EITHER,
+    (Cla.EAP, Ins.GET_PROFILE_DATA): Guard.EITHER,
+    (Cla.EAP, Ins.STATE): Guard.USER,
+    (Cla.EAP, Ins.PROCESS_EAP): Guard.USER,
+    (Cla.EAP, Ins.METHOD_FUNCTION): Guard.USER,
+    (Cla.EAP, Ins.GET_EXPORTED_PARAMETER): Guard.USER,
+    (Cla.EAP, Ins.GET_SESSION_KEY): Guard.USER,
+    (Cla.KEYS, KeyIns.OPERATE): Guard.USER,
+    (Cla.KEYS, KeyIns.GET_CERTIFICATE): Guard.EITHER,
+    (Cla.KEYS, KeyIns.GENERATE_KEY): Guard.OPERATOR,
+    (Cla.KEYS, KeyIns.REQUEST_CERTIFICATE): Guard.OPERATOR,
+    (Cla.KEYS, KeyIns.LOAD_IDENTITY): Guard.OPERATOR,
+    (Cla.KEYS, KeyIns.DELETE_IDENTITY): Guard.OPERATOR,
+}
+
+NAMES: Final[dict[tuple[int, int], str]] = {
+    (Cla.ISO, Ins.SELECT): "select",
+    (Cla.EAP, Ins.SELECT): "select",
+    (Cla.EAP, Ins.GET_RESPONSE): "get-response",
+    (Cla.EAP, Ins.FETCH): "fetch",
+    (Cla.EAP, VERIFY_PIN_ALIAS): "verify-pin",
+    **{(Cla.EAP, ins): ins.name.lower().replace("_", "-") for ins in Ins if (Cla.EAP, ins) in GUARDS},
+    **{(Cla.KEYS, ins): ins.name.lower().replace("_", "-") for ins in KeyIns},
+}
+"""What logs and metrics call a command."""
