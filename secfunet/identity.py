@@ -31,6 +31,12 @@ THUMBPRINT_SIZE: Final = 43
 MAX_NAME_SIZE: Final = 64
 """Characters of a holder's name: the upper bound of a common name (RFC 5280, appendix A.1, ub-common-name)."""
 
+CONTAINER_AUTHORITY_URI: Final = "urn:secfunet:authority:containers"
+"""The URI that marks the certificate of a grid's container authority."""
+
+CONTAINER_SIGNING: Final = x509.ObjectIdentifier("2.25.227014359604482312907743850937283401529")
+"""Its extended key usage: nothing but the trailers of containers (an OID under the UUID arc, ITU-T X.667)."""
+
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _THUMBPRINT: Final = re.compile(r"[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]", re.ASCII)
 _URN: Final = "urn:secfunet:"
@@ -199,13 +205,10 @@ _PURPOSES: Final = {
 def verify_certificate(certificate: x509.Certificate, authority: x509.Certificate, *, role: Role, now: float) -> Holder:
     """Checks a certificate of a grid against the grid's CA; returns its holder. Raises IdentityError.
 
-    The rules, in their order: it is signed by the CA's key and names the CA as its issuer; ``now`` (UTC seconds) is within its validity;
-    it is no CA itself; it has a role, and that role is ``role``. Revocation is the registry's to know.
+    The rules, in their order: it is signed by the CA's key and names the CA as its issuer; ``now`` (UTC seconds) is within its
+    validity; it is no CA itself; it has a role, and that role is ``role``. Revocation is the registry's to know.
     """
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature) as error:
-        raise IdentityError(IdentityProblem.ISSUER, "the certificate was not issued by this grid's CA") from error
+    _check_issuer(certificate, authority)
     check_validity(certificate, now)
     try:
         basic = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
@@ -219,8 +222,39 @@ def verify_certificate(certificate: x509.Certificate, authority: x509.Certificat
     return holder
 
 
+def verify_container_authority(
+    certificate: x509.Certificate, authority: x509.Certificate, *, now: float
+) -> rsa.RSAPublicKey:
+    """Checks the certificate of a grid's container authority against the grid's CA; returns its key. Raises IdentityError.
+
+    The rules, in their order: issued by the CA; ``now`` (UTC seconds) is within its validity; its URI and its extended key
+    usage are those of a container authority, and nothing else; its key is RSA.
+    """
+    _check_issuer(certificate, authority)
+    check_validity(certificate, now)
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        purposes = set(certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        raise IdentityError(IdentityProblem.ROLE, "the certificate is not that of a container authority") from None
+    if list(names) != [x509.UniformResourceIdentifier(CONTAINER_AUTHORITY_URI)]:
+        raise IdentityError(IdentityProblem.ROLE, "the certificate is not that of a container authority")
+    if purposes != {CONTAINER_SIGNING}:
+        raise IdentityError(IdentityProblem.PURPOSE, "the certificate is not for signing containers")
+    return rsa_key_of(certificate)
+
+
+def _check_issuer(certificate: x509.Certificate, authority: x509.Certificate) -> None:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise IdentityError(IdentityProblem.ISSUER, "the certificate was not issued by this grid's CA") from error
+
+
 def check_validity(certificate: x509.Certificate, now: float) -> None:
-    """Raises IdentityError unless ``now`` (UTC seconds) is within the certificate's validity, both ends included (RFC 5280, 4.1.2.5)."""
+    """Raises IdentityError unless ``now`` (UTC seconds) is within the certificate's validity, both ends included (RFC 5280,
+    4.1.2.5).
+    """
     try:
         moment = datetime.fromtimestamp(now, UTC)
     except (ValueError, OverflowError, OSError):

@@ -1,0 +1,219 @@
+"""Enrolment: a card becomes the card of a hypervisor, of a VM or of a server.
+
+The key pair is made in the card; a request comes out, the CA signs it, and the certificate goes in. Nothing of it is lost if
+this process dies in between, and a second run heals what the first one left:
+
+1. what is in the way is refused (a holder of that name, a card in use), unless it is to be replaced;
+2. a certificate on the card that equals the pending one of the registry was loaded by a run that died before its last step: go
+   on with 7;
+3. the card makes the key pair (over an incomplete one that a dead run left; a complete identity is deleted first, if it is to
+   be replaced);
+4. the card's request is checked: signed by its own key, for that name, with a key that fits the role;
+5. the certificate is issued, and recorded as pending before it leaves this process;
+6. the card takes it (and checks that it is for its key), with the CA's certificate as the one authority that it trusts;
+7. the certificate is read back: it must be, byte for byte, the one that was issued. Only then the identity is active.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from gose.authority.certificate_authority import CertificateAuthority, check_request
+from gose.authority.errors import EnrolmentError
+from gose.registry import AlreadyEnrolledError, Identity, NotEnrolledError, Registry
+from secfunet.apdu import PinError, StatusError
+from secfunet.card.client import CardClient
+from secfunet.card.errors import CardBusyError, CardFormatError
+from secfunet.card.parameters import KeyAlgorithm, PinRole
+from secfunet.card.unix import connect_unix
+from secfunet.identity import Holder, der_of, thumbprint
+
+CONNECT_TIMEOUT: Final = 5.0
+ENROLMENT_TIMEOUT: Final = 180.0
+"""Seconds for a whole enrolment: a card may take tens of them to make an RSA-4096 key pair."""
+MIN_PIN_ATTEMPTS: Final = 2
+"""The last attempt at a PIN is never spent by a machine."""
+
+_SW_IDENTITY_IS_COMPLETE: Final = 0x6A89
+
+
+@dataclass(frozen=True)
+class CardAccess:
+    """How to reach a card with the right to personalise it. ``user_pin``: only needed if the card holds several identities."""
+
+    connect: Callable[[], Awaitable[CardClient]] = field(repr=False)
+    operator_pin: bytes = field(repr=False)
+    user_pin: bytes | None = field(default=None, repr=False)
+    where: str = "the card"
+
+    @classmethod
+    def at_socket(cls, path: Path, operator_pin: bytes, user_pin: bytes | None = None) -> CardAccess:
+        """A card at a Unix socket."""
+
+        async def connect() -> CardClient:
+            return CardClient(await connect_unix(path, timeout=CONNECT_TIMEOUT))
+
+        return cls(connect, operator_pin, user_pin, where=f"the card at {path}")
+
+
+@dataclass(frozen=True)
+class EnrolmentOrder:
+    """What is to be enrolled. ``label``: friendly name of the TLS-Id on the card; ``valid``: seconds; ``server_names``: for a
+    server.
+    """
+
+    holder: Holder
+    label: str
+    algorithm: KeyAlgorithm
+    valid: float
+    seid: str | None = None
+    server_names: tuple[str, ...] = ()
+    replace: bool = False
+
+
+async def enrol(
+    order: EnrolmentOrder,
+    card: CardAccess,
+    authority: CertificateAuthority,
+    registry: Registry,
+    *,
+    clock: Callable[[], float],
+) -> Identity:
+    """Personalises the card; see the module's docstring. Returns the identity, now active.
+
+    Raises AlreadyEnrolledError, EnrolmentError, IssuanceError, and what a card raises (CardError, ApduError).
+    """
+    _check_order(order, registry)
+    try:
+        async with asyncio.timeout(ENROLMENT_TIMEOUT), _personalisation(card) as client:
+            return await _personalise(client, order, card, authority, registry, clock)
+    except TimeoutError:
+        raise EnrolmentError(f"{card.where} was not ready within {ENROLMENT_TIMEOUT:g} s: run this again") from None
+
+
+async def _personalise(
+    client: CardClient,
+    order: EnrolmentOrder,
+    card: CardAccess,
+    authority: CertificateAuthority,
+    registry: Registry,
+    clock: Callable[[], float],
+) -> Identity:
+    """Rules 2 to 7."""
+    if card.user_pin is None and set(await client.identities()) - {order.label}:
+        raise EnrolmentError(f"{card.where} holds other identities too: give its user's PIN (--user-pin-file)")
+    pending = registry.pending(*order.holder)
+    if pending is not None and pending.seid == order.seid and pending.expires_at > clock():
+        loaded = await _read_certificate(client, order.label, card)
+        if loaded is not None and hmac.compare_digest(loaded, pending.certificate):
+            return registry.finish_enrolment(pending.thumbprint)
+    await _make_key(client, order, card)
+    request = await client.certificate_signing_request(order.label, order.holder.name)
+    key = check_request(request, order.holder)
+    certificate = authority.issue(order.holder, key, now=clock(), valid=order.valid, server_names=order.server_names)
+    issued = der_of(certificate)
+    registry.begin_enrolment(
+        *order.holder,
+        thumbprint(issued),
+        issued,
+        order.seid,
+        certificate.not_valid_after_utc.timestamp(),
+    )
+    await client.load_identity(order.label, order.holder.name.encode("ascii"), issued, [der_of(authority.certificate)])
+    loaded = await _read_certificate(client, order.label, card)
+    if loaded is None or not hmac.compare_digest(loaded, issued):
+        raise EnrolmentError(f"{card.where} does not hold the certificate that it was given: it is not to be trusted")
+    return registry.finish_enrolment(thumbprint(issued))
+
+
+def _check_order(order: EnrolmentOrder, registry: Registry) -> None:
+    """Rule 1. An enrolment that died on the way is no obstacle: it is what this run heals."""
+    pending = registry.pending(*order.holder)
+    if order.replace or (pending is not None and pending.seid == order.seid):
+        return
+    role, name = order.holder
+    with contextlib.suppress(NotEnrolledError):
+        registry.named(role, name)
+        raise AlreadyEnrolledError(
+            f"the {role} '{name}' is enrolled already: --replace gives it a new key, and destroys the old one", name
+        )
+    occupant = None if order.seid is None else registry.in_secure_element(order.seid)
+    if occupant is not None:
+        raise AlreadyEnrolledError(
+            f"the secure element '{order.seid}' holds the key of the {occupant.role} '{occupant.name}': "
+            "--replace destroys that key",
+            occupant.name,
+        )
+
+
+@contextlib.asynccontextmanager
+async def _personalisation(card: CardAccess) -> AsyncIterator[CardClient]:
+    """A card whose applet is selected and whose operator's PIN is verified."""
+    try:
+        client = await card.connect()
+    except CardBusyError as error:
+        raise EnrolmentError(
+            f"{error}: a card is personalised while nobody uses it (is 'gose serve' running?)"
+        ) from error
+    try:
+        await client.select()
+        await _verify_pin(client, card.operator_pin, PinRole.OPERATOR, card)
+        yield client
+    finally:
+        await client.close()
+
+
+async def _verify_pin(client: CardClient, pin: bytes, role: PinRole, card: CardAccess) -> None:
+    whose = "operator" if role is PinRole.OPERATOR else "user"
+    if await client.pin_attempts(role) < MIN_PIN_ATTEMPTS:
+        raise EnrolmentError(
+            f"only the last attempt at the {whose}'s PIN of {card.where} is left: it is not spent here"
+        )
+    try:
+        await client.verify_pin(pin, role)
+    except PinError as error:
+        raise EnrolmentError(
+            f"{card.where} refuses the {whose}'s PIN; {error.attempts_remaining} attempts are left"
+        ) from None
+    except CardFormatError as error:
+        raise EnrolmentError(f"the {whose}'s PIN for {card.where} is none: {error}") from None
+
+
+async def _make_key(client: CardClient, order: EnrolmentOrder, card: CardAccess) -> None:
+    """Rule 3."""
+    try:
+        await client.generate_key(order.label, order.algorithm)
+    except StatusError as error:
+        if error.sw != _SW_IDENTITY_IS_COMPLETE:
+            raise
+        if not order.replace:
+            raise EnrolmentError(
+                f"{card.where} holds an identity '{order.label}' that this enrolment did not make: --replace destroys its key"
+            ) from None
+        await client.delete_identity(order.label)
+        await client.generate_key(order.label, order.algorithm)
+
+
+async def _read_certificate(client: CardClient, label: str, card: CardAccess) -> bytes | None:
+    """The certificate of the identity ``label``, None if the card has none of that name that is complete."""
+    names = await client.identities()
+    if label not in names:
+        return None
+    if names[0] != label:  # the card speaks of its first identity unless a user chooses another one
+        if card.user_pin is None:
+            raise EnrolmentError(f"{card.where} does not say whether it holds '{label}' to others than its user")
+        await _verify_pin(client, card.user_pin, PinRole.USER, card)
+        try:
+            await client.set_identity(label)
+        except StatusError:
+            return None
+    try:
+        return await client.certificate()
+    except StatusError:
+        return None
