@@ -69,6 +69,8 @@ class OpenIdProviderSettings(Settings):
     endpoint: ListenAddress = Address("127.0.0.1", 9443)
     login: ListenAddress = Address("127.0.0.1", 9444)
     public_host: str | None = None
+    # Relying parties that are answered beside this grid's service provider, by their realms.
+    realms: tuple[str, ...] = ()
 
 
 class SecureElementSettings(Settings):

@@ -14,8 +14,6 @@ from urllib.parse import quote
 
 from aiohttp import web
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 
 from gose.errors import Reason, Refusal
 from gose.http import CORRELATION, Door, json_object, see_other
@@ -26,7 +24,7 @@ from gose.settings import Limits
 from gose.single_use import RateLimit, SingleUse
 from gose.slots.rack import Rack
 from gose.standing import RegistryStanding
-from secfunet.identity import IdentityError, Role, der_of, load_certificate, thumbprint, verify_certificate
+from secfunet.identity import IdentityError, Role, der_of, load_certificate, pem_of, thumbprint, verify_certificate
 from secfunet.openid.discovery import DiscoveredService
 from secfunet.openid.effects import drive
 from secfunet.openid.errors import AssociationRefusedError, NegativeAssertion, OpenIdError
@@ -60,7 +58,7 @@ class SessionDoor:
         relying_party: RelyingParty,
         http: OpenIdHttp,
         authority: x509.Certificate,
-        container_authority: rsa.RSAPublicKey,
+        container_authority: x509.Certificate,
         verifier: TokenVerifier,
         registry: Registry,
         standing: RegistryStanding,
@@ -74,9 +72,7 @@ class SessionDoor:
         self._party = relying_party
         self._http = http
         self._authority = authority
-        self._container_authority = container_authority.public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        ).decode()
+        self._container_authority = pem_of(der_of(container_authority)).decode()
         self._verifier = verifier
         self._registry = registry
         self._standing = standing

@@ -1,0 +1,332 @@
+"""The running grid: its doors, its cards and its state, put together, started in order and stopped in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped] # has no types
+from grpc_health.v1.health import aio as health_aio  # type: ignore[import-untyped] # has no types
+
+from gose.answers import AnswerStore
+from gose.authority import OPENID_PROVIDER, SERVICE_PROVIDER, AuthorityFolder
+from gose.errors import GoseError
+from gose.http import Door, RunningServer
+from gose.metrics import Metrics, MetricsServer
+from gose.openid_provider.endpoint import ENDPOINT_PATH, Endpoint
+from gose.openid_provider.login import Login
+from gose.openid_provider.sign_on import SignOns
+from gose.openid_provider.store import SqliteOpenIdStore
+from gose.registry import Registry
+from gose.service_provider.execution import Executor
+from gose.service_provider.guard import Guard
+from gose.service_provider.openid_client import OpenIdHttp
+from gose.service_provider.operations import ServiceProvider
+from gose.service_provider.sessions_http import RETURN_PATH, SessionDoor
+from gose.sessions import SessionStore
+from gose.settings import GoseSettings, origin
+from gose.single_use import SingleUse
+from gose.slots.rack import Rack
+from gose.standing import RegistryStanding
+from gose.state import open_database
+from secfunet.gose.v1 import service_provider_pb2, service_provider_pb2_grpc
+from secfunet.openid.effects import FetchPolicy
+from secfunet.openid.provider import CheckidRequest, OpenIdProvider
+from secfunet.openid.relying_party import RelyingParty
+from secfunet.service.files import private_folder
+from secfunet.tandem.aio import start_tandem_server
+from secfunet.tandem.parameters import TandemParameters
+from secfunet.vm_auth_token import TokenVerifier
+
+log = logging.getLogger(__name__)
+
+SERVICE_NAME = service_provider_pb2.DESCRIPTOR.services_by_name["ServiceProviderService"].full_name
+MAINTENANCE_INTERVAL = 10.0  # seconds
+DISCOVERY_LIFETIME = 300.0  # seconds that the service provider believes what it discovered about an identifier
+
+
+class StartError(GoseError):
+    """The grid cannot start; the message says why."""
+
+
+class GridService:
+    """Entering the context starts the grid: when that returns, every door is open. Leaving it stops the grid cleanly.
+
+    Raises StartError, OSError, SettingsError and the errors of the authority when it cannot start. A card that cannot be reached is no
+    reason not to start: it is tried until it is back.
+    """
+
+    def __init__(self, settings: GoseSettings, *, clock: Callable[[], float] = time.time) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.rack = Rack(settings, self.metrics)
+        self._clock = clock
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            await self._start(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        log.info("the grid shuts down")
+        await self._stack.aclose()
+
+    async def _start(self, stack: AsyncExitStack) -> None:
+        settings, limits, metrics = self.settings, self.settings.limits, self.metrics
+        keys = AuthorityFolder(settings.authority)
+        private_folder(settings.state)
+        # State.
+        registry = stack.enter_context(contextlib.closing(Registry(settings.database, clock=self._clock)))
+        standing = stack.enter_context(contextlib.closing(RegistryStanding(registry, settings.database)))
+        database = stack.enter_context(contextlib.closing(open_database(settings.state / "service.sqlite", "")))
+        answers = stack.enter_context(
+            contextlib.closing(
+                AnswerStore(
+                    settings.state / "answers.sqlite",
+                    keep=limits.answers_kept,
+                    max_bytes=limits.answers_size,
+                    clock=self._clock,
+                )
+            )
+        )
+        sessions = SessionStore(database, standing, limits, metrics, clock=self._clock)
+        openid_store = SqliteOpenIdStore(database)
+        await stack.enter_async_context(self._maintained(sessions, openid_store, answers))
+        stack.enter_context(MetricsServer(metrics, settings.metrics_port))
+        # Cards.
+        stack.push_async_callback(self.rack.close)
+        await self.rack.start()
+        executor = Executor(self.rack, answers, standing, keys.container_key, limits, metrics, clock=self._clock)
+        stack.push_async_callback(executor.close, limits.shutdown_timeout)
+        # Doors.
+        await self._open_openid_provider(
+            stack, keys, openid_store, SignOns(database, lifetime=limits.sso_lifetime, clock=self._clock), standing
+        )
+        await self._open_sessions(stack, keys, openid_store, registry, standing, sessions)
+        await self._open_operations(stack, keys, executor, sessions)
+        log.info(
+            "the grid is ready",
+            extra={
+                "service_provider": f"https://{settings.service_provider.https}",
+                "operations": str(settings.service_provider.grpc),
+                "openid_provider": f"https://{settings.openid_provider.endpoint}",
+                "login": f"https://{settings.openid_provider.login}",
+                "cards": {slot.seid: slot.state.value for slot in self.rack.slots()},
+                "sessions": len(sessions),
+            },
+        )
+
+    # --- the OpenID provider
+
+    async def _open_openid_provider(
+        self,
+        stack: AsyncExitStack,
+        keys: AuthorityFolder,
+        store: SqliteOpenIdStore,
+        sign_ons: SignOns,
+        standing: RegistryStanding,
+    ) -> None:
+        settings, limits = self.settings, self.settings.limits
+        own_origin = origin(settings.openid_provider_host, settings.openid_provider.endpoint.port)
+        realms = {self._service_provider_realm(), *settings.openid_provider.realms}
+        provider = OpenIdProvider(
+            f"{own_origin}{ENDPOINT_PATH}",
+            store,
+            self._clock,
+            # Nobody is logged in at a relying party that the administrator has not named: no person is asked here.
+            accepts_realm=realms.__contains__,
+            association_lifetime=int(limits.association_lifetime),
+        )
+        pending: SingleUse[CheckidRequest] = SingleUse(
+            limit=limits.logins_pending, lifetime=limits.login_lifetime, clock=self._clock
+        )
+        endpoint = Endpoint(
+            provider,
+            origin=own_origin,
+            login_origin=origin(settings.openid_provider_host, settings.openid_provider.login.port),
+            pending=pending,
+            sign_ons=sign_ons,
+            standing=standing,
+            login_lifetime=limits.login_lifetime,
+        )
+        endpoint.door = Door("openid endpoint", endpoint.routes(), limits, self.metrics)
+        stack.push_async_callback(endpoint.door.close)
+        await endpoint.door.start_tls(
+            settings.openid_provider.endpoint,
+            server_context(keys.server_file(OPENID_PROVIDER)),
+        )
+        login = Login(
+            provider,
+            endpoint,
+            authority=keys.ca_certificate,
+            pending=pending,
+            sign_ons=sign_ons,
+            standing=standing,
+            metrics=self.metrics,
+            clock=self._clock,
+        )
+        # A connection counts as a login only as long as a login counts.
+        door = Door("openid login", login.routes(), limits, self.metrics, max_age=limits.sso_lifetime)
+        stack.push_async_callback(door.close)
+
+        async def listen(factory: Callable[[], asyncio.Protocol]) -> RunningServer:
+            return await start_tandem_server(
+                factory,
+                self.rack.servers,
+                host=settings.openid_provider.login.host,
+                port=settings.openid_provider.login.port,
+                parameters=TandemParameters(alpn=("http/1.1",), clock=self._clock),
+                handshake_timeout=limits.handshake_timeout,
+                max_handshakes=limits.handshakes,
+            )
+
+        await door.start(listen)
+
+    # --- the service provider
+
+    def _service_provider_realm(self) -> str:
+        return f"{self.settings.audience}/"
+
+    async def _open_sessions(
+        self,
+        stack: AsyncExitStack,
+        keys: AuthorityFolder,
+        store: SqliteOpenIdStore,
+        registry: Registry,
+        standing: RegistryStanding,
+        sessions: SessionStore,
+    ) -> None:
+        settings, limits = self.settings, self.settings.limits
+        provider = settings.service_provider.openid_provider or origin(
+            settings.openid_provider_host, settings.openid_provider.endpoint.port
+        )
+        http = await stack.enter_async_context(
+            OpenIdHttp(client_context(keys.ca_path), timeout=limits.http_request_timeout)
+        )
+        sessions_door = SessionDoor(
+            origin=settings.audience,
+            provider=provider,
+            relying_party=RelyingParty(
+                self._service_provider_realm(),
+                f"{settings.audience}{RETURN_PATH}",
+                store,
+                FetchPolicy([provider]),
+                self._clock,
+                discovery_lifetime=DISCOVERY_LIFETIME,
+            ),
+            http=http,
+            authority=keys.ca_certificate,
+            container_authority=keys.container_certificate,
+            verifier=TokenVerifier(keys.token_issuer, settings.audience, keys.token_keys),
+            registry=registry,
+            standing=standing,
+            sessions=sessions,
+            rack=self.rack,
+            limits=limits,
+            clock=self._clock,
+        )
+        sessions_door.door = Door("sessions", sessions_door.routes(), limits, self.metrics)
+        stack.push_async_callback(sessions_door.door.close)
+        await sessions_door.door.start_tls(
+            settings.service_provider.https,
+            server_context(keys.server_file(SERVICE_PROVIDER), client_authority=keys.ca_path),
+        )
+
+    async def _open_operations(
+        self, stack: AsyncExitStack, keys: AuthorityFolder, executor: Executor, sessions: SessionStore
+    ) -> None:
+        settings, limits = self.settings, self.settings.limits
+        server = grpc.aio.server(
+            interceptors=[Guard(sessions, self.metrics)],
+            options=[
+                ("grpc.max_receive_message_length", limits.message_size),
+                ("grpc.max_send_message_length", limits.message_size),
+                ("grpc.max_concurrent_streams", 1024),
+                # Two grids on one port would share its connections at random.
+                ("grpc.so_reuseport", 0),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.max_connection_idle_ms", 15 * 60_000),
+            ],
+        )
+        service_provider_pb2_grpc.add_ServiceProviderServiceServicer_to_server(
+            ServiceProvider(executor, sessions, limits, self.metrics), server
+        )
+        health = health_aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        credentials = grpc.ssl_server_credentials(
+            [keys.read_server(SERVICE_PROVIDER)],
+            root_certificates=keys.ca_path.read_bytes(),
+            require_client_auth=True,
+        )
+        address = settings.service_provider.grpc
+        try:
+            port = server.add_secure_port(str(address), credentials)
+        except RuntimeError as error:
+            raise StartError(f"the gRPC door cannot listen on {address}: {error}") from None
+        if port == 0:
+            raise StartError(f"the gRPC door cannot listen on {address}")
+        stack.push_async_callback(server.stop, limits.shutdown_timeout)
+        await server.start()
+        stack.push_async_callback(health.enter_graceful_shutdown)
+        for name in ("", SERVICE_NAME):
+            await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    # --- in the background
+
+    @contextlib.asynccontextmanager
+    async def _maintained(
+        self, sessions: SessionStore, store: SqliteOpenIdStore, answers: AnswerStore
+    ) -> AsyncIterator[None]:
+        async def maintain() -> None:
+            while True:
+                await asyncio.sleep(MAINTENANCE_INTERVAL)
+                try:
+                    sessions.purge()
+                    store.purge(self._clock())
+                    await asyncio.to_thread(answers.maintain)
+                except Exception:
+                    log.exception("maintenance failed; it is tried again")
+
+        task = asyncio.create_task(maintain(), name="maintenance")
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+def server_context(key_and_certificate: Path, *, client_authority: Path | None = None) -> ssl.SSLContext:
+    """TLS 1.2 and 1.3, forward secrecy; with ``client_authority`` (PEM file) every client must have a certificate of that CA."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(key_and_certificate)
+    if client_authority is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(client_authority)
+    return context
+
+
+def client_context(authority: Path) -> ssl.SSLContext:
+    """Trusts the grid's CA (PEM file) and no other; checks the server's name."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_verify_locations(authority)
+    return context
