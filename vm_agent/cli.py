@@ -34,6 +34,7 @@ from secfunet.errors import SecFuNetError
 from secfunet.service.cli import ExitCode, print_version, run
 from secfunet.service.files import write_atomically
 from secfunet.service.settings import load_settings
+from vm_agent.options import ENVIRONMENT
 from vm_agent.settings import DEFAULT_CONFIG, DEFAULT_SOCKET, AgentSettings
 
 if TYPE_CHECKING:
@@ -119,11 +120,12 @@ def _options(
 def serve(config: ConfigOption = None) -> None:
     """Runs the agent until SIGTERM."""
     path = config or DEFAULT_CONFIG
-    load_settings(AgentSettings, path)  # a mistake in it is told here, before anything starts
+    options = load_settings(AgentSettings, path).options()
     # The daemon is a process image of its own: it stays for months, and needs nothing of what a command line needs.
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "vm_agent.daemon", str(path.absolute())])  # noqa: S606 - no shell, our own module
+    environment = {**os.environ, ENVIRONMENT: options.to_json()}
+    os.execve(sys.executable, [sys.executable, "-m", "vm_agent.daemon", str(path)], environment)  # noqa: S606 - no shell, our own module
 
 
 @app.command()

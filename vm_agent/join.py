@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from secfunet.service.files import UnsafeFileError, read_secret, sync_folder
 from vm_agent.errors import JoinError
-from vm_agent.settings import MAX_UNIX_PATH
+from vm_agent.options import MAX_UNIX_PATH
 
 MAX_JOIN_BYTES = 16384
 SECRET_BYTES = 32

@@ -21,7 +21,7 @@ from secfunet.operation import OperationError, validate_operation
 from vm_agent.errors import AgentError, RequestError, status_details
 from vm_agent.identity import VmIdentity
 from vm_agent.local_socket import caller_uid
-from vm_agent.settings import Limits
+from vm_agent.options import LimitOptions
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class AgentCore(Protocol):
 class LocalApi(local_pb2_grpc.LocalServiceServicer):
     """See the module."""
 
-    def __init__(self, core: AgentCore, limits: Limits) -> None:
+    def __init__(self, core: AgentCore, limits: LimitOptions) -> None:
         self._core = core
         self._limits = limits
 

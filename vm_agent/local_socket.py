@@ -21,7 +21,7 @@ from itertools import count
 from pathlib import Path
 
 from vm_agent.errors import AgentError
-from vm_agent.settings import AgentSettings
+from vm_agent.options import AgentOptions
 
 log = logging.getLogger(__name__)
 
@@ -100,12 +100,12 @@ class _Outer(_Half):
 
 
 class LocalDoor:
-    """Listens at ``settings.socket``; async context manager. ``inner`` is where the gRPC server must listen, in a private folder."""
+    """Listens at ``options.socket``; async context manager. ``inner`` is where the gRPC server must listen, in a private folder."""
 
-    def __init__(self, settings: AgentSettings, inner: Path) -> None:
-        self._path = settings.socket
-        self._group = settings.group
-        self._limit = settings.limits.connections
+    def __init__(self, options: AgentOptions, inner: Path) -> None:
+        self._path = options.socket
+        self._group = options.group
+        self._limit = options.limits.connections
         self._inner = inner
         self._numbers = count(1)
         self._inside: set[_Outer] = set()

@@ -31,8 +31,8 @@ from vm_agent.errors import (
     from_rpc_error,
 )
 from vm_agent.identity import VmIdentity, parse_identity
+from vm_agent.options import AgentOptions
 from vm_agent.results import ResultChecker
-from vm_agent.settings import AgentSettings
 
 if TYPE_CHECKING:
     from grpc.aio import StreamStreamCall
@@ -153,20 +153,20 @@ class MiddlewareClient:
     def __init__(
         self,
         enrolment: Enrolment,
-        settings: AgentSettings,
+        options: AgentOptions,
         *,
         save: Callable[[Enrolment], None],
         identity: VmIdentity | None = None,
         clock: Callable[[], float] = time.time,
         randbytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
-        self._settings = settings
+        self._options = options
         self._save = save
         self._clock = clock
         self._randbytes = randbytes
         self._connection = MiddlewareConnection(enrolment)
         self._checker = ResultChecker(
-            settings.container_profile, clock=clock, max_age=settings.limits.answer_age, identity=identity
+            options.container_profile, clock=clock, max_age=options.limits.answer_age, identity=identity
         )
         self._batcher: Batcher[Operation, agent_pb2.OperateResponse] | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -200,7 +200,7 @@ class MiddlewareClient:
         return self._checker
 
     async def __aenter__(self) -> MiddlewareClient:
-        limits = self._settings.limits
+        limits = self._options.limits
         self._batcher = Batcher(
             self._open_stream,
             self._checker.settle,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 from secfunet.container import ContainerError, ContainerProfile, verify_container
 from secfunet.gose.v1 import operation_pb2
@@ -19,13 +18,13 @@ from secfunet.operation import MAX_AGE, check_result, parse_result_set
 from vm_agent.batching import Ticket
 from vm_agent.errors import AgentError, AnswerRefusedError, OperationFailedError, status_code
 from vm_agent.identity import VmIdentity
+from vm_agent.options import ProfileName
 
 log = logging.getLogger(__name__)
 
 MAX_CONTAINERS = 64  # of one batch: each may come from another execution
 MAX_CONTAINER_BYTES = 1 << 18
 
-ProfileName = Literal["oaep-pss-sha256", "pkcs1-v1_5"]
 _PROFILES: Mapping[str, ContainerProfile] = {
     "oaep-pss-sha256": ContainerProfile.OAEP_PSS_SHA256,
     "pkcs1-v1_5": ContainerProfile.PKCS1_V1_5,

@@ -31,7 +31,7 @@ from vm_agent.join import JoinInformation, erase_join, read_join
 from vm_agent.local_api import LocalApi
 from vm_agent.local_socket import DoorError, LocalDoor
 from vm_agent.middleware_client import MiddlewareClient
-from vm_agent.settings import AgentSettings
+from vm_agent.options import AgentOptions
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +43,12 @@ SERVICE = local_pb2.DESCRIPTOR.services_by_name["LocalService"].full_name
 
 
 class AgentService:
-    """``async with AgentService(settings)`` is a running agent; see ``local_api.AgentCore`` for what it offers to its API."""
+    """``async with AgentService(options)`` is a running agent; see ``local_api.AgentCore`` for what it offers to its API."""
 
-    def __init__(self, settings: AgentSettings, *, clock: Callable[[], float] = time.time) -> None:
-        self._settings = settings
+    def __init__(self, options: AgentOptions, *, clock: Callable[[], float] = time.time) -> None:
+        self._options = options
         self._clock = clock
-        self._store = EnrolmentStore(settings.state)
+        self._store = EnrolmentStore(options.state)
         self._stack = AsyncExitStack()
         self._client: MiddlewareClient | None = None
         self._problem: AgentError = NotEnrolledError("the agent has not enrolled yet")
@@ -59,13 +59,13 @@ class AgentService:
 
     async def __aenter__(self) -> AgentService:
         async with AsyncExitStack() as stack:
-            folder = private_folder(self._settings.state)
+            folder = private_folder(self._options.state)
             stack.callback(os.close, lock_folder(folder))
             inner = folder / "s"
             server = grpc.aio.server(
                 options=[("grpc.max_receive_message_length", 65536), ("grpc.max_concurrent_streams", 1024)]
             )
-            local_pb2_grpc.add_LocalServiceServicer_to_server(LocalApi(self, self._settings.limits), server)
+            local_pb2_grpc.add_LocalServiceServicer_to_server(LocalApi(self, self._options.limits), server)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             await self._tell_health(False)
             try:
@@ -76,11 +76,11 @@ class AgentService:
             # Left in the opposite order: no new callers, then those inside get their answers, then the way to dom0 is closed.
             life = asyncio.create_task(self._live(), name="vm-agent-life")
             stack.push_async_callback(_cancelled, life)
-            self._door = await stack.enter_async_context(LocalDoor(self._settings, inner))
+            self._door = await stack.enter_async_context(LocalDoor(self._options, inner))
             stack.push_async_callback(server.stop, STOP_GRACE)
             stack.callback(self._door.stop_listening)
-            if self._settings.metrics_port is not None:
-                self._serve_metrics(self._settings.metrics_port, stack)
+            if self._options.metrics_port is not None:
+                self._serve_metrics(self._options.metrics_port, stack)
             self._stack = stack.pop_all()
         return self
 
@@ -153,9 +153,7 @@ class AgentService:
             )
 
     async def _serve_enrolled(self, enrolment: Enrolment, identity: VmIdentity | None) -> None:
-        client = MiddlewareClient(
-            enrolment, self._settings, save=self._store.save, identity=identity, clock=self._clock
-        )
+        client = MiddlewareClient(enrolment, self._options, save=self._store.save, identity=identity, clock=self._clock)
         async with client:
             self._client = client
             self._enrolled_now.set()
@@ -184,7 +182,7 @@ class AgentService:
         while True:
             await asyncio.sleep(LONGEST_PAUSE)
             with contextlib.suppress(JoinError):
-                join = read_join(self._settings.join)
+                join = read_join(self._options.join)
                 if join is not None and join.digest not in (enrolment.join_digest, self._refused):
                     return
 
@@ -192,7 +190,7 @@ class AgentService:
         """The kept enrolment if it still serves, else a new one. Raises an AgentError that says what is missing."""
         kept: Enrolment | None = None
         problem: AgentError = NotEnrolledError(
-            f"there is no join information at {self._settings.join}: dom0 puts it there when it starts the domain"
+            f"there is no join information at {self._options.join}: dom0 puts it there when it starts the domain"
         )
         try:
             kept = self._store.load()
@@ -203,7 +201,7 @@ class AgentService:
                 "the agent's certificate has ended: dom0 must hand this domain a new join secret (start the domain again)"
             )
         try:
-            join = read_join(self._settings.join)
+            join = read_join(self._options.join)
             if join is not None and join.digest != self._refused and (kept is None or join.digest != kept.join_digest):
                 return await self._accept(join)
         except AgentError as error:
@@ -220,8 +218,8 @@ class AgentService:
             self._refused = join.digest  # attempts are bounded at the other end, and this one will never do
             raise
         self._store.save(enrolment)
-        if not erase_join(self._settings.join):
-            log.warning("used join information could not be removed", extra={"path": str(self._settings.join)})
+        if not erase_join(self._options.join):
+            log.warning("used join information could not be removed", extra={"path": str(self._options.join)})
         log.info("enrolled", extra={"uuid": enrolment.uuid, "expires_at": enrolment.expires_at})
         return enrolment, identity
 

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationInfo
 
 from secfunet.service.settings import Settings
+from vm_agent.options import MAX_UNIX_PATH, AgentOptions, LimitOptions, ProfileName
 
-MAX_UNIX_PATH = 107  # bytes; sockaddr_un(7), less the terminating zero
 DEFAULT_CONFIG = Path("/etc/secfunet/vm-agent.toml")
 DEFAULT_SOCKET = Path("/run/secfunet/agent.sock")
 
@@ -54,9 +54,14 @@ class AgentSettings(Settings):
     group: str | None = Field(
         default=None, max_length=64, description="group that may open the socket; none: only the agent's own user"
     )
-    container_profile: Literal["oaep-pss-sha256", "pkcs1-v1_5"] = "oaep-pss-sha256"
+    container_profile: ProfileName = "oaep-pss-sha256"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     metrics_port: int | None = Field(
         default=None, ge=1, le=65535, description="Prometheus metrics on 127.0.0.1; none: off"
     )
     limits: Limits = Limits()
+
+    def options(self) -> AgentOptions:
+        """For the daemon."""
+        values = {name: getattr(self, name) for name in type(self).model_fields if name != "limits"}
+        return AgentOptions(limits=LimitOptions(**self.limits.model_dump()), **values)

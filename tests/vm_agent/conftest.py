@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.vm_agent.double import Grid, MiddlewareDouble
+from vm_agent.options import AgentOptions
 from vm_agent.settings import AgentSettings
 
 
@@ -36,8 +37,8 @@ async def middleware(folder: Path, grid: Grid) -> AsyncIterator[MiddlewareDouble
 
 
 @pytest.fixture
-def settings(folder: Path) -> AgentSettings:
-    return AgentSettings.model_validate({}, context={"folder": folder})
+def options(folder: Path) -> AgentOptions:
+    return AgentSettings.model_validate({}, context={"folder": folder}).options()
 
 
 async def eventually(condition: Callable[[], bool], timeout: float = 10.0) -> None:

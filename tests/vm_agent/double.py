@@ -1,7 +1,7 @@
 """A Secure Middleware for tests: real gRPC with real mutual TLS, real keys and real containers, and faults on demand.
 
-It does with keys in its own memory what dom0, grid and card do together; only that is not real. What an attacker or a fault would do, a test
-does by replacing ``answer`` or by the switches.
+It does with keys in its own memory what dom0, grid and card do together; only that is not real. What an attacker or a fault would do, a
+test does by replacing ``answer`` or by the switches.
 """
 
 from __future__ import annotations

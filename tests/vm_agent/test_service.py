@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import json
-import os
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import grpc
 import grpc.aio
-import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, utils
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from secfunet.agent.v1 import local_pb2, local_pb2_grpc
 from secfunet.gose.v1 import operation_pb2
@@ -24,8 +18,8 @@ from secfunet.identity import thumbprint
 from tests.vm_agent.conftest import eventually
 from tests.vm_agent.double import Grid, MiddlewareDouble
 from vm_agent.errors import facts_of
+from vm_agent.options import AgentOptions
 from vm_agent.server import AgentService
-from vm_agent.settings import AgentSettings
 
 PSS = operation_pb2.SIGNATURE_SCHEME_RSASSA_PSS_SHA256
 OAEP = operation_pb2.ENCRYPTION_SCHEME_RSAES_OAEP_SHA256
@@ -34,10 +28,10 @@ SIGN = local_pb2.SignRequest(sign=operation_pb2.SignOperation(scheme=PSS, digest
 
 
 @asynccontextmanager
-async def running(settings: AgentSettings) -> AsyncIterator[tuple[AgentService, local_pb2_grpc.LocalServiceStub]]:
+async def running(options: AgentOptions) -> AsyncIterator[tuple[AgentService, local_pb2_grpc.LocalServiceStub]]:
     async with (
-        AgentService(settings) as service,
-        grpc.aio.insecure_channel(f"unix:{settings.socket}", [("grpc.use_local_subchannel_pool", 1)]) as channel,
+        AgentService(options) as service,
+        grpc.aio.insecure_channel(f"unix:{options.socket}", [("grpc.use_local_subchannel_pool", 1)]) as channel,
     ):
         yield service, local_pb2_grpc.LocalServiceStub(channel)
 
@@ -50,9 +44,9 @@ def reason_of(error: grpc.aio.AioRpcError) -> str:
 
 
 async def test_enrols_signs_and_erases_the_join_secret(
-    middleware: MiddlewareDouble, settings: AgentSettings, grid: Grid
+    middleware: MiddlewareDouble, options: AgentOptions, grid: Grid
 ) -> None:
-    async with running(settings) as (service, stub):
+    async with running(options) as (service, stub):
         await eventually(lambda: service.status().connected)
         answer = await stub.Sign(SIGN, timeout=5)
         pss = padding.PSS(padding.MGF1(hashes.SHA256()), 32)
@@ -64,13 +58,13 @@ async def test_enrols_signs_and_erases_the_join_secret(
     assert status.connected
     assert status.problem == ""
     assert not middleware.join_json.exists()
-    kept = settings.state / "enrolment.json"
+    kept = options.state / "enrolment.json"
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
-    assert stat.S_IMODE(settings.state.stat().st_mode) == 0o700
+    assert stat.S_IMODE(options.state.stat().st_mode) == 0o700
 
 
-async def test_encrypt_then_decrypt(middleware: MiddlewareDouble, settings: AgentSettings) -> None:
-    async with running(settings) as (_, stub):
+async def test_encrypt_then_decrypt(middleware: MiddlewareDouble, options: AgentOptions) -> None:
+    async with running(options) as (_, stub):
         operation = operation_pb2.EncryptOperation(scheme=OAEP, plaintext=b"short")
         sealed = await stub.Encrypt(local_pb2.EncryptRequest(encrypt=operation), timeout=5, wait_for_ready=True)
         back = operation_pb2.DecryptOperation(scheme=OAEP, ciphertext=sealed.ciphertext)
