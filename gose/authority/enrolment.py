@@ -35,6 +35,7 @@ from secfunet.card.unix import connect_unix
 from secfunet.identity import Holder, der_of, thumbprint
 
 CONNECT_TIMEOUT: Final = 5.0
+RETRY_PAUSE: Final = 0.1
 ENROLMENT_TIMEOUT: Final = 180.0
 """Seconds for a whole enrolment: a card may take tens of them to make an RSA-4096 key pair."""
 MIN_PIN_ATTEMPTS: Final = 2
@@ -57,7 +58,15 @@ class CardAccess:
         """A card at a Unix socket."""
 
         async def connect() -> CardClient:
-            return CardClient(await connect_unix(path, timeout=CONNECT_TIMEOUT))
+            # A running grid tries cards that are not enrolled yet now and then: wait until it has let go.
+            deadline = asyncio.get_running_loop().time() + CONNECT_TIMEOUT
+            while True:
+                try:
+                    return CardClient(await connect_unix(path, timeout=CONNECT_TIMEOUT))
+                except CardBusyError:
+                    if asyncio.get_running_loop().time() >= deadline:
+                        raise
+                    await asyncio.sleep(RETRY_PAUSE)
 
         return cls(connect, operator_pin, user_pin, where=f"the card at {path}")
 

@@ -1,0 +1,364 @@
+"""``gose``: the commands of a grid's administrator, and the grid itself (``gose serve``).
+
+Exit codes are those of ``secfunet.service.cli``: 1 failed, 65 something named is not known, 69 a card cannot be reached now, 77
+refused, 78 the settings or the authority cannot be used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from gose.authority import AuthorityFolder, CardAccess, EnrolmentOrder, create_authority, enrol
+from gose.authority.errors import (
+    AuthorityDamagedError,
+    AuthorityExistsError,
+    AuthorityMissingError,
+    EnrolmentError,
+    IssuanceError,
+    TokenNotIssuedError,
+)
+from gose.overview import take_overview
+from gose.registry import AlreadyEnrolledError, Identity, NotEnrolledError, Registry, RegistryError
+from gose.settings import GoseSettings, SecureElementSettings
+from secfunet.apdu import ApduError
+from secfunet.card.errors import CardBusyError, CardError, CardGoneError
+from secfunet.card.parameters import KeyAlgorithm
+from secfunet.identity import Holder, IdentityError, Role, check_name, pem_of
+from secfunet.operation import OPERATIONS
+from secfunet.service.cli import ExitCode, print_version, run
+from secfunet.service.daemon import run_daemon
+from secfunet.service.files import read_secret, write_atomically
+from secfunet.service.logs import configure_logs
+from secfunet.service.settings import load_settings
+
+_DURATION: Final = re.compile(r"([0-9]{1,9})([smhd])", re.ASCII)
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_ALGORITHMS: Final = {
+    "rsa-2048": KeyAlgorithm.RSA_2048,
+    "rsa-3072": KeyAlgorithm.RSA_3072,
+    "rsa-4096": KeyAlgorithm.RSA_4096,
+    "p-256": KeyAlgorithm.P_256,
+    "p-384": KeyAlgorithm.P_384,
+}
+
+app = typer.Typer(
+    help="A Grid of Secure Elements: its authority, and the service itself.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+revoke_app = typer.Typer(
+    help="Revoke a token, or everything of a VM, a hypervisor or a server, at once.", no_args_is_help=True
+)
+app.add_typer(revoke_app, name="revoke")
+
+
+def parse_duration(text: str) -> float:
+    """``90s``, ``30m``, ``8h`` or ``365d`` in seconds; anything else is a usage error."""
+    match = _DURATION.fullmatch(text)
+    if match is None or int(match[1]) == 0:
+        raise typer.BadParameter("a duration is a number and s, m, h or d: 90s, 30m, 8h, 365d")
+    return float(int(match[1]) * _SECONDS[match[2]])
+
+
+def parse_algorithm(text: str) -> KeyAlgorithm:
+    """The key algorithm of that name; anything else is a usage error."""
+    if text not in _ALGORITHMS:
+        raise typer.BadParameter(f"a key is one of {', '.join(_ALGORITHMS)}")
+    return _ALGORITHMS[text]
+
+
+def parse_operations(text: str) -> tuple[str, ...]:
+    """``sign,decrypt,encrypt`` or some of them; anything else is a usage error."""
+    names = tuple(dict.fromkeys(text.split(",")))
+    if not set(names) <= set(OPERATIONS):
+        raise typer.BadParameter(f"operations are one or several of {','.join(OPERATIONS)}")
+    return names
+
+
+ConfigOption = Annotated[
+    Path, typer.Option("--config", envvar="GOSE_CONFIG", help="The grid's settings (TOML).", show_default=True)
+]
+SecureElementOption = Annotated[str, typer.Option("--seid", help="The secure element, as the settings name it.")]
+KeyOption = Annotated[
+    KeyAlgorithm, typer.Option("--key", parser=parse_algorithm, metavar="ALGORITHM", help=", ".join(_ALGORITHMS))
+]
+ValidOption = Annotated[
+    float, typer.Option("--valid", parser=parse_duration, metavar="DURATION", help="How long: 90s, 30m, 8h, 365d.")
+]
+CertificateOption = Annotated[Path, typer.Option("--out", help="Where to write the certificate (PEM).")]
+ReplaceOption = Annotated[
+    bool,
+    typer.Option(
+        "--replace",
+        help="Destroy the key that is there, and make a new one. The old certificate is worth nothing then.",
+    ),
+]
+CONFIG: Final = Path("gose.toml")
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version("gose"), is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+@app.command()
+def init(
+    config: ConfigOption = CONFIG,
+    ca_key: Annotated[str, typer.Option(help="Key of the CA: p-384 or rsa-3072.")] = "p-384",
+    tokens: Annotated[
+        str, typer.Option(help="Key of the token authority: rsa-2048 (PS256) or p-256 (ES256).")
+    ] = "rsa-2048",
+) -> None:
+    """Make the grid's authority: CA, token authority, container authority, and the servers' certificates."""
+    settings = load_settings(GoseSettings, config)
+    authority = create_authority(
+        settings.authority, _server_names(settings), now=time.time(), ca_key=ca_key, tokens=tokens
+    )
+    with _registry(settings):
+        pass
+    typer.echo(f"authority made in {authority.path}")
+    typer.echo(f"clients trust {authority.ca_path}")
+
+
+@app.command("renew-servers")
+def renew_servers(config: ConfigOption = CONFIG) -> None:
+    """Give the service provider and the OpenID provider new certificates, for the names in the settings; then restart the grid."""
+    settings = load_settings(GoseSettings, config)
+    certificates = AuthorityFolder(settings.authority).renew_servers(_server_names(settings), now=time.time())
+    for certificate in certificates:
+        typer.echo(
+            f"new certificate for {certificate.subject.rfc4514_string()} until {certificate.not_valid_after_utc:%Y-%m-%d}"
+        )
+
+
+@app.command("enrol-hypervisor")
+def enrol_hypervisor(
+    name: str,
+    card: Annotated[Path, typer.Option("--card", help="The card's Unix socket.")],
+    operator_pin_file: Annotated[Path, typer.Option(help="File of mode 0600 with the operator's PIN.")],
+    out: CertificateOption,
+    user_pin_file: Annotated[
+        Path | None, typer.Option(help="File with the user's PIN; only needed if the card holds other identities.")
+    ] = None,
+    identity: Annotated[str, typer.Option(help="Friendly name of the TLS-Id on the card.")] = "hypervisor",
+    key: KeyOption = "rsa-2048",  # type: ignore[assignment]  # typer parses the default, too
+    valid: ValidOption = "365d",  # type: ignore[assignment]  # likewise
+    replace: ReplaceOption = False,
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Make the card at a socket the card of a hypervisor. Its key is RSA: containers are made for it."""
+    order = EnrolmentOrder(_holder(Role.HYPERVISOR, name), identity, key, valid, replace=replace)
+    access = CardAccess.at_socket(card, _pin(operator_pin_file), None if user_pin_file is None else _pin(user_pin_file))
+    _enrol(load_settings(GoseSettings, config), order, access, out)
+
+
+@app.command("enrol-vm")
+def enrol_vm(
+    name: str,
+    seid: SecureElementOption,
+    out: CertificateOption,
+    key: KeyOption = "rsa-2048",  # type: ignore[assignment]  # typer parses the default, too
+    valid: ValidOption = "365d",  # type: ignore[assignment]  # likewise
+    replace: ReplaceOption = False,
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Allocate a secure element of the grid to a VM."""
+    settings = load_settings(GoseSettings, config)
+    element = _element(settings, seid, Role.VM)
+    order = EnrolmentOrder(_holder(Role.VM, name), element.label, key, valid, seid=seid, replace=replace)
+    _enrol(settings, order, _access(element), out)
+
+
+@app.command("enrol-server")
+def enrol_server(
+    name: str,
+    seid: SecureElementOption,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write the certificate (PEM).")] = None,
+    key: KeyOption = "rsa-2048",  # type: ignore[assignment]  # typer parses the default, too
+    valid: ValidOption = "365d",  # type: ignore[assignment]  # likewise
+    replace: ReplaceOption = False,
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Make a secure element of the grid one of those that serve the login page, for the names in the settings."""
+    settings = load_settings(GoseSettings, config)
+    element = _element(settings, seid, Role.SERVER)
+    order = EnrolmentOrder(
+        _holder(Role.SERVER, name),
+        element.label,
+        key,
+        valid,
+        seid=seid,
+        server_names=_server_names(settings),
+        replace=replace,
+    )
+    _enrol(settings, order, _access(element), out)
+
+
+@app.command("issue-token")
+def issue_token(
+    vm: Annotated[str, typer.Option(help="Name of the VM.")],
+    hypervisor: Annotated[str, typer.Option(help="Name of the hypervisor that it runs on.")],
+    operations: Annotated[
+        tuple[str, ...], typer.Option(parser=parse_operations, metavar="LIST", help="Some of sign,decrypt,encrypt.")
+    ] = ",".join(OPERATIONS),  # type: ignore[assignment]  # typer parses the default, too
+    valid: ValidOption = "8h",  # type: ignore[assignment]  # likewise
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write (mode 0600) in place of standard output.")
+    ] = None,
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Issue a VM-Auth-Token: the VM may use its key from that hypervisor, for these operations, until then."""
+    settings = load_settings(GoseSettings, config)
+    authority = AuthorityFolder(settings.authority)
+    with _registry(settings) as registry:
+        token = authority.token_authority.issue(
+            registry,
+            vm=vm,
+            hypervisor=hypervisor,
+            audience=settings.audience,
+            operations=operations,
+            now=time.time(),
+            valid=valid,
+        )
+    if out is None:
+        typer.echo(token)
+    else:
+        write_atomically(out, token.encode("ascii") + b"\n", mode=0o600)
+
+
+@revoke_app.command("token")
+def revoke_token(jti: str, config: ConfigOption = CONFIG) -> None:
+    """Revoke one VM-Auth-Token; 'gose status' lists the JTIs."""
+    with _registry(load_settings(GoseSettings, config)) as registry:
+        registry.revoke_token(jti)
+    typer.echo(f"token {jti} is revoked")
+
+
+def _revoker(role: Role) -> Callable[[str, Path], None]:
+    def revoke(name: str, config: ConfigOption = CONFIG) -> None:
+        with _registry(load_settings(GoseSettings, config)) as registry:
+            revocations = registry.revoke_identity(role, name)
+        for revocation in revocations:
+            typer.echo(f"{role} {name}: {revocation.value} is revoked")
+
+    revoke.__doc__ = f"Revoke every certificate of a {role}: its tokens and sessions fall with it."
+    return revoke
+
+
+for _role in Role:
+    revoke_app.command(_role.value)(_revoker(_role))
+
+
+@app.command()
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object for a program.")] = False,
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Show who is enrolled, which cards answer, which tokens are out, and what was revoked."""
+    settings = load_settings(GoseSettings, config)
+    authority = AuthorityFolder(settings.authority)
+    with _registry(settings) as registry:
+        overview = asyncio.run(take_overview(settings, authority, registry, now=time.time()))
+    typer.echo(json.dumps(overview.as_json(), indent=2) if as_json else overview.as_text())
+
+
+@app.command()
+def serve(config: ConfigOption = CONFIG) -> None:
+    """Run the grid until SIGTERM: service provider, OpenID provider, and the slots of its cards."""
+    # Late: an administrator's commands need not wait for the web server's imports.
+    from gose.server import GridService
+
+    settings = load_settings(GoseSettings, config)
+    configure_logs(settings.log_level)
+
+    async def make_service() -> AbstractAsyncContextManager[object]:
+        return GridService(settings)
+
+    run_daemon(make_service)
+
+
+def main() -> None:
+    """The command ``gose``."""
+    run(
+        app,
+        {
+            AuthorityExistsError: ExitCode.REFUSED,
+            AuthorityMissingError: ExitCode.CONFIG,
+            AuthorityDamagedError: ExitCode.CONFIG,
+            IssuanceError: ExitCode.DATA,
+            IdentityError: ExitCode.DATA,
+            NotEnrolledError: ExitCode.DATA,
+            AlreadyEnrolledError: ExitCode.REFUSED,
+            TokenNotIssuedError: ExitCode.REFUSED,
+            CardGoneError: ExitCode.UNAVAILABLE,
+            CardBusyError: ExitCode.UNAVAILABLE,
+            CardError: ExitCode.FAILED,
+            ApduError: ExitCode.FAILED,
+        },
+    )
+
+
+def _server_names(settings: GoseSettings) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*settings.names, settings.service_provider_host, settings.openid_provider_host)))
+
+
+def _holder(role: Role, name: str) -> Holder:
+    return Holder(role, check_name(name))
+
+
+def _element(settings: GoseSettings, seid: str, role: Role) -> SecureElementSettings:
+    element = settings.secure_element(seid)
+    if element is None:
+        known = ", ".join(entry.seid for entry in settings.secure_elements if entry.role == role) or "none"
+        raise NotEnrolledError(f"secure element (in the settings: {known})", seid)
+    if element.role != role:
+        raise EnrolmentError(f"the secure element '{seid}' has the role '{element.role}' in the settings, not '{role}'")
+    return element
+
+
+def _access(element: SecureElementSettings) -> CardAccess:
+    if element.operator_pin_file is None:
+        raise EnrolmentError(f"the settings name no 'operator_pin_file' for the secure element '{element.seid}'")
+    return CardAccess.at_socket(element.socket, _pin(element.operator_pin_file), _pin(element.user_pin_file))
+
+
+def _pin(path: Path) -> bytes:
+    return read_secret(path).strip()
+
+
+def _enrol(settings: GoseSettings, order: EnrolmentOrder, access: CardAccess, out: Path | None) -> None:
+    authority = AuthorityFolder(settings.authority).certificate_authority
+    with _registry(settings) as registry:
+        identity: Identity = asyncio.run(enrol(order, access, authority, registry, clock=time.time))
+    if out is not None:
+        write_atomically(out, pem_of(identity.certificate), mode=0o644)
+    typer.echo(f"{identity.role} {identity.name} is enrolled: {identity.thumbprint}")
+
+
+@contextlib.contextmanager
+def _registry(settings: GoseSettings) -> Iterator[Registry]:
+    """The registry of the grid; what SQLite says of it becomes a sentence."""
+    try:
+        with Registry(settings.database) as registry:
+            yield registry
+    except sqlite3.Error as error:
+        raise RegistryError(f"{settings.database} cannot be used: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
