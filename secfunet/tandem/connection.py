@@ -38,8 +38,6 @@ from secfunet.tls.errors import (
     UnsupportedSuiteError,
 )
 from secfunet.tls.flights import FlightDetector, Role
-from secfunet.tls.key_schedule import split_hand_over
-from secfunet.tls.protection import make_opener
 from secfunet.tls.records import ContentType, RecordBuffer, encode_record, split_records
 from secfunet.tls.server_names import verify_server_name
 from secfunet.tls.stream import HandOver, ProtectedStream
@@ -105,7 +103,6 @@ class TandemConnection:
         self._output = bytearray()
         self._asked = False
         self._sent = False
-        self._last_flight = b""
 
     @property
     def stream(self) -> ProtectedStream:
@@ -189,7 +186,6 @@ class TandemConnection:
             hand_over = HandOver(
                 suite, key_block, negotiated.read_sequence, negotiated.write_sequence, negotiated.encrypt_then_mac
             )
-            had_surplus = self._give_back_surplus(hand_over)
             stream = ProtectedStream(
                 self.role,
                 hand_over,
@@ -197,13 +193,12 @@ class TandemConnection:
                 record_limit=self.parameters.record_limit,
                 randbytes=self.parameters.randbytes,
             )
-            if had_surplus or not self.parameters.resume:
+            if not self.parameters.resume:
                 stream.stop_collecting_tickets()
             # From here on an alert must be encrypted: the stream sends it.
             self._stream = stream
             self._check_peer(peer_certificates)
         self.negotiated, self.suite, self.peer_certificates = negotiated, suite, peer_certificates
-        self._last_flight = b""
         self.state = TandemState.OPEN
 
     def fail(self, description: AlertDescription) -> None:
@@ -264,7 +259,6 @@ class TandemConnection:
         with self._failing():
             flight = self._flights.next_flight(self.incoming, at_eof=at_eof)
         if flight is not None:
-            self._last_flight = flight
             self._ask(AskCard(flight, is_first=self.role == "server" and not self._asked))
             self._asked = True
 
@@ -293,31 +287,6 @@ class TandemConnection:
         else:
             self.state = TandemState.WAIT_PEER
             self._look(at_eof=False)
-
-    def _give_back_surplus(self, hand_over: HandOver) -> bool:
-        """Find records of application data that were given to the card behind the peer's Finished; return whether there were any.
-
-        The card stops at the Finished. A peer that joins messages in one record, and sends data that by chance has a Finished's
-        length right behind, makes :mod:`~secfunet.tls.flights` give the card too much. Only the first record of data opens
-        under the new keys, so trying tells where it is.
-        """
-        if hand_over.suite.version != TLS_1_3:
-            return False
-        records = [r for r in split_records(self._last_flight) if r.kind == ContentType.APPLICATION_DATA]
-        keys = split_hand_over(hand_over.suite, hand_over.key_block)[1 if self.role == "client" else 0]
-        for index in range(1, len(records)):
-            opener = make_opener(hand_over.suite, keys, hand_over.read_sequence, encrypt_then_mac=False)
-            raw = records[index].raw
-            try:
-                opener.open_into(memoryview(raw), memoryview(bytearray(len(raw))))
-            except TlsProtocolError:
-                continue
-            behind = b"".join(record.raw for record in records[index:])
-            waiting = bytes(self.incoming.view[self.incoming.start : self.incoming.end])
-            self.incoming = RecordBuffer(2 * (len(behind) + len(waiting)))
-            self.incoming.feed(behind + waiting)
-            return True
-        return False
 
     def _check_peer(self, peer_certificates: tuple[bytes, ...]) -> None:
         if self.role == "client":

@@ -3,16 +3,18 @@
 TLS 1.2 tells in clear: a server's flight ends with ServerHelloDone, or with the Finished behind ChangeCipherSpec when the session is
 resumed; a client's with its ClientHello and with its Finished (RFC 5246, 7.3).
 
-In TLS 1.3 all after ServerHello is encrypted under keys that only the card has, so the end cannot be read: the card says when it has all.
-What can be read is lengths. An unpadded Finished that has a record to itself, which is what most stacks send, is exactly
-4 + hash + 1 + 16 bytes long. So all that has come is given to the card up to such a record; failing one, up to the first
-record that is long enough to hold a Finished behind other messages. The card never gets a record past one that may have ended
-the handshake, unless that record is followed by one of the exact length.
+In TLS 1.3 all after ServerHello is encrypted under keys that only the card has, so the end cannot be read: the card says when it has all,
+and must not be given a record beyond the end, because that one is already the host's. What can be read is lengths. A Finished
+that has a record to itself is 4 + hash + 1 + 16 bytes long, and the CertificateVerify before it has one of few lengths, all
+shorter than any record that holds a certificate too. So everything is given at once up to a record of a Finished's length that is
+either the first that is long enough for one, or comes right behind a CertificateVerify. Anything else is given record by record,
+each up to the next that may hold a Finished: stacks that join messages in one record lose nothing by that.
 """
 
 from __future__ import annotations
 
 import enum
+import itertools
 from typing import Final, Literal
 
 from secfunet.tls.alerts import AlertDescription
@@ -40,6 +42,17 @@ MAX_WARNINGS: Final = 4
 _AEAD_TAG: Final = 16
 _INNER_TYPE: Final = 1
 _ALERT_RECORD: Final = 2 + _INNER_TYPE + _AEAD_TAG
+_VERIFY_OVERHEAD: Final = 4 + 2 + 2 + _INNER_TYPE + _AEAD_TAG
+_VERIFY_LENGTHS: Final = frozenset(
+    _VERIFY_OVERHEAD + signature
+    for signature in (
+        *(64, 114),  # Ed25519, Ed448
+        *range(68, 73),  # ECDSA over P-256
+        *range(100, 105),  # ECDSA over P-384
+        *range(134, 140),  # ECDSA over P-521
+        *(256, 384),  # RSA-2048, RSA-3072; with RSA-4096 a joined record could be as short
+    )
+)
 
 Role = Literal["client", "server"]
 
@@ -220,14 +233,9 @@ class FlightDetector:
             raise AssertionError("the encrypted phase begins with a ServerHello")
         finished = 4 + SUITES[self.hello.suite].hash_length + _INNER_TYPE + _AEAD_TAG
         lengths = buffer.scan(MAX_CIPHERTEXT_TLS12)
-        encrypted = [
-            (index, length) for index, (kind, length) in enumerate(lengths) if kind == ContentType.APPLICATION_DATA
-        ]
-        exact = (index for index, length in encrypted if length == finished)
-        possible = (index for index, length in encrypted if length > finished or length == _ALERT_RECORD)
-        last = next(exact, None)
-        if last is None:
-            last = next(possible, None)
+        last = _last_of_flight(
+            [length if kind == ContentType.APPLICATION_DATA else 0 for kind, length in lengths], finished
+        )
         if last is None:
             if not (at_eof and lengths):
                 if len(buffer) + len(self._flight) > MAX_FLIGHT:
@@ -250,3 +258,14 @@ class FlightDetector:
         elif record.kind != ContentType.APPLICATION_DATA or record.length < _AEAD_TAG + _INNER_TYPE:
             raise TlsProtocolError("a record in clear behind ServerHello", AlertDescription.UNEXPECTED_MESSAGE)
         self._keep(record.raw)
+
+
+def _last_of_flight(lengths: list[int], finished: int) -> int | None:
+    """Return the index of the last record that may be given to the card, or None when none may end a flight (yet)."""
+    possible = [index for index, length in enumerate(lengths) if length >= finished or length == _ALERT_RECORD]
+    if not possible:
+        return None
+    for before, index in itertools.pairwise(possible):
+        if lengths[index] == finished and index == before + 1 and lengths[before] in _VERIFY_LENGTHS:
+            return index
+    return possible[0]

@@ -1,0 +1,1 @@
+"""The record layer, without a card."""
