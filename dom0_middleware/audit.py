@@ -269,7 +269,7 @@ class AuditLog:
         head = self._last_record(tail[:whole])
         if anchor is not None:
             if head is None and self._size == torn:
-                head = anchor  # a new file after a rotation
+                head = self._rotated_head(anchor)
             elif head is None or head.n < anchor.n:
                 raise AuditBrokenError(self._path, f"ends before record {anchor.n}, which was written")
             elif head.n == anchor.n and head.hash != anchor.hash:
@@ -282,6 +282,18 @@ class AuditLog:
             self._size -= torn
             self.record("audit.recovered", "noted", detail=f"a crash left {torn} bytes of an unfinished record")
             self.flush()
+
+    def _rotated_head(self, anchor: Head) -> Head:
+        """Where a new, empty file continues: the anchor, or what a killed daemon still wrote behind it into a file that was then rotated."""
+        heads = [anchor]
+        for path in self._path.parent.glob(f"{self._path.name}?*"):
+            if not path.name.endswith((".head", ".lock", ".gz")):
+                with path.open("rb") as file:
+                    file.seek(max(0, path.stat().st_size - 2 * MAX_LINE))
+                    tail = file.read()
+                with contextlib.suppress(AuditBrokenError):
+                    heads.append(self._last_record(tail[: tail.rfind(b"\n") + 1]) or anchor)
+        return max(heads, key=lambda head: head.n)
 
     def _last_record(self, tail: bytes) -> Head | None:
         if not tail:

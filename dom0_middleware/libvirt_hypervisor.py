@@ -234,7 +234,9 @@ class LibvirtHypervisor:
             connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT)
         with contextlib.suppress(libvirt.libvirtError):
             connection.registerCloseCallback(lambda *_: self._tell(self._mark_lost), None)
-        self._callback = connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None)
+        self._callback = connection.domainEventRegisterAny(
+            None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None
+        )
         self._domain_type = {"TEST": "test", "QEMU": "kvm"}.get(connection.getType(), "xen")
         self._connection = connection
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 
 from secfunet.gose.v1 import operation_pb2
-from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc
+from secfunet.middleware.v1 import agent_pb2
 from tests.dom0_middleware.world import (
     TIMEOUT,
     World,
@@ -38,9 +38,7 @@ async def test_encrypt_then_decrypt(world: World) -> None:
         )
         decrypt = operation_pb2.Operation(
             request_id=secrets.token_bytes(16),
-            decrypt=operation_pb2.DecryptOperation(
-                scheme=oaep, ciphertext=output_of(sealed.results, encrypt, "web")
-            ),
+            decrypt=operation_pb2.DecryptOperation(scheme=oaep, ciphertext=output_of(sealed.results, encrypt, "web")),
         )
         opened = await stub.Decrypt(
             agent_pb2.DecryptRequest(request_id=decrypt.request_id, decrypt=decrypt.decrypt), timeout=TIMEOUT

@@ -1,7 +1,7 @@
 """A whole dom0 in one process: the real middleware over the test driver of libvirt, and a grid double that makes real containers.
 
-The double implements what the middleware uses of ``gose_client.GoseClient`` truthfully: it verifies the VM-Auth-Token, signs with the VM's key,
-and seals results as a grid does. Only the way to it (TLS-Tandem, cards, OpenID) is left out.
+The double implements what the middleware uses of ``gose_client.GoseClient`` truthfully: it verifies the VM-Auth-Token, signs with the
+VM's key, and seals results as a grid does. Only the way to it (TLS-Tandem, cards, OpenID) is left out.
 """
 
 from __future__ import annotations
@@ -132,9 +132,7 @@ class SessionDouble:
                 continue
             output = perform(rsa_key(self.vm), operation)
             digest = request_digest(operation)
-            results.append(
-                operation_pb2.Result(request_id=operation.request_id, request_digest=digest, output=output)
-            )
+            results.append(operation_pb2.Result(request_id=operation.request_id, request_digest=digest, output=output))
         containers = ()
         if results:
             plaintext = operation_pb2.ResultSet(
@@ -242,7 +240,9 @@ def request_for(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> bytes:
         x509.CertificateSigningRequestBuilder()
         .subject_name(name)
         .add_extension(
-            x509.SubjectAlternativeName([x509.UniformResourceIdentifier("urn:uuid:" + "0" * 8 + "-0000" * 3 + "-" + "0" * 12)]),
+            x509.SubjectAlternativeName(
+                [x509.UniformResourceIdentifier("urn:uuid:" + "0" * 8 + "-0000" * 3 + "-" + "0" * 12)]
+            ),
             critical=False,
         )
         .sign(key, hashes.SHA256())
@@ -369,12 +369,16 @@ class World:
     def orchestrator_channel(self, name: str = "admin") -> grpc.aio.Channel:
         certificate_path, key_path = credential_paths(self.state, name)
         credentials = grpc.ssl_channel_credentials(
-            (self.state / "orchestrator-authority.pem").read_bytes(), key_path.read_bytes(), certificate_path.read_bytes()
+            (self.state / "orchestrator-authority.pem").read_bytes(),
+            key_path.read_bytes(),
+            certificate_path.read_bytes(),
         )
         return grpc.aio.secure_channel(f"unix:{self.state}/orchestrator.sock", credentials, NAME_OVERRIDE)
 
     @contextlib.asynccontextmanager
-    async def orchestrator(self, name: str = "admin") -> AsyncIterator[orchestrator_pb2_grpc.OrchestratorServiceAsyncStub]:
+    async def orchestrator(
+        self, name: str = "admin"
+    ) -> AsyncIterator[orchestrator_pb2_grpc.OrchestratorServiceAsyncStub]:
         async with self.orchestrator_channel(name) as channel:
             yield orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
 
@@ -439,5 +443,3 @@ async def eventually(condition: object, *, within: float = 5.0) -> None:
     while not condition():  # type: ignore[operator]
         assert asyncio.get_running_loop().time() < end, "it did not come true in time"
         await asyncio.sleep(0.01)
-
-
