@@ -1,0 +1,84 @@
+"""A card in this process: the real card operating system over a real store, without the socket."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from secfunet.card import CardClient, KeyAlgorithm, PinRole, Segmentation
+from secfunet.card.client import pad_pin
+from secure_element.card_os import CardOptions, CardOs
+from secure_element.pin import make_pin
+from secure_element.store import CardStore, StoreContents, StoreSecret
+from tests.support.pki import CertificateAuthority
+
+USER_PIN = b"0000"
+OPERATOR_PIN = b"00000000"
+STORE_KEY = bytes(range(100, 132))
+
+
+class LocalPort:
+    """CardPort straight into a CardOs; keeps every exchange."""
+
+    def __init__(self, card: CardOs) -> None:
+        self.card = card
+        self.exchanges: list[tuple[bytes, bytes]] = []
+
+    async def transmit(self, command: bytes) -> bytes:
+        response = self.card.process(command)
+        self.exchanges.append((command, response))
+        return response
+
+    async def reset(self) -> bytes:
+        self.card.reset()
+        return self.card.atr
+
+    async def close(self) -> None:
+        self.card.reset()
+
+
+def new_store(folder: Path) -> CardStore:
+    """A fresh store with the two PINs above."""
+    pins = {
+        role: make_pin(role, pad_pin(pin), os.urandom)
+        for role, pin in ((PinRole.USER, USER_PIN), (PinRole.OPERATOR, OPERATOR_PIN))
+    }
+    return CardStore.create(folder / "card.store", StoreSecret(STORE_KEY), StoreContents(pins))
+
+
+def open_store(folder: Path) -> CardStore:
+    """The same store again."""
+    return CardStore.open(folder / "card.store", StoreSecret(STORE_KEY))
+
+
+async def ready_client(
+    card: CardOs,
+    identity: str | None = None,
+    *,
+    role: PinRole = PinRole.USER,
+    segmentation: Segmentation = Segmentation.EXTENDED,
+) -> CardClient:
+    """Selected, verified, identity set."""
+    client = CardClient(LocalPort(card), segmentation=segmentation)
+    await client.select()
+    await client.verify_pin(USER_PIN if role is PinRole.USER else OPERATOR_PIN, role)
+    if identity is not None:
+        await client.set_identity(identity)
+    return client
+
+
+async def personalised(
+    store: CardStore,
+    authority: CertificateAuthority,
+    *identities: tuple[str, KeyAlgorithm],
+    options: CardOptions | None = None,
+) -> CardOs:
+    """A card with these identities."""
+    card = CardOs(store, options or CardOptions())
+    client = await ready_client(card, role=PinRole.OPERATOR)
+    for name, algorithm in identities:
+        await client.generate_key(name, algorithm)
+        certificate = authority.issue_for_request(await client.certificate_signing_request(name, name))
+        await client.load_identity(name, name.encode(), certificate, (authority.der,))
+    await client.close()
+    return card
