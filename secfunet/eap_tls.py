@@ -42,7 +42,8 @@ class EapTlsMessage:
 
     @property
     def is_ack(self) -> bool:
-        """Whether it only asks for the next piece, or says that there is nothing to say: six bytes with the EAP header."""
+        """Whether it only asks for the next piece, or says that there is nothing to say: six bytes with the EAP header
+        (an L bit with a length of 0 is tolerated)."""
         return not (self.data or self.more or self.start or self.total_length)
 
     def encode(self) -> bytes:

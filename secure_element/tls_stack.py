@@ -362,6 +362,9 @@ class TlsStack:
         """Let go of keys and buffers."""
         self._secrets.clear()
         with contextlib.suppress(AttributeError):
+            if self._done:
+                # Otherwise OpenSSL takes the session for a broken one and throws it out of the server's cache.
+                self._connection.set_shutdown(SSL.SENT_SHUTDOWN | SSL.RECEIVED_SHUTDOWN)
             self._connection.set_app_data(None)
             del self._connection
 
