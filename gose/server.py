@@ -263,9 +263,8 @@ class GridService:
                 ("grpc.max_connection_idle_ms", 15 * 60_000),
             ],
         )
-        service_provider_pb2_grpc.add_ServiceProviderServiceServicer_to_server(
-            ServiceProvider(executor, sessions, limits, self.metrics), server
-        )
+        service_provider = ServiceProvider(executor, sessions, limits, self.metrics)
+        service_provider_pb2_grpc.add_ServiceProviderServiceServicer_to_server(service_provider, server)
         health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         credentials = grpc.ssl_server_credentials(
@@ -282,6 +281,7 @@ class GridService:
             raise StartError(f"the gRPC door cannot listen on {address}")
         stack.push_async_callback(server.stop, limits.shutdown_timeout)
         await server.start()
+        stack.callback(service_provider.drain)
         stack.push_async_callback(health.enter_graceful_shutdown)
         for name in ("", SERVICE_NAME):
             await health.set(name, health_pb2.HealthCheckResponse.SERVING)

@@ -50,7 +50,9 @@ class ServiceProvider(pb_grpc.ServiceProviderServiceServicer):
         self._limits = limits
         self._metrics = metrics
         self._monotonic = monotonic
-        self._streams: Counter[str] = Counter()
+        self._open: Counter[str] = Counter()
+        self._streams: set[_Stream] = set()
+        self._is_draining = False
 
     async def Execute(self, request: pb.ExecuteRequest, context: Context) -> pb.ExecuteResponse:  # noqa: N802 - gRPC's name
         """One batch within the call's deadline."""
@@ -70,17 +72,28 @@ class ServiceProvider(pb_grpc.ServiceProviderServiceServicer):
     ) -> None:
         """Batches, several in work at the same time; a caller that does not read its answers is not read from either."""
         caller = current_caller()
-        if self._streams[caller.hvid] >= self._limits.streams_per_hypervisor:
+        if self._open[caller.hvid] >= self._limits.streams_per_hypervisor:
             raise Refusal(Reason.TOO_MANY_STREAMS, "this hypervisor has too many streams open", retry_after=1.0)
-        self._streams[caller.hvid] += 1
+        self._open[caller.hvid] += 1
         self._metrics.streams.inc()
+        stream = _Stream(self._executor, self._sessions, self._limits, caller, context)
+        self._streams.add(stream)
         try:
-            await _Stream(self._executor, self._sessions, self._limits, caller, context).run()
+            if self._is_draining:
+                stream.drain()
+            await stream.run()
         finally:
+            self._streams.discard(stream)
             self._metrics.streams.dec()
-            self._streams[caller.hvid] -= 1
-            if not self._streams[caller.hvid]:
-                del self._streams[caller.hvid]
+            self._open[caller.hvid] -= 1
+            if not self._open[caller.hvid]:
+                del self._open[caller.hvid]
+
+    def drain(self) -> None:
+        """The grid shuts down: streams take no more batches, answer those that they have, and end."""
+        self._is_draining = True
+        for stream in self._streams:
+            stream.drain()
 
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:  # noqa: N802 - gRPC's name
         """What the session is worth."""
@@ -112,28 +125,38 @@ class _Stream:
         # A place is given back when the answer is written: so nothing piles up behind a slow reader.
         self._places = asyncio.Semaphore(limits.stream_batches)
         self._writing = asyncio.Lock()
-        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._drained = asyncio.Event()
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def drain(self) -> None:
+        """Reads no more; ``run`` ends when what was read is answered."""
+        self._drained.set()
 
     async def run(self) -> None:
-        """Until the caller has no more batches, the session ends (Refusal), or the connection is lost."""
+        """Until the caller has no more batches, the session ends (Refusal), the grid shuts down (Refusal), or the connection is lost."""
         reader = asyncio.create_task(self._read())
-        tasks: set[asyncio.Task[None]] = set()
-        self._tasks = tasks
+        drained = asyncio.create_task(self._drained.wait())
         try:
-            await asyncio.wait({reader, self._ended}, return_when=asyncio.FIRST_COMPLETED)
-            if self._ended.done():
-                self._ended.result()
-            await reader
-            while tasks:
-                await asyncio.wait({*tasks, self._ended}, return_when=asyncio.FIRST_COMPLETED)
-                if self._ended.done():
-                    self._ended.result()
+            watched: set[asyncio.Future[Any]] = {reader, drained, self._failed}
+            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+            ended_by_caller = reader.done()
+            if ended_by_caller:
+                reader.result()
+            else:
+                reader.cancel()
+            while self._tasks and not self._failed.done():
+                watched = {*self._tasks, self._failed}
+                await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+            if self._failed.done():
+                self._failed.result()
+            if not ended_by_caller:
+                raise Refusal(Reason.SHUTTING_DOWN, "the grid shuts down", retry_after=1.0)
         finally:
-            for task in (reader, *tasks):
+            for task in (reader, drained, *self._tasks):
                 task.cancel()
-            await asyncio.gather(reader, *tasks, return_exceptions=True)
-            if not self._ended.done():
-                self._ended.cancel()
+            await asyncio.gather(reader, drained, *self._tasks, return_exceptions=True)
+            self._failed.cancel()
 
     async def _read(self) -> None:
         while True:
@@ -168,8 +191,8 @@ class _Stream:
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - it ends the stream, where it is told apart
-            if not self._ended.done():
-                self._ended.set_exception(error)
+            if not self._failed.done():
+                self._failed.set_exception(error)
         finally:
             self._places.release()
 
