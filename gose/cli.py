@@ -214,8 +214,8 @@ def issue_token(
     vm: Annotated[str, typer.Option(help="Name of the VM.")],
     hypervisor: Annotated[str, typer.Option(help="Name of the hypervisor that it runs on.")],
     operations: Annotated[
-        tuple[str, ...], typer.Option(parser=parse_operations, metavar="LIST", help="Some of sign,decrypt,encrypt.")
-    ] = ",".join(OPERATIONS),  # type: ignore[assignment]  # typer parses the default, too
+        str, typer.Option(metavar="LIST", help="Some of sign,decrypt,encrypt, with commas between.")
+    ] = ",".join(OPERATIONS),
     valid: ValidOption = "8h",  # type: ignore[assignment]  # likewise
     out: Annotated[
         Path | None, typer.Option("--out", help="File to write (mode 0600) in place of standard output.")
@@ -231,7 +231,7 @@ def issue_token(
             vm=vm,
             hypervisor=hypervisor,
             audience=settings.audience,
-            operations=operations,
+            operations=parse_operations(operations),
             now=time.time(),
             valid=valid,
         )

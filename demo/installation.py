@@ -1,0 +1,180 @@
+"""One installation in one folder: cards, grid, middleware, agents: their settings files, secrets and the commands that make them.
+
+Nothing here talks to a daemon in another way than its users do: by settings files and commands.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from secfunet.service.files import private_folder, write_atomically
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Loopback ports of the grid, free when the installation was made."""
+
+    sp_https: int
+    sp_grpc: int
+    op_endpoint: int
+    op_login: int
+
+    @classmethod
+    def free(cls) -> Ports:
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
+        numbers = [opened.getsockname()[1] for opened in sockets]
+        for opened in sockets:
+            opened.close()
+        return cls(*numbers)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything of an installation is. Socket paths are kept short: a Unix socket's path has at most 107 bytes."""
+
+    folder: Path
+
+    def card(self, name: str) -> Path:
+        return self.folder / "cards" / name
+
+    def card_socket(self, name: str) -> Path:
+        return self.card(name) / "card.sock"
+
+    @property
+    def grid(self) -> Path:
+        return self.folder / "grid"
+
+    @property
+    def grid_authority(self) -> Path:
+        """The grid's CA, PEM: what a host must be given of the grid."""
+        return self.grid / "state" / "authority" / "ca.pem"
+
+    @property
+    def gose_config(self) -> Path:
+        return self.grid / "gose.toml"
+
+    def host(self, hypervisor: str) -> Path:
+        return self.folder / hypervisor
+
+    def middleware_config(self, hypervisor: str) -> Path:
+        return self.host(hypervisor) / "secure-middleware.toml"
+
+    def guest(self, vm: str) -> Path:
+        return self.folder / "vms" / vm
+
+    def agent_config(self, vm: str) -> Path:
+        return self.guest(vm) / "vm-agent.toml"
+
+    def agent_socket(self, vm: str) -> Path:
+        return self.guest(vm) / "agent.sock"
+
+    def certificate(self, name: str) -> Path:
+        return self.folder / "certificates" / f"{name}.pem"
+
+    def token(self, vm: str, hypervisor: str) -> Path:
+        return self.folder / "certificates" / f"{vm}@{hypervisor}.jwt"
+
+    def log(self, name: str) -> Path:
+        return self.folder / "logs" / f"{name}.log"
+
+    def make(self) -> None:
+        for folder in ("cards", "grid", "vms", "certificates", "logs"):
+            private_folder(self.folder / folder)
+
+
+def toml(value: object) -> str:
+    """A TOML value (strings, numbers, booleans, lists of them): JSON has the same notation for these."""
+    return json.dumps(str(value) if isinstance(value, Path) else value)
+
+
+def write_card(layout: Layout, name: str, *, user_pin: str | None = None) -> Path:
+    """Settings and secrets of one software card; returns the settings file."""
+    folder = private_folder(layout.card(name))
+    write_atomically(folder / "store.key", secrets.token_bytes(32).hex().encode())
+    write_atomically(folder / "user.pin", (user_pin or f"{secrets.randbelow(10**8):08d}").encode())
+    write_atomically(folder / "operator.pin", f"{secrets.randbelow(10**8):08d}".encode())
+    config = folder / "secure-element.toml"
+    write_atomically(config, b'socket = "card.sock"\nstore = "card.store"\n\n[store_key]\nfile = "store.key"\n')
+    return config
+
+
+def write_grid(layout: Layout, ports: Ports, cards: Sequence[tuple[str, str]]) -> Path:
+    """Settings of the grid with its ``cards``: pairs of SEID and role."""
+    lines = [
+        'state = "state"',
+        'names = ["localhost", "127.0.0.1"]',
+        "",
+        "[service_provider]",
+        f'https = "127.0.0.1:{ports.sp_https}"',
+        f'grpc = "127.0.0.1:{ports.sp_grpc}"',
+        "",
+        "[openid_provider]",
+        f'endpoint = "127.0.0.1:{ports.op_endpoint}"',
+        f'login = "127.0.0.1:{ports.op_login}"',
+    ]
+    for seid, role in cards:
+        lines += [
+            "",
+            "[[secure_elements]]",
+            f"seid = {toml(seid)}",
+            f"role = {toml(role)}",
+            f"socket = {toml(layout.card_socket(seid))}",
+            f"user_pin_file = {toml(layout.card(seid) / 'user.pin')}",
+            f"operator_pin_file = {toml(layout.card(seid) / 'operator.pin')}",
+        ]
+    write_atomically(layout.gose_config, "\n".join([*lines, ""]).encode())
+    return layout.gose_config
+
+
+def write_agent(layout: Layout, vm: str, join: Path) -> Path:
+    """Settings of the agent in one VM."""
+    private_folder(layout.guest(vm))
+    text = f'join = {toml(join)}\nstate = "state"\nsocket = "agent.sock"\n'
+    write_atomically(layout.agent_config(vm), text.encode())
+    return layout.agent_config(vm)
+
+
+def save_ports(layout: Layout, ports: Ports) -> None:
+    write_atomically(layout.folder / "ports.json", json.dumps(asdict(ports)).encode())
+
+
+def load_ports(layout: Layout) -> Ports | None:
+    """None: this folder has no complete installation."""
+    path = layout.folder / "ports.json"
+    return Ports(**json.loads(path.read_text())) if path.exists() else None
+
+
+POLICY = """\
+# Which VM may do what on this host; what no rule allows is denied.
+[[rule]]
+names = ["*"]
+operations = ["sign", "decrypt", "encrypt"]
+schemes = ["rsassa-*", "ecdsa-*", "rsaes-oaep-*"]
+"""
+
+
+def write_middleware(layout: Layout, hypervisor: str, card: str, ports: Ports) -> Path:
+    """Settings and policy of the Secure Middleware of one host."""
+    folder = private_folder(layout.host(hypervisor))
+    text = f"""\
+state = "state"
+policy = "policy.toml"
+
+[card]
+socket = {toml(layout.card_socket(card))}
+user_pin_file = {toml(layout.card(card) / "user.pin")}
+
+[grid]
+service_provider = "https://localhost:{ports.sp_https}"
+operations = "localhost:{ports.sp_grpc}"
+openid_providers = ["https://localhost:{ports.op_endpoint}", "https://localhost:{ports.op_login}"]
+authority = {toml(layout.grid_authority)}
+"""
+    write_atomically(layout.middleware_config(hypervisor), text.encode())
+    write_atomically(folder / "policy.toml", POLICY.encode())
+    return layout.middleware_config(hypervisor)
