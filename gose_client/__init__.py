@@ -1,1 +1,39 @@
-"""How anything reaches a grid: the hypervisor's login through OpenID, sessions for VMs, and operations."""
+"""How anything reaches a grid: the hypervisor's login through OpenID, sessions for VMs, and operations.
+
+``GoseClient`` is the client of one grid. A request walks down ``session`` (what heals within the caller's time), ``stream`` (batches
+over one call), ``channel`` (gRPC over a private socket) and ``connectors`` (TLS-Tandem with the hypervisor's card). ``login`` makes a
+session over ``http_connections`` and ``cookies``; ``content_keys`` has the card unwrap what containers are locked with.
+"""
+
+from gose_client.client import GoseClient
+from gose_client.errors import (
+    ContainerRefusedError,
+    DeadlineError,
+    GoseClientError,
+    GridRefusedError,
+    GridUnavailableError,
+    GridUntrustedError,
+    HypervisorCardError,
+    ProtocolViolationError,
+    RequestInvalidError,
+    SessionClosedError,
+)
+from gose_client.session import BatchAnswer, VmSession
+from gose_client.settings import GoseClientSettings
+
+__all__ = [
+    "BatchAnswer",
+    "ContainerRefusedError",
+    "DeadlineError",
+    "GoseClient",
+    "GoseClientError",
+    "GoseClientSettings",
+    "GridRefusedError",
+    "GridUnavailableError",
+    "GridUntrustedError",
+    "HypervisorCardError",
+    "ProtocolViolationError",
+    "RequestInvalidError",
+    "SessionClosedError",
+    "VmSession",
+]

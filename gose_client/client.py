@@ -1,0 +1,141 @@
+"""The client of one grid: see GoseClient."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, Self
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from gose_client.cards import CarefulCards
+from gose_client.channel import OperationsChannel
+from gose_client.connectors import Connectors, explain
+from gose_client.content_keys import ContentKeys
+from gose_client.deadline import Deadline
+from gose_client.errors import GoseClientError, GridRefusedError, GridUnavailableError
+from gose_client.http_connections import HttpConnections
+from gose_client.login import Grant, Logins
+from gose_client.session import VmSession
+from gose_client.settings import GoseClientSettings
+from secfunet.apdu import ApduError
+from secfunet.card.errors import CardError
+from secfunet.card.pool import CardPool
+from secfunet.identity import load_certificate, rsa_key_of
+
+_log = logging.getLogger(__name__)
+
+_BEGIN_AGAIN: Final = frozenset({"LOGIN_UNKNOWN", "LOGIN_STALE"})
+_MAX_BEGINNINGS = 4
+_MAX_LOGINS = 8  # at the same time
+_MAX_AUTHORITIES = 16
+
+
+class GoseClient:
+    """Logs a hypervisor in, opens sessions for its VMs, and has its card unwrap the keys of their containers.
+
+    An asynchronous context manager. Entering it asks nobody: the grid may be away then. Connections, the login at the OpenID
+    provider and content keys are shared by all sessions.
+    """
+
+    def __init__(
+        self, settings: GoseClientSettings, cards: CardPool, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        """Reads the CA's certificate. Raises OSError or IdentityError."""
+        self._settings = settings
+        self._clock = clock
+        self._cards = CarefulCards(cards)
+        authority: x509.Certificate = load_certificate(settings.authority.read_bytes())
+        connectors = Connectors(settings, self._cards, authority)
+        self._http = HttpConnections(connectors.http(), limit=settings.connections, idle_timeout=settings.idle_timeout)
+        self._logins = Logins(settings, self._http, self._cards, authority, clock)
+        self._channel = OperationsChannel(settings, connectors)
+        self._keys = ContentKeys(
+            self._cards, settings.container_profile, limit=settings.content_keys, card_timeout=settings.card_timeout
+        )
+        # Newest last. A session's containers may be opened while another one, of a renewed authority, is already open.
+        self._authorities: dict[bytes, rsa.RSAPublicKey] = {}
+        self._login_places = asyncio.Semaphore(_MAX_LOGINS)
+        self._sessions: set[VmSession] = set()
+
+    async def __aenter__(self) -> Self:
+        await self._channel.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.gather(*(session.close() for session in self._sessions), return_exceptions=True)
+        await self._channel.close()
+        await self._http.close()
+        await self._keys.close()
+
+    async def open_session(
+        self, vm_certificate: bytes, vm_auth_token: str, *, timeout: float, correlation: str = ""
+    ) -> VmSession:
+        """A session for the VM of ``vm_certificate`` (DER) on this hypervisor.
+
+        Raises GridRefusedError with the grid's reason, DeadlineError after ``timeout`` seconds, GridUntrustedError, HypervisorCardError,
+        ProtocolViolationError.
+        """
+        correlation = correlation or secrets.token_hex(8)
+        deadline = Deadline(timeout)
+
+        async def log_in(until: Deadline) -> Grant:
+            return await self._log_in(vm_certificate, vm_auth_token, correlation, until)
+
+        async with deadline.enforced():
+            grant = await log_in(deadline)
+        session = VmSession(grant, log_in, self._channel, self._settings, clock=self._clock, correlation=correlation)
+        self._sessions = {one for one in self._sessions if not one.is_closed} | {session}
+        return session
+
+    async def content_key(self, container: bytes, *, timeout: float) -> bytes:
+        """The 32-byte key of a container's body. The trailer is verified first; the card is asked once a key.
+
+        Raises ContainerRefusedError (uniform, whatever is wrong with the container), DeadlineError, GridUnavailableError with reason
+        HYPERVISOR_CARD_UNAVAILABLE, HypervisorCardError.
+        """
+        return await self._keys.key_of(container, [*reversed(self._authorities.values())], timeout=timeout)
+
+    async def _log_in(self, vm_certificate: bytes, vm_auth_token: str, correlation: str, deadline: Deadline) -> Grant:
+        """Logs in until it succeeds, is refused, or the caller's time is over (the caller enforces it)."""
+        beginnings = 0
+        while True:
+            try:
+                async with self._login_places:
+                    grant = await self._logins.attempt(vm_certificate, vm_auth_token, correlation)
+            except GridRefusedError as error:
+                if error.reason in _BEGIN_AGAIN and beginnings < _MAX_BEGINNINGS:
+                    # The login was lost on its way (a restarted grid has forgotten it): from the beginning.
+                    beginnings += 1
+                    self._logins.forget()
+                elif error.code is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+                await deadline.pause(error, error.retry_after or 0.0)
+            except GridUnavailableError as error:
+                await deadline.pause(error)
+            except (CardError, ApduError) as error:
+                translated: GoseClientError = explain(error, "the hypervisor's card")
+                if not isinstance(translated, GridUnavailableError):
+                    raise translated from error
+                await deadline.pause(translated)
+            else:
+                self._remember_authority(grant.container_authority)
+                _log.info(
+                    "session opened",
+                    extra={"vmid": grant.vmid, "hvid": grant.hvid, "correlation": correlation},
+                )
+                return grant
+
+    def _remember_authority(self, certificate: bytes) -> None:
+        key = self._authorities.pop(certificate, None) or rsa_key_of(load_certificate(certificate))
+        self._authorities[certificate] = key
+        while len(self._authorities) > _MAX_AUTHORITIES:
+            del self._authorities[next(iter(self._authorities))]

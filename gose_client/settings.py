@@ -1,0 +1,64 @@
+"""Where the grid is, whom to believe, and how long to wait. A table of a daemon's TOML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, ValidationInfo
+
+from secfunet.container import ContainerProfile
+from secfunet.openid.errors import OpenIdFormatError
+from secfunet.openid.realm import parse_url
+from secfunet.service.settings import Settings
+
+
+def _origin(untrusted: str) -> str:
+    try:
+        url = parse_url(untrusted)
+    except OpenIdFormatError as error:
+        raise ValueError(str(error)) from None
+    if url.scheme != "https" or (url.path, url.query, url.fragment) != ("/", "", ""):
+        raise ValueError("an origin is written 'https://host[:port]'")
+    return url.origin
+
+
+def _endpoint(untrusted: str) -> str:
+    _origin(f"https://{untrusted}")
+    if untrusted.rpartition("]")[2].count(":") != 1:
+        raise ValueError("it is written 'host:port'")
+    return untrusted
+
+
+def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
+    folder = (info.context or {}).get("folder")
+    return Path(folder).absolute() / path if folder is not None else path
+
+
+Origin = Annotated[str, AfterValidator(_origin)]
+FilePath = Annotated[Path, AfterValidator(_beside_the_file)]
+Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+
+
+class GoseClientSettings(Settings):
+    """One grid as its client knows it. No place that is not named here is ever asked, whatever the grid answers. Times are seconds."""
+
+    service_provider: Origin  # HTTPS: sessions
+    operations: Annotated[str, AfterValidator(_endpoint)]  # host:port, gRPC
+    openid_provider: Origin  # HTTPS: the endpoint, reached by ordinary TLS
+    openid_login: Origin  # HTTPS: the login page, reached by TLS-Tandem
+    authority: FilePath  # the grid's CA, PEM
+    container_profile: ContainerProfile = ContainerProfile.OAEP_PSS_SHA256
+    # A private folder (0700) for the socket between gRPC and TLS-Tandem; None: a temporary one.
+    relay_folder: FilePath | None = None
+    connect_timeout: Seconds = 10.0  # one attempt to connect, handshake and wait for the card included
+    card_timeout: Seconds = 10.0  # unwrapping one content key, wait for the card included
+    close_timeout: Seconds = 2.0  # telling the grid that a session ends
+    stall_timeout: Seconds = 45.0  # a stream with batches in work and without any answer for so long counts as lost
+    idle_timeout: Seconds = 60.0  # an HTTP connection is kept for the next login
+    dead_peer_timeout: Seconds = (
+        10.0  # bytes that the other side has not acknowledged for so long: the connection is lost
+    )
+    connections: Annotated[int, Field(ge=1, le=64)] = 4  # HTTP connections to one origin at the same time
+    batches_in_flight: Annotated[int, Field(ge=1, le=256)] = 16  # of one session's stream
+    content_keys: Annotated[int, Field(ge=1, le=100_000)] = 1024  # that are remembered
