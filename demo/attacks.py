@@ -90,7 +90,8 @@ async def foreign_hypervisor(stack: Stack, vm: str, thief: str) -> Refusal:
     settings = GoseClientSettings(
         service_provider=f"https://localhost:{ports.sp_https}",
         operations=f"localhost:{ports.sp_grpc}",
-        openid_providers=(f"https://localhost:{ports.op_endpoint}", f"https://localhost:{ports.op_login}"),
+        openid_provider=f"https://localhost:{ports.op_endpoint}",
+        openid_login=f"https://localhost:{ports.op_login}",
         authority=layout.grid_authority,
     )
     certificate = der_of(load_certificate(layout.certificate(vm).read_bytes()))

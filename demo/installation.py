@@ -14,6 +14,10 @@ from pathlib import Path
 
 from secfunet.service.files import private_folder, write_atomically
 
+# The longest path of an installation's folder, bytes: the sockets of a domain's channel are the deepest
+# (HOST/state/guests/UUID/agent.sock), and a Unix socket's path has at most 107.
+LONGEST_FOLDER = 107 - len("/xen-1/state/guests/00000000-0000-0000-0000-000000000000/agent.sock")
+
 
 @dataclass(frozen=True, slots=True)
 class Ports:
@@ -172,7 +176,8 @@ user_pin_file = {toml(layout.card(card) / "user.pin")}
 [grid]
 service_provider = "https://localhost:{ports.sp_https}"
 operations = "localhost:{ports.sp_grpc}"
-openid_providers = ["https://localhost:{ports.op_endpoint}", "https://localhost:{ports.op_login}"]
+openid_provider = "https://localhost:{ports.op_endpoint}"
+openid_login = "https://localhost:{ports.op_login}"
 authority = {toml(layout.grid_authority)}
 """
     write_atomically(layout.middleware_config(hypervisor), text.encode())

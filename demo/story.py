@@ -1,0 +1,154 @@
+"""The main job and four attacks, told as they happen."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from demo.attacks import (
+    Refusal,
+    copied_image,
+    enrolment_of,
+    foreign_hypervisor,
+    neighbour,
+    public_key_pem,
+    replayed_container,
+    sealed_signature,
+    sign_operation,
+)
+from demo.narrator import Narrator
+from demo.processes import run
+from demo.stack import Stack
+from secfunet.errors import SecFuNetError
+
+VM, NEIGHBOUR = "web", "db"
+HOST, FOREIGN_HOST = "xen-1", "xen-2"
+OPENSSL_PSS = ("-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:digest")
+
+
+class StoryError(SecFuNetError):
+    """The story did not go as it must."""
+
+
+async def tell(folder: Path, narrator: Narrator, *, keep: bool) -> None:
+    """Runs everything in ``folder``. Raises SecFuNetError (ProcessError, AttackSucceededError …) if anything is not as it must be."""
+    narrator.chapter("Everything is started, a process each")
+    stack = Stack(folder, vms=(VM, NEIGHBOUR), hypervisors=(HOST, FOREIGN_HOST), report=narrator.step)
+    async with stack:
+        _who_runs(stack, narrator)
+        await _sign(stack, narrator)
+        await _attack(stack, narrator)
+        if keep:
+            await _keep(stack, narrator)
+        narrator.chapter("Everything is stopped")
+    narrator.step("all processes ended cleanly; run it again: it starts with what it made")
+
+
+def _who_runs(stack: Stack, narrator: Narrator) -> None:
+    ports = stack.ports
+    pids = {name: daemon.pid for name, daemon in stack.daemons.items() if daemon.running}
+    cards = {name.removeprefix("card-"): pid for name, pid in pids.items() if name.startswith("card-")}
+    narrator.fact("cards  " + ", ".join(f"{name} (pid {pid})" for name, pid in cards.items()))
+    narrator.fact(
+        f"grid   pid {pids['gose']}: service provider {ports.sp_https} (HTTPS) and {ports.sp_grpc} (gRPC), "
+        f"OpenID provider {ports.op_endpoint} and {ports.op_login} (login page, TLS inside the cards)"
+    )
+    narrator.fact(f"dom0   pid {pids[f'middleware-{HOST}']}: libvirt test:///default, one channel a domain")
+    narrator.fact("VMs    " + ", ".join(f"{vm}: agent pid {pids[f'agent-{vm}']}" for vm in stack.vms))
+
+
+async def _sign(stack: Stack, narrator: Narrator) -> None:
+    narrator.chapter(f"A program in the VM {VM} signs a file; the VM never holds the key")
+    work = stack.layout.folder / "work"
+    work.mkdir(exist_ok=True)
+    document, signature, public = work / "contract.txt", work / "contract.sig", work / "web.pub.pem"
+    document.write_text("The parties agree that nobody copies a virtual machine to become it.\n")
+    certificate = stack.layout.certificate(VM)
+    public.write_bytes(public_key_pem(certificate))
+
+    first = await _timed(lambda: stack.agent(VM, "sign", str(document), "--out", str(signature)))
+    narrator.step(
+        f"vm-agent sign contract.txt: {signature.stat().st_size} bytes of signature after {first:.2f} s, command included"
+    )
+    narrator.fact("program -> agent            gRPC over a Unix socket: scheme and 32-byte digest, not the file")
+    narrator.fact(
+        "agent -> middleware         gRPC, mutual TLS, on the domain's own channel; policy says yes, audit says so"
+    )
+    narrator.fact(
+        "middleware -> grid          TLS-Tandem, opened by the hypervisor's card; VMID, HVID and VM-Auth-Token"
+    )
+    narrator.fact("grid -> OpenID login        card to card: which hypervisor asks; nothing about VMs")
+    narrator.fact("grid -> the VM's own card   one APDU; the signature is made where the key is")
+    narrator.fact("and back                    in a container; its trailer is verified before anything is decrypted")
+
+    enrolment = enrolment_of(stack, VM)
+    operation = sign_operation(os.urandom(32))
+    began = time.perf_counter()
+    sealed = await sealed_signature(enrolment, enrolment, operation)
+    elapsed = 1000 * (time.perf_counter() - began)
+    size = len(sealed.container)
+    narrator.step(f"the same again on the open session: {elapsed:.1f} ms, a new connection to the middleware included")
+    narrator.fact(
+        f"container: {size} bytes = header 256 (RSA) + body {size - 512} (IV, AES-256-CBC) + trailer 256 (signature)"
+    )
+    verified = await run(
+        "openssl", "dgst", "-sha256", "-verify", public, *OPENSSL_PSS, "-signature", signature, document, check=False
+    )
+    narrator.good(f"openssl dgst -sha256 -verify web.pub.pem: {verified.output.decode().strip()}")
+    if verified.exit_code != 0:
+        raise StoryError("openssl does not accept the signature")
+    document.write_text("The parties agree to something else.\n")
+    forged = await run(
+        "openssl", "dgst", "-sha256", "-verify", public, *OPENSSL_PSS, "-signature", signature, document, check=False
+    )
+    narrator.good(f"and for a changed file: {forged.output.decode().strip()}")
+    if forged.exit_code == 0:
+        raise StoryError("openssl accepts the signature of another file")
+
+
+async def _attack(stack: Stack, narrator: Narrator) -> None:
+    narrator.chapter("Four attacks")
+    attacks: tuple[tuple[str, Callable[[], Awaitable[Refusal]]], ...] = (
+        (f"the VM {NEIGHBOUR} asks for {VM}'s key, on {VM}'s channel", lambda: neighbour(stack, NEIGHBOUR, VM)),
+        (f"{VM}'s token on another hypervisor, {FOREIGN_HOST}", lambda: foreign_hypervisor(stack, VM, FOREIGN_HOST)),
+        ("a valid container, replayed as the answer to another request", lambda: replayed_container(stack, VM)),
+        (f"a copy of {VM}'s image without its domain", lambda: copied_image(stack, VM)),
+    )
+    for title, perform in attacks:
+        narrator.step(title)
+        refusal = await perform()
+        narrator.good(f"refused by {refusal.by}: {refusal.words}")
+    verified = await stack.middleware("audit", "verify")
+    narrator.step(f"secure-middleware audit verify: {verified.decode().strip()}")
+
+
+async def _keep(stack: Stack, narrator: Narrator) -> None:
+    narrator.chapter("It goes on running: things to try in another terminal (Ctrl-C here ends it)")
+    await stack.start_vm(VM)
+    layout = stack.layout
+    agent = f"--config {layout.agent_config(VM)}"
+    middleware = f"--config {layout.middleware_config(HOST)}"
+    grid = f"--config {layout.gose_config}"
+    for line in (
+        f".venv/bin/vm-agent identity {agent}",
+        f".venv/bin/vm-agent status {agent}",
+        f"date > /tmp/f && .venv/bin/vm-agent sign /tmp/f --out /tmp/f.sig {agent}",
+        f"openssl dgst -sha256 -verify {layout.folder}/work/web.pub.pem {' '.join(OPENSSL_PSS)} -signature /tmp/f.sig /tmp/f",
+        f"echo secret | .venv/bin/vm-agent encrypt - {agent} | .venv/bin/vm-agent decrypt - {agent}",
+        f".venv/bin/gose status {grid}",
+        f".venv/bin/gose revoke vm {NEIGHBOUR} {grid}",
+        f".venv/bin/secure-middleware vm list {middleware}",
+        f".venv/bin/secure-middleware vm stop {VM} --force {middleware}",
+        f".venv/bin/secure-middleware audit verify {middleware}",
+    ):
+        narrator.say(f"  {line}")
+    await asyncio.Event().wait()
+
+
+async def _timed(perform: Callable[[], Awaitable[object]]) -> float:
+    began = time.perf_counter()
+    await perform()
+    return time.perf_counter() - began
