@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -39,16 +39,17 @@ from dom0_middleware.settings import MiddlewareSettings
 from secfunet.errors import SecFuNetError
 from secfunet.identity import IdentityError, der_of, load_certificate
 from secfunet.middleware.v1 import orchestrator_pb2 as pb
-from secfunet.middleware.v1 import orchestrator_pb2_grpc
 from secfunet.service.cli import ExitCode, print_version, run
 from secfunet.service.daemon import run_daemon
 from secfunet.service.logs import configure_logs
 from secfunet.service.settings import SettingsError, load_settings
 
+if TYPE_CHECKING:
+    from secfunet.middleware.v1.orchestrator_pb2_grpc import OrchestratorServiceAsyncStub as Stub
+
 DEFAULT_CONFIG = Path("/etc/secfunet/secure-middleware.toml")
 MAX_TOKEN_FILE = 16384
 Answer = TypeVar("Answer")
-Stub = orchestrator_pb2_grpc.OrchestratorServiceAsyncStub
 
 app = typer.Typer(
     help="The Secure Middleware: runs in dom0, between the agents of VMs and the grid that holds their keys.",

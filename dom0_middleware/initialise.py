@@ -33,8 +33,9 @@ identity = "hypervisor"
 [grid]                          # where the keys of the VMs are
 service_provider = "https://localhost:8443"
 operations = "localhost:8444"
-openid_providers = ["https://localhost:9443"]
-authority = "grid-ca.pem"
+openid_provider = "https://localhost:9443"
+openid_login = "https://localhost:9444"
+authority = "grid-ca.pem"       # the grid's CA, PEM
 
 [orchestrators]
 allowed = ["admin"]             # names in certificates of 'secure-middleware orchestrator add'

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
+from gose_client.settings import GoseClientSettings
 from secfunet.service.settings import Settings
 
 
@@ -39,15 +40,6 @@ class CardSettings(Settings):
     timeout: Seconds = 10.0
 
 
-class GridSettings(Settings):
-    """The grid that holds the VMs' keys. ``authority``: the grid's CA, PEM."""
-
-    service_provider: str = Field(pattern=r"^https://[^/]+/?$")
-    operations: str = Field(pattern=r"^[^/]+:[0-9]{1,5}$")
-    openid_providers: tuple[str, ...] = Field(min_length=1)
-    authority: FilePath
-
-
 class OrchestratorSettings(Settings):
     """``address``: TCP on loopback, beside the Unix socket; None: off."""
 
@@ -75,7 +67,7 @@ class MiddlewareSettings(Settings):
     state: FilePath
     policy: FilePath
     card: CardSettings
-    grid: GridSettings
+    grid: GoseClientSettings
     libvirt: LibvirtSettings = LibvirtSettings()
     orchestrators: OrchestratorSettings = OrchestratorSettings()
     audit: AuditSettings = AuditSettings()

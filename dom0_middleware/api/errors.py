@@ -10,6 +10,8 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped] # it ships no types
 
 from dom0_middleware.errors import GridFailed, MiddlewareError, Reason
+from gose_client.errors import GoseClientError
+from secfunet.apdu import ApduError
 from secfunet.card.errors import CardError
 from secfunet.errors import SecFuNetError
 from secfunet.gose.v1 import operation_pb2
@@ -95,7 +97,10 @@ def facts_of(error: Exception) -> ErrorFacts:
         return ErrorFacts(code, GRID_DOMAIN, error.grid_reason, str(error)[:_MAX_MESSAGE], error.retry_after)
     if isinstance(error, MiddlewareError):
         return _own(error.reason, str(error), error.retry_after)
-    if isinstance(error, CardError):
+    if isinstance(error, GoseClientError):
+        domain = GRID_DOMAIN if error.from_grid else DOMAIN
+        return ErrorFacts(error.code, domain, error.reason, str(error)[:_MAX_MESSAGE], error.retry_after)
+    if isinstance(error, CardError | ApduError):
         return _own(Reason.CARD_UNAVAILABLE, "the hypervisor's card cannot be used now", 1.0)
     return _own(Reason.INTERNAL, _INTERNAL_MESSAGE, None)
 

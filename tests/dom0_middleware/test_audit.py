@@ -247,7 +247,9 @@ def test_any_file_gives_a_verdict(tmp_path_factory: pytest.TempPathFactory, cont
 
 @given(st.text(max_size=600), st.text(max_size=50))
 @settings(max_examples=100)
-def test_any_text_makes_a_record_that_verifies(tmp_path_factory: pytest.TempPathFactory, detail: str, name: str) -> None:
+def test_any_text_makes_a_record_that_verifies(
+    tmp_path_factory: pytest.TempPathFactory, detail: str, name: str
+) -> None:
     file = tmp_path_factory.mktemp("any") / "log"
     log = AuditLog(file, clock=lambda: 1.0)
     log.open()

@@ -54,7 +54,13 @@ def test_what_no_rule_allows_is_denied(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "selector",
-    ['names = ["web-?"]', f'uuids = ["{WEB.uuid}"]', f'vmids = ["{"V" * 43}"]', 'names = ["db", "web-1"]', 'uuids = ["1111*"]'],
+    [
+        'names = ["web-?"]',
+        f'uuids = ["{WEB.uuid}"]',
+        f'vmids = ["{"V" * 43}"]',
+        'names = ["db", "web-1"]',
+        'uuids = ["1111*"]',
+    ],
 )
 def test_selectors(tmp_path: Path, selector: str) -> None:
     assert reason(policy(tmp_path, rule(selector))) is None

@@ -32,6 +32,7 @@ from dom0_middleware.guest_authority import GuestAuthority
 from dom0_middleware.orchestrator_authority import OrchestratorAuthority, credential_paths
 from dom0_middleware.server import MiddlewareService
 from dom0_middleware.settings import MiddlewareSettings
+from gose_client.errors import GridRefusedError, SessionClosedError
 from secfunet.container import ContainerSealer, unwrap_content_key, verify_container
 from secfunet.errors import SecFuNetError
 from secfunet.gose.v1 import operation_pb2
@@ -95,10 +96,6 @@ def token(vm: str, *, hypervisor: str = "hypervisor", operations: frozenset[str]
     )
 
 
-class GridRefused(SecFuNetError):
-    """Stands in for the client's error until a test asks for the real one."""
-
-
 @dataclass
 class Answer:
     containers: tuple[bytes, ...]
@@ -117,7 +114,7 @@ class SessionDouble:
 
     async def execute(self, operations: Sequence[operation_pb2.Operation], *, timeout: float) -> Answer:
         if self.closed:
-            raise GridRefused("the session was closed")
+            raise SessionClosedError
         self.grid.executed.append([operation.request_id for operation in operations])
         self.grid.timeouts.append(timeout)
         await self.grid.gate.wait()
@@ -175,7 +172,9 @@ class GridDouble:
                 vm_auth_token, vmid=vmid, hvid=self.hvid, now=time.time(), is_revoked=lambda jti: False
             )
         except TokenError as error:
-            raise GridRefused("token refused") from error
+            raise GridRefusedError(
+                "TOKEN_REFUSED", "the VM-Auth-Token is refused", code=grpc.StatusCode.PERMISSION_DENIED
+            ) from error
         session = SessionDouble(self, self.names[vmid], vmid, claims.expires_at, claims.operations)
         self.sessions.append(session)
         return session
@@ -338,7 +337,8 @@ class World:
             "grid": {
                 "service_provider": "https://localhost:8443",
                 "operations": "localhost:8444",
-                "openid_providers": ["https://localhost:9443"],
+                "openid_provider": "https://localhost:9443",
+                "openid_login": "https://localhost:9444",
                 "authority": "grid.pem",
             },
             "libvirt": {"heal_interval": 0.1},
