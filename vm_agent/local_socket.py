@@ -64,10 +64,7 @@ class _Half(asyncio.BufferedProtocol):
             self.other.transport.write(bytes(self._buffer[:nbytes]))
 
     def eof_received(self) -> bool:
-        if self.other is not None and self.other.transport is not None and self.other.transport.can_write_eof():
-            self.other.transport.write_eof()
-            return True  # the other direction may still have something to say
-        return False
+        return False  # HTTP/2 has no half-closed connection: both sides close, after what they still had to write
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.other is not None and self.other.transport is not None:

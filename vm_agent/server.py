@@ -52,7 +52,7 @@ class AgentService:
         self._stack = AsyncExitStack()
         self._client: MiddlewareClient | None = None
         self._problem: AgentError = NotEnrolledError("the agent has not enrolled yet")
-        self._refused: str | None = None  # digest of join information that will never do
+        self._refused: tuple[str, AgentError] | None = None  # digest of join information that will never do, and why
         self._health = health.HealthServicer()
         self._door: LocalDoor | None = None
         self._enrolled_now = asyncio.Event()
@@ -183,7 +183,7 @@ class AgentService:
             await asyncio.sleep(LONGEST_PAUSE)
             with contextlib.suppress(JoinError):
                 join = read_join(self._options.join)
-                if join is not None and join.digest not in (enrolment.join_digest, self._refused):
+                if join is not None and join.digest != enrolment.join_digest and not self._was_refused(join):
                     return
 
     async def _enrolled(self) -> tuple[Enrolment, VmIdentity | None]:
@@ -202,7 +202,9 @@ class AgentService:
             )
         try:
             join = read_join(self._options.join)
-            if join is not None and join.digest != self._refused and (kept is None or join.digest != kept.join_digest):
+            if join is not None and self._refused is not None and self._was_refused(join):
+                problem = self._refused[1]
+            elif join is not None and (kept is None or join.digest != kept.join_digest):
                 return await self._accept(join)
         except AgentError as error:
             problem = error
@@ -214,14 +216,17 @@ class AgentService:
     async def _accept(self, join: JoinInformation) -> tuple[Enrolment, VmIdentity | None]:
         try:
             enrolment, identity = await enrol(join, now=self._clock(), timeout=ENROL_TIMEOUT)
-        except EnrolmentRefusedError:
-            self._refused = join.digest  # attempts are bounded at the other end, and this one will never do
+        except EnrolmentRefusedError as error:
+            self._refused = join.digest, error  # attempts are bounded at the other end, and this one will never do
             raise
         self._store.save(enrolment)
         if not erase_join(self._options.join):
             log.warning("used join information could not be removed", extra={"path": str(self._options.join)})
         log.info("enrolled", extra={"uuid": enrolment.uuid, "expires_at": enrolment.expires_at})
         return enrolment, identity
+
+    def _was_refused(self, join: JoinInformation) -> bool:
+        return self._refused is not None and self._refused[0] == join.digest
 
     async def _tell_health(self, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import grp
 import hashlib
+import os
+import socket
 import stat
+import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import grpc.aio
+import pytest
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding, utils
+from cryptography.hazmat.primitives.asymmetric import ec, padding, utils
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from secfunet.agent.v1 import local_pb2, local_pb2_grpc
 from secfunet.gose.v1 import operation_pb2
 from secfunet.identity import thumbprint
+from secfunet.middleware.v1 import agent_pb2
 from tests.vm_agent.conftest import eventually
 from tests.vm_agent.double import Grid, MiddlewareDouble
 from vm_agent.errors import facts_of
+from vm_agent.local_socket import DoorError
 from vm_agent.options import AgentOptions
 from vm_agent.server import AgentService
 
@@ -70,3 +82,332 @@ async def test_encrypt_then_decrypt(middleware: MiddlewareDouble, options: Agent
         back = operation_pb2.DecryptOperation(scheme=OAEP, ciphertext=sealed.ciphertext)
         opened = await stub.Decrypt(local_pb2.DecryptRequest(decrypt=back), timeout=5)
     assert opened.plaintext == b"short"
+
+
+async def refused(stub: local_pb2_grpc.LocalServiceStub, timeout: float = 5) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await stub.Sign(SIGN, timeout=timeout)
+    return error.value
+
+
+async def test_without_join_information_there_is_a_sentence(folder: Path, options: AgentOptions) -> None:
+    async with running(options) as (_, stub):
+        error = await refused(stub)
+        status = await stub.GetStatus(local_pb2.GetStatusRequest(), timeout=5)
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert reason_of(error) == "NOT_ENROLLED"
+    assert not status.enrolled
+    assert str(options.join) in status.problem
+
+
+async def test_a_wrong_join_secret_is_presented_once(middleware: MiddlewareDouble, options: AgentOptions) -> None:
+    middleware.join_secret = bytes(32)  # not what join.json says
+    async with running(options) as (service, stub):
+        error = await refused(stub)
+        assert reason_of(error) == "ENROLMENT_REFUSED"
+        middleware.invite()  # the domain is started again
+        await eventually(lambda: service.status().connected)
+        assert (await stub.Sign(SIGN, timeout=5)).signature
+    assert middleware.enrolments == 1
+
+
+async def test_the_certificate_is_kept_across_a_restart(middleware: MiddlewareDouble, options: AgentOptions) -> None:
+    async with running(options) as (service, _):
+        await eventually(lambda: service.status().connected)
+    async with running(options) as (_, stub):
+        assert (await stub.Sign(SIGN, timeout=5)).signature
+    assert middleware.enrolments == 1
+
+
+async def test_join_information_that_cannot_be_erased_is_not_presented_twice(
+    middleware: MiddlewareDouble, options: AgentOptions
+) -> None:
+    invitation = middleware.join_json.read_bytes()
+    async with running(options) as (service, _):
+        await eventually(lambda: service.status().connected)
+    middleware.join_json.touch(mode=0o600)
+    middleware.join_json.write_bytes(invitation)
+    async with running(options) as (_, stub):
+        assert (await stub.Sign(SIGN, timeout=5)).signature
+    assert middleware.enrolments == 1
+
+
+async def test_a_readable_join_secret_is_not_used(middleware: MiddlewareDouble, options: AgentOptions) -> None:
+    middleware.join_json.chmod(0o644)
+    async with running(options) as (_, stub):
+        error = await refused(stub)
+    assert reason_of(error) == "JOIN_INVALID"
+    assert middleware.enrolments == 0
+
+
+async def test_another_middleware_is_not_believed(middleware: MiddlewareDouble, options: AgentOptions) -> None:
+    """Somebody else at the domain's channel has no certificate of the guest authority: the join secret never reaches him."""
+    other = MiddlewareDouble(middleware.folder, middleware.grid)
+    await middleware.stop()
+    other.join_secret = middleware.join_secret
+    async with other, running(options) as (service, stub):
+        error = await refused(stub)
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert not service.status().enrolled
+    assert other.enrolments == 0
+
+
+async def test_renewal_under_load_loses_nothing(middleware: MiddlewareDouble, options: AgentOptions) -> None:
+    """Certificates that live two seconds, and die the moment the next one is made."""
+    middleware.life, middleware.age, middleware.only_newest_serial = 2.0, 0.0, True
+    async with running(options) as (service, stub):
+        await eventually(lambda: service.status().connected)
+        end = asyncio.get_running_loop().time() + 4.0
+
+        async def sign_on() -> int:
+            done = 0
+            while asyncio.get_running_loop().time() < end:
+                assert (await stub.Sign(SIGN, timeout=5)).signature
+                done += 1
+            return done
+
+        done = await asyncio.gather(*(sign_on() for _ in range(4)))
+    assert sum(done) > 20
+    assert middleware.renewals >= 2
+    assert middleware.enrolments == 1
+
+
+async def test_an_expired_certificate_waits_for_a_new_invitation(
+    middleware: MiddlewareDouble, options: AgentOptions
+) -> None:
+    middleware.life, middleware.age = 1.0, 10.0
+    async with running(options) as (service, stub):
+        await eventually(lambda: service.status().connected)
+        await middleware.stop()
+        await eventually(lambda: not service.status().enrolled)
+        assert reason_of(await refused(stub)) == "NOT_ENROLLED"
+        assert "join secret" in service.status().problem
+        middleware.life = 3600.0
+        await middleware.start()
+        middleware.invite()
+        await eventually(lambda: service.status().connected)
+        assert (await stub.Sign(SIGN, timeout=5)).signature
+
+
+async def test_a_middleware_that_dies_and_returns_within_the_deadline(
+    middleware: MiddlewareDouble, options: AgentOptions
+) -> None:
+    async with running(options) as (service, stub):
+        await eventually(lambda: service.status().connected)
+        middleware.latency = 0.3
+        caller = stub.Sign(SIGN, timeout=10)
+        await eventually(lambda: len(middleware.batches) == 1)
+        await middleware.stop()
+        await eventually(lambda: not service.status().connected)
+        await middleware.start()
+        assert (await caller).signature
+        await eventually(lambda: service.status().connected)
+    ids = [batch.operations[0].request_id for batch in middleware.batches]
+    assert len(ids) >= 2
+    assert len(set(ids)) == 1  # the retry is the same request
+
+
+async def test_a_dead_middleware_is_named_when_the_time_is_over(
+    middleware: MiddlewareDouble, options: AgentOptions
+) -> None:
+    async with running(options) as (service, stub):
+        await eventually(lambda: service.status().connected)
+        await middleware.stop()
+        error = await refused(stub, timeout=0.8)
+        await eventually(lambda: not service.status().connected)
+        assert "Secure Middleware" in service.status().problem
+    assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+async def test_a_refusal_reaches_the_program_with_its_reason(
+    middleware: MiddlewareDouble, options: AgentOptions
+) -> None:
+    async def deny(request: agent_pb2.OperateRequest) -> list[agent_pb2.OperateResponse]:
+        failures = [
+            operation_pb2.OperationFailure(
+                request_id=operation.request_id, code=7, reason="POLICY_DENIED", message="not this scheme"
+            )
+            for operation in request.operations
+        ]
+        return [agent_pb2.OperateResponse(batch_id=request.batch_id, failures=failures)]
+
+    middleware.answer = deny
+    async with running(options) as (_, stub):
+        error = await refused(stub)
+    assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert reason_of(error) == "POLICY_DENIED"
+    assert error.details() == "not this scheme"
+
+
+async def test_a_refused_certificate_is_no_endless_retry(middleware: MiddlewareDouble, options: AgentOptions) -> None:
+    middleware.refuse = grpc.StatusCode.UNAUTHENTICATED
+    async with running(options) as (service, stub):
+        await eventually(lambda: service.status().connected)
+        error = await refused(stub)
+    assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_wrong_requests_never_leave_the_vm(middleware: MiddlewareDouble, options: AgentOptions) -> None:
+    short = local_pb2.SignRequest(sign=operation_pb2.SignOperation(scheme=PSS, digest=b"short"))
+    foreign = local_pb2.SignRequest(
+        sign=operation_pb2.SignOperation(scheme=operation_pb2.SIGNATURE_SCHEME_ECDSA_SHA256, digest=DIGEST)
+    )
+    long = local_pb2.EncryptRequest(encrypt=operation_pb2.EncryptOperation(scheme=OAEP, plaintext=bytes(191)))
+    async with running(options) as (service, stub):
+        await eventually(lambda: service.status().connected)
+        for call in (stub.Sign(short), stub.Sign(foreign), stub.Encrypt(long), stub.Sign(local_pb2.SignRequest())):
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await call
+            assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert reason_of(error.value) == "OPERATION_INVALID"
+        assert middleware.batches == []
+
+
+async def test_a_local_stream_of_many(middleware: MiddlewareDouble, options: AgentOptions, grid: Grid) -> None:
+    async with running(options) as (_, stub):
+        call = stub.Operate()
+
+        async def write() -> None:
+            for number in range(200):
+                request = local_pb2.OperateRequest(id=number, sign=SIGN.sign)
+                if number == 100:
+                    request.sign.digest = b"wrong"
+                await call.write(request)
+            await call.done_writing()
+
+        writer = asyncio.create_task(write())
+        answers = {answer.id: answer async for answer in call}
+        await writer
+    assert sorted(answers) == list(range(200))
+    assert answers[100].failure.reason == "OPERATION_INVALID"
+    assert all(answer.output for number, answer in answers.items() if number != 100)
+    assert len(middleware.batches) < 150  # they travelled together
+    assert max(len(batch.operations) for batch in middleware.batches) <= 64
+
+
+async def test_health_follows_the_connection(middleware: MiddlewareDouble, options: AgentOptions) -> None:
+    async with (
+        running(options) as (service, _),
+        grpc.aio.insecure_channel(f"unix:{options.socket}") as channel,
+    ):
+        health = health_pb2_grpc.HealthStub(channel)
+        await eventually(lambda: service.status().connected)
+        await asyncio.sleep(0.05)
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+        await middleware.stop()
+        await eventually(lambda: not service.status().connected)
+        await asyncio.sleep(0.05)
+        answer = await health.Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_a_changed_identity_is_used(middleware: MiddlewareDouble, options: AgentOptions) -> None:
+    async with running(options) as (service, stub):
+        await eventually(lambda: service.status().connected)
+        other = Grid(vm=ec.generate_private_key(ec.SECP384R1()))
+        middleware.grid, middleware.identity = other, other.identity()
+        middleware.identity_changed.set()
+        await eventually(lambda: service.identity.vmid == thumbprint(other.vm_certificate))
+        operation = operation_pb2.SignOperation(
+            scheme=operation_pb2.SIGNATURE_SCHEME_ECDSA_SHA384, digest=hashlib.sha384(b"x").digest()
+        )
+        assert (await stub.Sign(local_pb2.SignRequest(sign=operation), timeout=5)).signature
+
+
+async def test_a_vm_without_an_identity_is_told_so(middleware: MiddlewareDouble, options: AgentOptions) -> None:
+    middleware.identity = agent_pb2.Identity()
+    async with running(options) as (service, stub):
+        await eventually(lambda: "certificate for this VM" in service.status().problem)
+        error = await refused(stub)
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert reason_of(error) == "IDENTITY_INVALID"
+
+
+async def test_two_agents_do_not_share_a_state_folder(middleware: MiddlewareDouble, options: AgentOptions) -> None:
+    async with running(options):
+        with pytest.raises(DoorError, match="another agent"):
+            async with AgentService(replace(options, socket=options.socket.with_name("b.sock"))):
+                pass
+
+
+async def test_two_agents_do_not_share_a_socket(middleware: MiddlewareDouble, options: AgentOptions) -> None:
+    async with running(options):
+        with pytest.raises(DoorError, match="another agent"):
+            async with AgentService(replace(options, state=options.state.with_name("other"))):
+                pass
+
+
+async def test_the_socket_is_closed_to_others_and_open_to_the_group(folder: Path, options: AgentOptions) -> None:
+    async with running(options):
+        assert stat.S_IMODE(options.socket.stat().st_mode) == 0o600
+    assert not options.socket.exists()
+    group = grp.getgrgid(os.getgid()).gr_name
+    async with running(replace(options, group=group)):
+        assert stat.S_IMODE(options.socket.stat().st_mode) == 0o660
+        assert options.socket.stat().st_gid == os.getgid()
+    with pytest.raises(DoorError, match="no group"):
+        async with running(replace(options, group="no-such-group")):
+            pass
+    assert not options.socket.exists()
+
+
+async def test_a_socket_that_a_dead_agent_left_is_replaced_and_a_file_is_not(
+    folder: Path, options: AgentOptions
+) -> None:
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(options.socket))
+    async with running(options) as (_, stub):
+        assert (await stub.GetStatus(local_pb2.GetStatusRequest(), timeout=5)).version
+    options.socket.write_text("precious")
+    with pytest.raises(DoorError, match="is no socket"):
+        async with running(options):
+            pass
+    assert options.socket.read_text() == "precious"
+
+
+async def test_connections_are_limited_and_callers_named(
+    folder: Path, options: AgentOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "vm_agent.local_socket")
+    limited = replace(options, limits=replace(options.limits, connections=2))
+    async with running(limited):
+        opened = [await asyncio.open_unix_connection(str(options.socket)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        reader, _ = await asyncio.open_unix_connection(str(options.socket))
+        with contextlib.suppress(ConnectionError):  # reset or end: both are a way of being turned away
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+        for _, writer in opened:
+            writer.close()
+        await asyncio.sleep(0.1)
+        async with grpc.aio.insecure_channel(f"unix:{options.socket}") as channel:
+            stub = local_pb2_grpc.LocalServiceStub(channel)
+            assert (await stub.GetStatus(local_pb2.GetStatusRequest(), timeout=5)).version
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.Sign(local_pb2.SignRequest(), timeout=5)
+    named = [record for record in caplog.records if record.getMessage() == "a local program connected"]
+    assert {record.__dict__["uid"] for record in named} == {os.getuid()}
+    assert {record.__dict__["pid"] for record in named} == {os.getpid()}
+
+
+async def test_a_call_under_way_is_answered_before_the_agent_stops(
+    middleware: MiddlewareDouble, options: AgentOptions
+) -> None:
+    middleware.latency = 0.5
+    async with AgentService(options) as service:
+        await eventually(lambda: service.status().connected)
+        channel = grpc.aio.insecure_channel(f"unix:{options.socket}")
+        caller = local_pb2_grpc.LocalServiceStub(channel).Sign(SIGN, timeout=5)
+        await eventually(lambda: len(middleware.batches) == 1)
+    assert (await caller).signature
+    await channel.close()
+
+
+async def test_metrics_tell_what_was_done(middleware: MiddlewareDouble, options: AgentOptions) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    async with running(replace(options, metrics_port=port)) as (_, stub):
+        await stub.Sign(SIGN, timeout=5)
+        url = f"http://127.0.0.1:{port}/metrics"
+        text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5).read().decode())
+    assert "vm_agent_operations_total 1.0" in text
+    assert "vm_agent_connected 1.0" in text
