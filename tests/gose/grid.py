@@ -110,13 +110,18 @@ class TestGrid:
                 registry.begin_enrolment(Role.HYPERVISOR, name, hvid, certificate, None, time.time() + 86400)
                 registry.finish_enrolment(hvid)
             pem = self.folder / f"{name}.pem"
-            pem.write_bytes(
-                key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + pem_of(certificate)
-            )
+            pem.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + pem_of(certificate))
             self.hypervisors[name] = Hypervisor(name, hvid, certificate, key, pem)
         return self.hypervisors[name]
 
-    def token(self, vm: str, hypervisor: str, *, operations: Sequence[str] = ("sign", "decrypt", "encrypt"), valid: float = 3600.0) -> str:
+    def token(
+        self,
+        vm: str,
+        hypervisor: str,
+        *,
+        operations: Sequence[str] = ("sign", "decrypt", "encrypt"),
+        valid: float = 3600.0,
+    ) -> str:
         """A VM-Auth-Token."""
         with self.registry() as registry:
             return self.authority.token_authority.issue(
@@ -250,9 +255,7 @@ async def new_grid(folder: Path, *, vms: Sequence[str] = ("vm-1",), servers: int
     async with contextlib.AsyncExitStack() as stack:
         ports = free_ports(4)
         seids = {f"se-{name}": "vm" for name in vms} | {f"server-{number}": "server" for number in range(servers)}
-        started = await asyncio.gather(
-            *(stack.enter_async_context(running_card(folder, name=seid)) for seid in seids)
-        )
+        started = await asyncio.gather(*(stack.enter_async_context(running_card(folder, name=seid)) for seid in seids))
         cards = dict(zip(seids, started, strict=True))
         settings = GoseSettings.model_validate(
             {
