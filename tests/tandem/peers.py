@@ -79,13 +79,15 @@ def free_port() -> int:
 
 
 @contextlib.asynccontextmanager
-async def program(*arguments: object, stdin: int = asyncio.subprocess.PIPE) -> AsyncIterator[asyncio.subprocess.Process]:
+async def program(
+    *arguments: object, stderr: int = asyncio.subprocess.STDOUT
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """A process with pipes, ended at the end."""
     process = await asyncio.create_subprocess_exec(
         *(str(argument) for argument in arguments),
-        stdin=stdin,
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
+        stderr=stderr,
     )
     try:
         yield process
@@ -115,7 +117,9 @@ async def s_server(
     port = free_port()
     demand = ("-Verify", "2", "-verify_return_error", "-CAfile", files.ca) if verify else ()
     accept = ("-accept", f"127.0.0.1:{port}", "-cert", certificate, "-key", key)
-    async with program("openssl", "s_server", *accept, *demand, *options) as process:
+    # With -quiet the output is the peer's data and nothing else.
+    stderr = asyncio.subprocess.DEVNULL if "-quiet" in options else asyncio.subprocess.STDOUT
+    async with program("openssl", "s_server", *accept, *demand, *options, stderr=stderr) as process:
         await listening(port)
         yield port, process
 
