@@ -33,6 +33,15 @@ async def vm_agent(*words: str | Path, data: bytes = b"") -> tuple[int, bytes, s
     return process.returncode or 0, output, errors.decode()
 
 
+def openssl(*words: str | Path, data: bytes = b"") -> bytes:
+    return subprocess.run(["openssl", *words], input=data, capture_output=True, timeout=30).stdout
+
+
+def resident_kib(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:"))
+
+
 @pytest.fixture
 async def daemon(middleware: MiddlewareDouble, folder: Path) -> AsyncIterator[asyncio.subprocess.Process]:
     """``vm-agent serve``, waited for as systemd does."""
@@ -68,15 +77,15 @@ async def test_a_file_is_signed_and_openssl_agrees(
     assert (code, errors) == (0, "")
     code, pem, _ = await vm_agent("identity", *at, "--pem")
     assert code == 0
-    public.write_bytes(subprocess.run(["openssl", "x509", "-pubkey", "-noout"], input=pem, capture_output=True).stdout)
-    verify = ["openssl", "dgst", "-sha256", "-verify", public, "-signature", signature]
+    public.write_bytes(openssl("x509", "-pubkey", "-noout", data=pem))
+    verify = ["dgst", "-sha256", "-verify", public, "-signature", signature]
     pss = ["-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:digest"]
-    assert b"Verified OK" in subprocess.run([*verify, *pss, data], capture_output=True).stdout
+    assert b"Verified OK" in openssl(*verify, *pss, data)
     assert len(middleware.batches[0].SerializeToString()) < 200  # only the digest travelled
 
     code, output, _ = await vm_agent("sign", *at, "--scheme", "rsassa-pkcs1-v1_5-sha256", "-", data=data.read_bytes())
     signature.write_bytes(output)
-    assert b"Verified OK" in subprocess.run([*verify, data], capture_output=True).stdout
+    assert b"Verified OK" in openssl(*verify, data)
 
     digest = hashlib.sha256(data.read_bytes()).digest()
     code, output, _ = await vm_agent("sign", *at, "--scheme", "rsassa-pkcs1-v1_5-sha256", "--digest", "-", data=digest)
@@ -160,6 +169,4 @@ async def test_killed_and_started_again(
 async def test_an_idle_daemon_is_small(daemon: asyncio.subprocess.Process, middleware: MiddlewareDouble) -> None:
     await eventually(lambda: middleware.enrolments == 1)
     await asyncio.sleep(0.5)
-    status = Path(f"/proc/{daemon.pid}/status").read_text()
-    resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:"))
-    assert resident < 60 * 1024  # KiB
+    assert resident_kib(daemon.pid) < 60 * 1024
