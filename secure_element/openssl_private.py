@@ -28,6 +28,7 @@ OP_NO_RENEGOTIATION: Final = 1 << 30
 
 CERT_NOT_YET_VALID: Final = 9
 CERT_HAS_EXPIRED: Final = 10
+CERT_REJECTED: Final = 28
 """X509_V_ERR_…"""
 
 CheckCertificate = Callable[[SSL.Connection, x509.Certificate, int, int], int]
@@ -43,7 +44,12 @@ def certificate_callback(check: CheckCertificate) -> Any:
         if pointer == _ffi.NULL:
             return 0
         _lib.X509_up_ref(pointer)
-        certificate = crypto.X509._from_raw_x509_ptr(pointer).to_cryptography()
+        try:
+            certificate = crypto.X509._from_raw_x509_ptr(pointer).to_cryptography()
+        except ValueError:
+            # OpenSSL reads some DER that cryptography, being strict, does not (a time that is none).
+            _lib.X509_STORE_CTX_set_error(store_context, CERT_REJECTED)
+            return 0
         ssl = _lib.X509_STORE_CTX_get_ex_data(store_context, _lib.SSL_get_ex_data_X509_STORE_CTX_idx())
         connection = SSL.Connection._reverse_mapping[ssl]
         error = 0 if ok else _lib.X509_STORE_CTX_get_error(store_context)

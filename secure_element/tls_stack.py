@@ -247,10 +247,16 @@ class TlsStack:
 
     def _peer_chain(self) -> list[x509.Certificate]:
         """The peer's certificates as they came, leaf first (a server's OpenSSL keeps the leaf apart)."""
-        leaf = self._connection.get_peer_certificate(as_cryptography=True)
+        try:
+            leaf = self._connection.get_peer_certificate(as_cryptography=True)
+            others = self._connection.get_peer_cert_chain(as_cryptography=True) or []
+        except ValueError:
+            # One that is not needed for the verified chain: OpenSSL has read its DER, cryptography cannot.
+            raise TlsHandshakeError(
+                "a certificate of the peer cannot be read", flight=b"", alert=None, from_peer=False
+            ) from None
         if leaf is None:
             return []
-        others = self._connection.get_peer_cert_chain(as_cryptography=True) or []
         return [leaf, *(certificate for certificate in others if certificate != leaf)][:MAX_PEER_CERTIFICATES]
 
     def _finish(self, output: bytes) -> None:

@@ -44,8 +44,12 @@ class Dock:
         assert answer.code == (EapCode.RESPONSE if self.code is EapCode.REQUEST else EapCode.REQUEST)
         return EapTlsMessage.decode(answer.data)
 
-    def start(self) -> bytes:
+    def start_code(self) -> None:
+        """The card is the client; its handshake has begun."""
         self.code = EapCode.REQUEST
+
+    def start(self) -> bytes:
+        self.start_code()
         return self._collect(self._exchange(EapTlsMessage(start=True).encode()))
 
     def flight(self, records: bytes) -> bytes:
