@@ -75,8 +75,8 @@ class Connectors:
         settings = self._settings
         return {
             settings.openid_provider: partial(self._ordinary, parse_url(settings.openid_provider)),
-            settings.openid_login: partial(self._tandem, parse_url(settings.openid_login), ()),
-            settings.service_provider: partial(self._tandem, parse_url(settings.service_provider), ()),
+            settings.openid_login: partial(self._tandem, parse_url(settings.openid_login), ("http/1.1",)),
+            settings.service_provider: partial(self._tandem, parse_url(settings.service_provider), ("http/1.1",)),
         }
 
     async def operations(self) -> Streams:
