@@ -111,17 +111,13 @@ def serve(config: ConfigOption) -> None:
 
     @contextlib.asynccontextmanager
     async def serving() -> AsyncIterator[CardServer]:
-        metrics = CardMetrics(settings.metrics_port)
-        store = CardStore.open(settings.store, secret)
-        try:
+        with contextlib.closing(CardStore.open(settings.store, secret)) as store:
             private_folder(settings.socket.parent)
             card = CardOs(store, settings.options)
             mode = int(settings.socket_mode, 8)
-            async with CardServer(card, settings.socket, socket_mode=mode, observe=metrics.observe) as server:
-                yield server
-        finally:
-            store.close()
-            metrics.close()
+            with contextlib.closing(CardMetrics(settings.metrics_port)) as metrics:
+                async with CardServer(card, settings.socket, socket_mode=mode, observe=metrics.observe) as server:
+                    yield server
 
     async def make_service() -> AbstractAsyncContextManager[object]:
         return serving()

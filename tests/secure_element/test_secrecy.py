@@ -1,0 +1,180 @@
+"""No command, answer, log or file yields a private key: every instruction is tried, with and without PINs, and every answer is searched."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import load_der_private_key
+
+from secfunet.card import KeyAlgorithm, PinRole
+from secfunet.card.client import pad_pin
+from secfunet.card.tlv import encode_tlv
+from secfunet.service.logs import JsonFormatter
+from secure_element.card_os import CardOs
+from secure_element.commands import GUARDS
+from secure_element.store import CardStore
+from tests.support.local_card import OPERATOR_PIN, STORE_KEY, USER_PIN, new_store, personalised
+from tests.support.pki import CertificateAuthority
+
+WINDOW = 12
+"""So many bytes of a secret in a row are a leak; by chance it happens once in 2^96."""
+
+PIN_INSTRUCTIONS = {0x20, 0x2A, 0x24, 0x2C}
+
+
+def secrets_of(store: CardStore) -> list[bytes]:
+    """Private components of all keys, in both byte orders, the keys as they are stored, the store key, the PINs' hashes."""
+    found = [STORE_KEY, *(pin.verifier for pin in store.contents.pins.values())]
+    for record in store.contents.identities:
+        # The end of a PKCS#8 is private; its beginning names the algorithm and, for RSA, holds the public modulus.
+        key = load_der_private_key(record.private_key, None)
+        if isinstance(key, rsa.RSAPrivateKey):
+            numbers = key.private_numbers()
+            values = [numbers.d, numbers.p, numbers.q, numbers.dmp1, numbers.dmq1, numbers.iqmp]
+        else:
+            assert isinstance(key, ec.EllipticCurvePrivateKey)
+            values = [key.private_numbers().private_value]
+        for value in values:
+            size = (value.bit_length() + 7) // 8
+            found += [value.to_bytes(size), value.to_bytes(size, "little"), f"{value:x}".encode(), str(value).encode()]
+    return found
+
+
+class Searcher:
+    """Finds any WINDOW bytes of any secret."""
+
+    def __init__(self, secrets: Iterable[bytes]) -> None:
+        self._windows = {secret[at : at + WINDOW] for secret in secrets for at in range(len(secret) - WINDOW + 1)}
+        self.searched = 0
+
+    def check(self, haystack: bytes) -> None:
+        self.searched += len(haystack)
+        for at in range(len(haystack) - WINDOW + 1):
+            assert haystack[at : at + WINDOW] not in self._windows, "a secret came out"
+
+
+def random_commands(chance: random.Random) -> Iterator[bytes]:
+    """Every class with every instruction; then every P1 and every P2 of the known ones."""
+
+    def body() -> bytes:
+        kind = chance.randrange(4)
+        if kind == 0:
+            return b""
+        data = chance.choice(
+            [b"rsa", b"ec", chance.randbytes(chance.randrange(1, 40)), bytes(32), chance.randbytes(255)]
+        )
+        if kind == 1:
+            return bytes((chance.randrange(256),))
+        if kind == 2:
+            return bytes((len(data),)) + data
+        return b"\0" + len(data).to_bytes(2) + data + b"\0\0"
+
+    for cla in range(256):
+        for ins in range(256):
+            if ins not in PIN_INSTRUCTIONS or cla == 0x80:
+                yield bytes((cla, ins, chance.randrange(256), chance.randrange(256))) + body()
+    for cla, ins in GUARDS:
+        if ins in PIN_INSTRUCTIONS and cla != 0x80:
+            continue
+        for value in range(256):
+            for other in (0, 1, 0x80, 0x9E, chance.randrange(256)):
+                yield bytes((cla, ins, value, other)) + body()
+                yield bytes((cla, ins, other, value)) + body()
+
+
+def useful_commands() -> Iterator[bytes]:
+    """What a lawful user would ask, each with the largest answer wanted."""
+
+    def apdu(cla: int, ins: int, p1: int, p2: int, data: bytes = b"") -> bytes:
+        return bytes((cla, ins, p1, p2, 0)) + (len(data).to_bytes(2) + data if data else b"") + b"\0\0"
+
+    for name in (b"rsa", b"ec"):
+        yield apdu(0xA0, 0x16, 0, 0x80, name)
+        yield apdu(0xA0, 0x18, 0, 0)
+        yield apdu(0xA0, 0x17, 0, 1)
+        yield apdu(0xA0, 0x1A, 0, 0)
+        yield apdu(0x80, 0xCA, 0, 0)
+        yield apdu(0x80, 0x48, 0, 0, encode_tlv(((1, name), (5, b"subject"))))
+        for scheme in range(10):
+            for size in (32, 48, 64):
+                yield apdu(0x80, 0x2A, 0x9E, scheme, bytes(size))
+            yield apdu(0x80, 0x2A, 0x86, scheme, bytes(16))
+            yield apdu(0x80, 0x2A, 0x80, scheme, bytes(255) + b"\1")
+            yield apdu(0x80, 0x2A, 0x82, scheme, bytes(255) + b"\2")
+        yield apdu(0xA0, 0x19, 0x10, 0)
+        yield apdu(0xA0, 0x80, 0, 0, bytes.fromhex("0114 0006 0D20 3FAA2B6A"))
+        yield apdu(0xA0, 0xA6, 0, 0)
+        for function in range(256):
+            yield apdu(0xA0, 0x82, function, 0)
+
+
+async def test_no_command_yields_a_private_key(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    store = new_store(tmp_path)
+    card = await personalised(store, CertificateAuthority(), ("rsa", KeyAlgorithm.RSA_2048), ("ec", KeyAlgorithm.P_384))
+    searcher = Searcher(secrets_of(store))
+    chance = random.Random(7816)  # noqa: S311 - tries, not secrets
+    succeeded = 0
+
+    def ask(command: bytes) -> None:
+        nonlocal succeeded
+        response = card.process(command)
+        succeeded += response[-2:] == b"\x90\0"
+        searcher.check(response)
+        while response[-2] in (0x61, 0x9F):
+            response = card.process(bytes((0xA0, 0xC0, 0, 0, response[-1])))
+            searcher.check(response)
+
+    for verified in ((), (PinRole.USER,), (PinRole.OPERATOR,), (PinRole.USER, PinRole.OPERATOR)):
+        prepare(card, verified)
+        for command in useful_commands():
+            ask(command)
+        for command in random_commands(chance):
+            ask(command)
+            if command[1] == 0xA4:
+                prepare(card, verified)
+        searcher = Searcher([*secrets_of(store), *searcher._windows])  # keys that were made meanwhile
+    for _ in range(40):  # the PIN instructions, until nothing is left
+        ins = chance.choice(sorted(PIN_INSTRUCTIONS))
+        size = chance.choice((8, 16))
+        ask(bytes((0xA0, ins, 0, chance.randrange(2), size)) + chance.randbytes(size))
+    assert succeeded > 300  # the search looked at answers, not only at refusals
+    searcher.check((tmp_path / "card.store").read_bytes())
+    formatter = JsonFormatter()
+    assert caplog.records
+    for record in caplog.records:
+        searcher.check(formatter.format(record).encode())
+        assert "internal error" not in record.getMessage()
+
+
+def prepare(card: CardOs, roles: Iterable[PinRole]) -> None:
+    assert card.process(bytes.fromhex("00A404000711223344556601")) == b"\x90\0"
+    for role in roles:
+        pin = pad_pin(USER_PIN if role is PinRole.USER else OPERATOR_PIN)
+        assert card.process(bytes((0xA0, 0x20, 0, role, 8)) + pin) == b"\x90\0"
+
+
+async def test_the_search_would_find_a_leak(tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    await personalised(store, CertificateAuthority(), ("ec", KeyAlgorithm.P_256))
+    searcher = Searcher(secrets_of(store))
+    with pytest.raises(AssertionError, match="a secret came out"):
+        searcher.check(b"some bytes" + store.contents.identities[0].private_key)
+
+
+async def test_every_command_but_the_pins_needs_one(tmp_path: Path) -> None:
+    card = await personalised(new_store(tmp_path), CertificateAuthority(), ("ec", KeyAlgorithm.P_256))
+    only = {"user": PinRole.USER, "operator": PinRole.OPERATOR}
+    for roles in ((), (PinRole.USER,), (PinRole.OPERATOR,)):
+        for (cla, ins), guard in GUARDS.items():
+            if guard.value == "nobody":
+                continue
+            prepare(card, roles)
+            response = card.process(bytes((cla, ins, 0xEE, 0xEE, 0)))
+            allowed = bool(roles) if guard.value == "either" else only[guard.value] in roles
+            assert (response[0] != 0x63) == allowed, (roles, hex(cla), hex(ins))
