@@ -113,6 +113,9 @@ class ProtectedStream:
         plain = bytearray(len(self.incoming))
         with memoryview(plain) as out:
             filled = self._open_records(out)
+            if self._error is not None:
+                # The error's traceback still holds pieces of the memory, which can therefore not be cut.
+                return bytearray(out[:filled])
         del plain[filled:]
         return plain
 
@@ -238,7 +241,8 @@ class ProtectedStream:
     def close_notify(self) -> None:
         """Queue the orderly end of our direction; nothing can be sealed afterwards. Does nothing the second time."""
         if not self.is_write_closed:
-            self._output += self.take_output()
+            # An answer to a key update must still go out, and before.
+            self._output = self.take_output()
             self._queue(ContentType.ALERT, Alert.warning(AlertDescription.CLOSE_NOTIFY).encode())
             self.is_write_closed = True
 
