@@ -21,6 +21,7 @@ Keys: RFC 5216, 2.3 (TLS 1.2: PRF over the master secret, by the exporter withou
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Final
@@ -45,6 +46,8 @@ __all__ = [
     "EapParametersRefused",
     "TlsIdView",
 ]
+
+log = logging.getLogger(__name__)
 
 DOCKING_FRAGMENT: Final = 16384
 """Most TLS bytes in a packet to the docking host: APDUs segment it anyway."""
@@ -139,14 +142,16 @@ class EapEngine:
             return self._dispatch(packet, self._tls_id)
         except EapDiscarded:
             raise
-        except EapFailure:
-            self._fail()
+        except EapFailure as error:
+            self._fail(str(error))
             raise
         except EapTlsError as error:
-            self._fail()
+            self._fail(str(error))
             raise EapFailure(str(error)) from None
 
-    def _fail(self) -> None:
+    def _fail(self, reason: str) -> None:
+        # The status word says no more than "failed": the reason is for the card's own log. It holds no secret.
+        log.warning("authentication failed", extra={"identity": self._tls_id and self._tls_id.name, "reason": reason})
         self._clear()
         self._state = EapState.NOT_AUTHENTICATED
 
@@ -233,7 +238,7 @@ class EapEngine:
             raise EapDiscarded("a response to no request of ours")
         if packet.type != EapType.TLS:
             if packet.type == EapType.NAK and self._method is None and not self._docking:
-                self._fail()
+                self._fail("the peer wants another method")
                 return EapPacket(EapCode.FAILURE, packet.identifier).encode()
             raise EapDiscarded("another method than EAP-TLS")
         return self._serve(packet, following, tls_id)
@@ -249,10 +254,10 @@ class EapEngine:
             elif self._state is EapState.AUTHENTICATED:
                 raise EapDiscarded("the authentication is over")
             answer = self._method.process(message)
-        except (EapFailure, EapTlsError):
+        except (EapFailure, EapTlsError) as error:
             if docking:
                 raise
-            self._fail()
+            self._fail(str(error))
             return EapPacket(EapCode.FAILURE, packet.identifier).encode()
         if answer is None:
             self._state = EapState.AUTHENTICATED

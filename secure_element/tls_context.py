@@ -33,6 +33,9 @@ MAX_CONTEXTS: Final = 16
 """Contexts that are kept; the one that was not used for longest goes first, and its sessions with it."""
 SESSION_LIFETIME: Final = 3600
 """Seconds for which a session can be resumed, in either role: a revoked or expired peer must come again by then."""
+MAX_SERVER_HANDSHAKES: Final = 4096
+"""Handshakes of one server Context; then a new one takes its place. OpenSSL keeps up to 20480 sessions in a Context, 3 kB each, and
+pyOpenSSL cannot tell it otherwise: this bounds them, at the price of a full handshake for each client once in a while."""
 MAX_CHAIN_DEPTH: Final = 8
 
 
@@ -147,10 +150,6 @@ def _select_alpn(connection: SSL.Connection, offered: list[bytes]) -> bytes:
     return chosen
 
 
-def _without_alpn(_connection: SSL.Connection, _offered: list[bytes]) -> bytes | SSL._NoOverlappingProtocols:
-    return SSL.NO_OVERLAPPING_PROTOCOLS
-
-
 def _key_logged(connection: SSL.Connection, line: bytes) -> None:
     _owner(connection).key_logged(line)
 
@@ -181,7 +180,8 @@ def build_context(tls_id: TlsIdView, profile: TlsProfile, *, with_alpn: bool, se
         # Sessions stay in the card: a session id or a short handle travels, not a ticket with the peer's certificate in it.
         context.set_options(SSL.OP_NO_TICKET | SSL.OP_CIPHER_SERVER_PREFERENCE)
         context.set_session_id(session_context)
-        context.set_alpn_select_callback(_select_alpn if with_alpn else _without_alpn)
+        if with_alpn:
+            context.set_alpn_select_callback(_select_alpn)
     context.set_session_cache_mode(SSL.SESS_CACHE_SERVER if is_server and profile.resume else SSL.SESS_CACHE_OFF)
     return context
 
@@ -213,24 +213,33 @@ def _set_trust(context: SSL.Context, tls_id: TlsIdView, *, is_server: bool) -> N
             context.add_client_ca(authority)
 
 
+@dataclass
+class _Kept:
+    context: SSL.Context
+    handshakes: int
+
+
 class ContextCache:
     """The Contexts of one card, by identity and profile."""
 
     def __init__(self, randbytes: Callable[[int], bytes]) -> None:
         self._randbytes = randbytes
-        self._contexts: OrderedDict[tuple[bytes, TlsProfile, bool], SSL.Context] = OrderedDict()
+        self._contexts: OrderedDict[tuple[bytes, TlsProfile, bool], _Kept] = OrderedDict()
 
     def context(self, tls_id: TlsIdView, fingerprint: bytes, profile: TlsProfile, *, with_alpn: bool) -> SSL.Context:
         """The Context for this identity and profile, built if need be. Raises TlsParametersError as build_context does."""
         key = (fingerprint, profile, with_alpn)
-        context = self._contexts.get(key)
-        if context is None:
-            context = build_context(tls_id, profile, with_alpn=with_alpn, session_context=self._randbytes(32))
-            self._contexts[key] = context
+        kept = self._contexts.get(key)
+        if kept is None or (profile.role == "server" and kept.handshakes >= MAX_SERVER_HANDSHAKES):
+            kept = _Kept(
+                build_context(tls_id, profile, with_alpn=with_alpn, session_context=self._randbytes(32)), handshakes=0
+            )
+            self._contexts[key] = kept
             if len(self._contexts) > MAX_CONTEXTS:
                 self._contexts.popitem(last=False)
+        kept.handshakes += 1
         self._contexts.move_to_end(key)
-        return context
+        return kept.context
 
     def __len__(self) -> int:
         return len(self._contexts)

@@ -265,3 +265,11 @@ def test_a_context_is_built_once(ca: Authority) -> None:
     for _ in range(3):
         connect(client, server, *both(TLS_1_2, resume=False))
     assert len(client._stacks._contexts) == len(server._stacks._contexts) == 1
+
+
+def test_a_server_context_is_replaced_in_time(ca: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a server keeps of its clients is bounded: after so many handshakes its sessions are forgotten."""
+    monkeypatch.setattr("secure_element.tls_context.MAX_SERVER_HANDSHAKES", 3)
+    client, server = card(tls_id(ca, "client")), card(tls_id(ca, "server"))
+    outcomes = [connect(client, server, *both(TLS_1_2)) for _ in range(7)]
+    assert outcomes == [False, True, True, False, True, True, False]
