@@ -51,6 +51,7 @@ class Reason(StrEnum):
     SLOT_BUSY = "SLOT_BUSY"
     CARD_UNAVAILABLE = "CARD_UNAVAILABLE"
     CARD_REFUSED = "CARD_REFUSED"
+    CARD_NOT_IN_GRID = "CARD_NOT_IN_GRID"
     # the grid itself
     NOT_FOUND = "NOT_FOUND"
     SHUTTING_DOWN = "SHUTTING_DOWN"
@@ -82,6 +83,7 @@ CODES: Final[dict[Reason, StatusCode]] = {
     Reason.SLOT_BUSY: StatusCode.RESOURCE_EXHAUSTED,
     Reason.CARD_UNAVAILABLE: StatusCode.UNAVAILABLE,
     Reason.CARD_REFUSED: StatusCode.FAILED_PRECONDITION,
+    Reason.CARD_NOT_IN_GRID: StatusCode.FAILED_PRECONDITION,
     Reason.NOT_FOUND: StatusCode.NOT_FOUND,
     Reason.SHUTTING_DOWN: StatusCode.UNAVAILABLE,
     Reason.INTERNAL: StatusCode.INTERNAL,

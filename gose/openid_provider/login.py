@@ -1,6 +1,7 @@
 """The login door: whoever gets here has opened TLS with a card, against a card of the grid. The client certificate says who that is.
 
-The provider learns the hypervisor's name and the relying party's, and nothing of any VM.
+The provider learns the hypervisor's name and the relying party's, and nothing of any VM. A resumed handshake is a login too: the secret
+that it proves never leaves the card, and the cards bound how long a session can be resumed.
 """
 
 from __future__ import annotations

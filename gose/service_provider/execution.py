@@ -198,7 +198,7 @@ class Executor:
         try:
             bank = self._rack.vm(session.seid)
             if bank is None:
-                raise Refusal(Reason.CARD_UNAVAILABLE, "the VM's secure element is not in this grid")
+                raise Refusal(Reason.CARD_NOT_IN_GRID, "the VM's secure element is not in this grid")
 
             async def work(card: ReadyCard) -> None:
                 await self._work(card, flight, deadline, outputs)

@@ -13,7 +13,7 @@ import grpc.aio
 from gose.errors import Reason, Refusal
 from gose.metrics import Metrics
 from gose.service_provider.execution import BatchAnswer, Executor
-from gose.service_provider.guard import Caller, current_caller
+from gose.service_provider.guard import Caller, clean_correlation, current_caller
 from gose.service_provider.status import failure_of
 from gose.sessions import SessionStore
 from gose.settings import Limits
@@ -171,13 +171,14 @@ class _Stream:
             task.add_done_callback(self._tasks.discard)
 
     async def _answer(self, request: pb.ExecuteStreamRequest) -> None:
+        correlation = clean_correlation(request.correlation_id) if request.correlation_id else self._caller.correlation
         try:
             try:
                 answer = await self._executor.execute(
                     self._caller.session,
                     request.operations,
                     timeout=self._limits.batch_timeout,
-                    correlation=self._caller.correlation,
+                    correlation=correlation,
                 )
             except Refusal as refusal:
                 # A batch that cannot be read as one: its operations fail, the stream goes on.

@@ -175,7 +175,7 @@ class SessionDoor:
         seid = self._standing.vm(pending.vmid).seid
         if seid is None or self._rack.vm(seid) is None:
             raise Refusal(
-                Reason.CARD_UNAVAILABLE, "the VM's secure element is not in this grid", detail=f"{pending.vmid}: {seid}"
+                Reason.CARD_NOT_IN_GRID, "the VM's secure element is not in this grid", detail=f"{pending.vmid}: {seid}"
             )
         secret, session = self._sessions.grant(
             vmid=pending.vmid,
