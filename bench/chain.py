@@ -1,0 +1,216 @@
+"""Signatures through the whole chain: a program's gRPC call to its agent, dom0, TLS-Tandem, the grid, the VM's secure element, and back.
+
+What the rows call *the chain's limit* is what its own private-key operations alone would allow: for each signature one operation with the
+VM's key in its card, and a share of one signature of the container authority, which makes one trailer a batch. With both on both cores
+and nothing else to do, that is cores / (t + t / batch); 32 callers with two batches under way make batches of 16.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import grpc.aio
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding, rsa, utils
+
+from bench import limits
+from bench.hypervisor import hypervisor_client
+from bench.plan import Plan, times
+from bench.rows import Row
+from bench.stage import Stage
+from secfunet.agent.v1 import local_pb2, local_pb2_grpc
+from secfunet.card import KeyAlgorithm
+from secfunet.gose.v1 import operation_pb2
+from secfunet.identity import load_certificate
+from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc
+from tests.support.cards import personalise, running_card
+from tests.support.pki import CertificateAuthority
+from vm_agent.enrolment import EnrolmentStore, channel_options
+
+SCHEME = operation_pb2.SIGNATURE_SCHEME_RSASSA_PSS_SHA256
+AT_ONCE = (1, 8, 32)
+BATCH_AT_32 = 16
+LIMIT = "the chain's limit: its own private-key operations on {cores} cores"
+MAX_OVERHEAD = 5.0  # milliseconds
+SHARE = 0.5
+DEADLINE = 30.0
+
+
+async def measure(plan: Plan, stage: Stage) -> None:
+    """Throughput unary and stream, latency, overhead, and each hop."""
+    key_operation = plan.rows[limits.RSA]
+    cores = len(os.sched_getaffinity(0))
+    share = cores / (1 + 1 / BATCH_AT_32)
+    limit = plan.add(
+        Row(
+            LIMIT.format(cores=cores),
+            "1/s",
+            key_operation.median * share,
+            key_operation.min * share,
+            key_operation.max * share,
+        ).against(key_operation)
+    )
+    stack = await stage.stack()
+    vm = stack.vms[0]
+    async with grpc.aio.insecure_channel(f"unix:{stack.agent_socket(vm)}") as channel:
+        stub = local_pb2_grpc.LocalServiceStub(channel)
+        await _check(stub)
+        for at_once in AT_ONCE:
+            found = [await _unary(stub, at_once, plan.seconds) for _ in range(plan.rounds)]
+            row = Row.of(f"signatures through the chain, {at_once} at once, unary", "1/s", found).against(limit)
+            plan.add(row.at_least(SHARE) if at_once == 32 else row)
+        for at_once in AT_ONCE:
+            found = [await _stream(stub, at_once, plan.seconds) for _ in range(plan.rounds)]
+            row = Row.of(f"signatures through the chain, {at_once} at once, stream", "1/s", found).against(limit)
+            plan.add(row.at_least(SHARE) if at_once == 32 else row)
+        whole = plan.add(Row.of("one signature through the chain, alone", "ms", await times(plan, lambda: _sign(stub))))
+        keys = 2 * 1000 / key_operation.median  # the VM's signature and a trailer of its own
+        overhead = Row(
+            "  of that outside the private-key operations",
+            "ms",
+            whole.median - keys,
+            whole.min - keys,
+            whole.max - keys,
+        )
+        plan.add(overhead.against(whole).below(MAX_OVERHEAD))
+        local = Row.of(
+            "  round trip program to agent and back",
+            "ms",
+            await times(plan, lambda: stub.GetStatus(local_pb2.GetStatusRequest())),
+        )
+        plan.add(local.against(whole))
+    await _hops(plan, stage, whole)
+
+
+async def _hops(plan: Plan, stage: Stage, whole: Row) -> None:
+    """Asks at each door of the chain in turn; a hop's time is the difference between two doors."""
+    at_card = await _at_card(plan)
+    at_grid = await _at_grid(plan, stage)
+    at_middleware = await _at_middleware(plan, stage)
+    doors = [
+        ("  hop: the secure element, by APDU", at_card, 0.0),
+        ("  hop: the grid and TLS-Tandem", at_grid, at_card.median),
+        ("  hop: the Secure Middleware", at_middleware, at_grid.median),
+        ("  hop: the agent", whole, at_middleware.median),
+    ]
+    for name, door, below in doors:
+        hop = replace(door, name=name, median=door.median - below, min=door.min - below, max=door.max - below, aim=None)
+        plan.add(hop.against(whole))
+
+
+async def _at_card(plan: Plan) -> Row:
+    """A card of its own, with the same kind of key."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        async with running_card(Path(folder)) as card:
+            await personalise(card, CertificateAuthority("Bench CA"), "vm", algorithm=KeyAlgorithm.RSA_2048)
+            client = await card.connect("vm")
+            try:
+                return Row.of("at the card", "ms", await times(plan, lambda: client.sign(SCHEME, os.urandom(32))))
+            finally:
+                await client.close()
+
+
+async def _at_grid(plan: Plan, stage: Stage) -> Row:
+    """As the Secure Middleware of the second host: a session of a VM, operations under it."""
+    stack = await stage.stack()
+    async with hypervisor_client(stack) as (client, vm_certificate, token):
+        session = await client.open_session(vm_certificate, token, timeout=DEADLINE)
+
+        async def execute() -> None:
+            answer = await session.execute([_operation()], timeout=DEADLINE)
+            await client.content_key(answer.containers[0], timeout=DEADLINE)
+
+        return Row.of("at the grid", "ms", await times(plan, execute))
+
+
+async def _at_middleware(plan: Plan, stage: Stage) -> Row:
+    """As the VM's agent, with the agent's own certificate."""
+    stack = await stage.stack()
+    enrolment = EnrolmentStore(stack.layout.guest(stack.vms[0]) / "state").load()
+    if enrolment is None:
+        raise RuntimeError("the agent has not enrolled")
+    options = channel_options(enrolment.server_name)
+    async with grpc.aio.secure_channel(enrolment.agent, enrolment.credentials(), options) as channel:
+        call = agent_pb2_grpc.AgentServiceStub(channel).Operate()
+        numbers = iter(range(1, 1 << 40))
+
+        async def operate() -> None:
+            request = agent_pb2.OperateRequest(batch_id=next(numbers), operations=[_operation()], timeout_ms=30_000)
+            await call.write(request)
+            response = await call.read()
+            if not isinstance(response, agent_pb2.OperateResponse) or not response.results:
+                raise RuntimeError(f"the Secure Middleware did not answer: {response}")
+
+        row = Row.of("at the middleware", "ms", await times(plan, operate))
+        call.cancel()
+        return row
+
+
+def _operation() -> operation_pb2.Operation:
+    sign = operation_pb2.SignOperation(scheme=SCHEME, digest=os.urandom(32))
+    return operation_pb2.Operation(request_id=secrets.token_bytes(16), sign=sign)
+
+
+async def _sign(stub: local_pb2_grpc.LocalServiceAsyncStub) -> bytes:
+    sign = operation_pb2.SignOperation(scheme=SCHEME, digest=os.urandom(32))
+    return (await stub.Sign(local_pb2.SignRequest(sign=sign), timeout=DEADLINE)).signature
+
+
+async def _check(stub: local_pb2_grpc.LocalServiceAsyncStub) -> None:
+    """What is measured is right: one signature verified with the VM's certificate."""
+    identity = await stub.GetIdentity(local_pb2.GetIdentityRequest(), timeout=DEADLINE)
+    certificate: x509.Certificate = load_certificate(identity.vm_certificate)
+    public = certificate.public_key()
+    if not isinstance(public, rsa.RSAPublicKey):
+        raise TypeError("the VM's key must be RSA here")
+    digest = os.urandom(32)
+    sign = operation_pb2.SignOperation(scheme=SCHEME, digest=digest)
+    signature = (await stub.Sign(local_pb2.SignRequest(sign=sign), timeout=DEADLINE)).signature
+    public.verify(signature, digest, padding.PSS(padding.MGF1(hashes.SHA256()), 32), utils.Prehashed(hashes.SHA256()))
+
+
+async def _unary(stub: local_pb2_grpc.LocalServiceAsyncStub, at_once: int, seconds: float) -> float:
+    begin = time.perf_counter()
+
+    async def caller() -> int:
+        done = 0
+        while time.perf_counter() - begin < seconds:
+            await _sign(stub)
+            done += 1
+        return done
+
+    done = sum(await asyncio.gather(*(caller() for _ in range(at_once))))
+    return done / (time.perf_counter() - begin)
+
+
+async def _stream(stub: local_pb2_grpc.LocalServiceAsyncStub, at_once: int, seconds: float) -> float:
+    """``at_once`` requests are under way at any time; each answer calls for the next."""
+    begin = time.perf_counter()
+    places = asyncio.Semaphore(at_once)
+
+    async def requests() -> AsyncIterator[local_pb2.OperateRequest]:
+        number = 0
+        while True:
+            await places.acquire()
+            if time.perf_counter() - begin >= seconds:
+                return
+            number += 1
+            yield local_pb2.OperateRequest(
+                id=number, sign=operation_pb2.SignOperation(scheme=SCHEME, digest=os.urandom(32))
+            )
+
+    done = 0
+    async for answer in stub.Operate(requests()):
+        if not answer.output:
+            raise RuntimeError(f"an operation failed: {answer.failure.reason}")
+        done += 1
+        places.release()
+    return done / (time.perf_counter() - begin)
