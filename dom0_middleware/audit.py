@@ -284,7 +284,7 @@ class AuditLog:
             self.flush()
 
     def _rotated_head(self, anchor: Head) -> Head:
-        """Where a new, empty file continues: the anchor, or what a killed daemon still wrote behind it into a file that was then rotated."""
+        """Where a new, empty file continues: the anchor, or what a killed daemon wrote behind it into a file that was then rotated."""
         heads = [anchor]
         for path in self._path.parent.glob(f"{self._path.name}?*"):
             if not path.name.endswith((".head", ".lock", ".gz")):

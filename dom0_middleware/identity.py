@@ -10,6 +10,7 @@ from dom0_middleware.policy import Policy
 from dom0_middleware.sessions import GridSession, VmSessions
 from secfunet.card.pool import CardPool
 from secfunet.middleware.v1 import agent_pb2
+from secfunet.vm_auth_token import unverified_expiry
 
 
 class HypervisorIdentity(Protocol):
@@ -51,10 +52,10 @@ class Identities:
         self._sessions = sessions
         self._hypervisor = hypervisor
 
-    async def identity(self, guest: GuestDomain, *, timeout: float) -> agent_pb2.Identity:
+    async def identity(self, guest: GuestDomain, *, timeout: float, correlation: str = "") -> agent_pb2.Identity:
         """With the grid's word: opens the VM's session if need be. Raises what that raises, Refused (VM_REVOKED, TOKEN_MISSING)."""
         guest.require_authorised()
-        session = await self._sessions.session(guest.record, timeout=timeout)
+        session = await self._sessions.session(guest.record, timeout=timeout, correlation=correlation)
         certificate = await self._hypervisor.certificate(timeout=timeout)
         return self._of(guest, session, certificate)
 
@@ -67,7 +68,7 @@ class Identities:
         identity = agent_pb2.Identity(vm_certificate=guest.record.vm_certificate, hypervisor_certificate=certificate)
         if session is not None:
             identity.container_authority = session.container_authority
-            identity.authorised_until = int(session.expires_at)
+            identity.authorised_until = unverified_expiry(guest.record.vm_auth_token)
             allowed = self._policy.operations(guest.subject) & frozenset(session.operations)
             identity.operations.extend(sorted(allowed))
         return identity

@@ -98,7 +98,9 @@ class Operations:
         permitted = batch.permit(batch.sanitise(untrusted))
         if permitted:
             try:
-                session = await self._sessions.session(self._guest.record, timeout=timeout)
+                session = await self._sessions.session(
+                    self._guest.record, timeout=timeout, correlation=batch.correlation
+                )
             except SecFuNetError as error:
                 batch.fail(permitted, error, "failed")
                 return batch.outcome
@@ -113,7 +115,10 @@ class Operations:
             self._audit.flush()
             with self._metrics.batch_seconds.time():
                 results, failures = await self._sessions.execute(
-                    self._guest.record, [sane.operation for sane in permitted], timeout=timeout
+                    self._guest.record,
+                    [sane.operation for sane in permitted],
+                    timeout=timeout,
+                    correlation=batch.correlation,
                 )
         except SecFuNetError as error:
             batch.fail(permitted, error, "failed")
@@ -136,6 +141,10 @@ class _Batch:
         self._call = call
         self._number = number
         self.outcome = Outcome()
+
+    @property
+    def correlation(self) -> str:
+        return self._call.correlation
 
     def sanitise(self, untrusted: Sequence[operation_pb2.Operation]) -> list[_Sane]:
         sane: list[_Sane] = []

@@ -15,6 +15,7 @@ from secfunet.middleware.v1 import agent_pb2
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
+_GRACE = 0.1  # seconds
 CLOSE_TIMEOUT = 5.0  # seconds that the grid gets to hear of it
 
 
@@ -29,19 +30,21 @@ class GridSession(Protocol):
     """What of ``gose_client.VmSession`` is used here."""
 
     @property
-    def expires_at(self) -> float: ...
-    @property
     def operations(self) -> frozenset[str]: ...
     @property
     def container_authority(self) -> bytes: ...
-    async def execute(self, operations: Sequence[operation_pb2.Operation], *, timeout: float) -> BatchAnswer: ...
+    async def execute(
+        self, operations: Sequence[operation_pb2.Operation], *, timeout: float, correlation: str = ""
+    ) -> BatchAnswer: ...
     async def close(self) -> None: ...
 
 
 class Grid(Protocol):
     """What of ``gose_client.GoseClient`` is used here."""
 
-    async def open_session(self, vm_certificate: bytes, vm_auth_token: str, *, timeout: float) -> GridSession: ...
+    async def open_session(
+        self, vm_certificate: bytes, vm_auth_token: str, *, timeout: float, correlation: str = ""
+    ) -> GridSession: ...
     async def content_key(self, container: bytes, *, timeout: float) -> bytes: ...
 
 
@@ -71,7 +74,7 @@ class VmSessions:
         slot = self._slots.get(uuid)
         return slot.session if slot is not None else None
 
-    async def session(self, vm: VmRecord, *, timeout: float) -> GridSession:
+    async def session(self, vm: VmRecord, *, timeout: float, correlation: str = "") -> GridSession:
         """The VM's session, opened if need be. Callers that come together share one login.
 
         Raises what GoseClient.open_session raises; Refused (SESSION_ENDED) if the VM lost its right meanwhile; Unavailable
@@ -80,14 +83,19 @@ class VmSessions:
         slot = self._slots.setdefault(vm.uuid, _Slot())
         if slot.session is not None:
             return slot.session
-        return await self._until_ended(slot, self._open(slot, vm, timeout))
+        return await self._until_ended(slot, self._open(slot, vm, timeout, correlation))
 
     async def execute(
-        self, vm: VmRecord, operations: Sequence[operation_pb2.Operation], *, timeout: float
+        self,
+        vm: VmRecord,
+        operations: Sequence[operation_pb2.Operation],
+        *,
+        timeout: float,
+        correlation: str = "",
     ) -> tuple[list[agent_pb2.SealedResults], list[operation_pb2.OperationFailure]]:
         """Runs a batch; containers come back closed, each beside the key to it. Raises as ``session`` does."""
         slot = self._slots.setdefault(vm.uuid, _Slot())
-        return await self._until_ended(slot, self._execute(slot, vm, operations, timeout))
+        return await self._until_ended(slot, self._execute(slot, vm, operations, timeout, correlation))
 
     def end(self, uuid: str) -> None:
         """At once: what is in flight for this VM fails, its session is used no more. The grid is told in the background."""
@@ -108,10 +116,12 @@ class VmSessions:
         while self._closing:
             await asyncio.wait(set(self._closing))
 
-    async def _open(self, slot: _Slot, vm: VmRecord, timeout: float) -> GridSession:
+    async def _open(self, slot: _Slot, vm: VmRecord, timeout: float, correlation: str) -> GridSession:
         async with _deadline(timeout), slot.lock:
             if slot.session is None:
-                session = await self._grid.open_session(vm.vm_certificate, vm.vm_auth_token, timeout=timeout)
+                session = await self._grid.open_session(
+                    vm.vm_certificate, vm.vm_auth_token, timeout=timeout, correlation=correlation
+                )
                 if slot.ended:
                     # The right ended while the grid was asked, and the cancellation was not heard.
                     self._close_later(session)
@@ -120,13 +130,18 @@ class VmSessions:
             return slot.session
 
     async def _execute(
-        self, slot: _Slot, vm: VmRecord, operations: Sequence[operation_pb2.Operation], timeout: float
+        self,
+        slot: _Slot,
+        vm: VmRecord,
+        operations: Sequence[operation_pb2.Operation],
+        timeout: float,
+        correlation: str,
     ) -> tuple[list[agent_pb2.SealedResults], list[operation_pb2.OperationFailure]]:
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout
         async with _deadline(timeout):
-            session = slot.session or await self._open(slot, vm, timeout)
-            answer = await session.execute(operations, timeout=max(0.001, end - loop.time()))
+            session = slot.session or await self._open(slot, vm, timeout, correlation)
+            answer = await session.execute(operations, timeout=max(0.001, end - loop.time()), correlation=correlation)
             results = [
                 agent_pb2.SealedResults(
                     container=container,
@@ -167,7 +182,8 @@ async def _close(session: GridSession) -> None:
 @contextlib.asynccontextmanager
 async def _deadline(timeout: float) -> AsyncIterator[None]:
     try:
-        async with asyncio.timeout(timeout):
+        # The client of the grid keeps the deadline itself, and knows better what the time was spent on: this is for what it does not see.
+        async with asyncio.timeout(timeout + _GRACE):
             yield
     except TimeoutError:
         raise Unavailable(Reason.DEADLINE_EXCEEDED, "the grid did not answer in time") from None

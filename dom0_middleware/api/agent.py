@@ -65,7 +65,9 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
     async def GetIdentity(  # noqa: N802 - gRPC's name
         self, request: pb.GetIdentityRequest, context: Context
     ) -> pb.GetIdentityResponse:
-        identity = await self._identities.identity(self._guest, timeout=timeout_of(context))
+        identity = await self._identities.identity(
+            self._guest, timeout=timeout_of(context), correlation=current_call.get().correlation
+        )
         return pb.GetIdentityResponse(identity=identity)
 
     async def WatchIdentity(  # noqa: N802 - gRPC's name
@@ -133,9 +135,22 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         return response
 
     def _require_current(self, call: Call) -> None:
-        if call.certificate is None:
-            raise Refused(Reason.CERTIFICATE_MISSING, "this call needs a certificate")
-        self._guest.require_current(call.certificate)
+        """For what runs on under a certificate that the guard saw long ago."""
+        try:
+            if call.certificate is None:
+                raise Refused(Reason.CERTIFICATE_MISSING, "this call needs a certificate")
+            self._guest.require_current(call.certificate)
+        except Refused as error:
+            self._audit.record(
+                "call",
+                "refused",
+                correlation=call.correlation,
+                vm=self._guest.uuid,
+                name=self._guest.record.name,
+                operation=call.method.rpartition("/")[2],
+                reason=str(error.reason),
+            )
+            raise
 
 
 class _Pipeline:

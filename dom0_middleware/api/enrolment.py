@@ -47,12 +47,13 @@ class EnrolmentService(agent_pb2_grpc.EnrolmentServiceServicer):
             self._record("refused", reason=str(error.reason), detail=error.detail)
             raise
         self._on_enrolled(self._guest)
+        identity = await identity_as_known(
+            self._identities, self._guest, min(IDENTITY_TIMEOUT, timeout_of(context) / 2)
+        )
+        # The grid may have taken its time; a certificate of a domain that stopped meanwhile is none.
+        self._guest.require_running()
         return pb.EnrolResponse(
-            certificate=certificate,
-            guest_authority=self._authority.certificate_der,
-            identity=await identity_as_known(
-                self._identities, self._guest, min(IDENTITY_TIMEOUT, timeout_of(context) / 2)
-            ),
+            certificate=certificate, guest_authority=self._authority.certificate_der, identity=identity
         )
 
     def _certify(self, request: pb.EnrolRequest) -> bytes:
@@ -84,6 +85,6 @@ class EnrolmentService(agent_pb2_grpc.EnrolmentServiceServicer):
 async def identity_as_known(identities: Identities, guest: GuestDomain, timeout: float) -> pb.Identity:
     """The whole identity if the grid answers in time, else what is known without it."""
     try:
-        return await identities.identity(guest, timeout=timeout)
+        return await identities.identity(guest, timeout=timeout, correlation=current_call.get().correlation)
     except SecFuNetError:
         return identities.known(guest)

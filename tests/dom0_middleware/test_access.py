@@ -298,6 +298,7 @@ async def test_the_correlation_id_of_the_caller_is_kept_if_it_is_one(world: Worl
                 metadata=(("secfunet-correlation-id", sent),),
             )
     ids = [str(record["correlation"]) for record in world.audit() if record["action"] == "operation"]
+    assert set(ids) <= set(world.grid.correlations)
     assert ids[0] == "0123456789abcdef"
     assert all(len(one) == 16 for one in ids)
     assert len(set(ids)) == 4

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dom0_middleware.errors import Reason, Refused
+from dom0_middleware.guest import Phase
 from dom0_middleware.guest_authority import parse_request
 from gose_client.errors import GridUnavailableError
 from secfunet.identity import pem_of
 from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc, orchestrator_pb2
-from tests.dom0_middleware.world import TIMEOUT, Guest, World, certificate, facts, request_for, rsa_key
+from tests.dom0_middleware.world import TIMEOUT, Guest, World, certificate, eventually, facts, request_for, rsa_key
 
 DENIED = grpc.StatusCode.PERMISSION_DENIED
 
@@ -135,12 +136,10 @@ async def test_a_paused_domain_does_not_enrol(world: World) -> None:
     guest = await world.boot(await world.create())
     domain = world.hold_hypervisor().lookupByUUIDString(guest.uuid)
     domain.suspend()
-    while (await world.service.vms.get_vm(guest.uuid)).state != orchestrator_pb2.VM_STATE_PAUSED:
-        await asyncio.sleep(0.01)
-    await asyncio.sleep(0.05)
+    await eventually(lambda: world.service.vms.guests()[0].phase is Phase.PAUSED)
     assert (await refused(guest))[1] == "DOMAIN_NOT_RUNNING"
     domain.resume()
-    await asyncio.sleep(0.1)
+    await eventually(lambda: world.service.vms.guests()[0].phase is Phase.RUNNING)
     await guest.enrol()
 
 
@@ -173,7 +172,7 @@ def csr_with(key: object, tamper: bool = False) -> bytes:
 @pytest.mark.parametrize(
     "request_der",
     [
-        csr_with(rsa.generate_private_key(65537, 1024)),
+        csr_with(rsa.generate_private_key(65537, 1024)),  # noqa: S505 - to be refused
         csr_with(ed25519.Ed25519PrivateKey.generate()),
         csr_with(ec.generate_private_key(ec.SECP256K1())),
         csr_with(rsa_key("web"), tamper=True),

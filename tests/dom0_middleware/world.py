@@ -112,9 +112,12 @@ class SessionDouble:
     container_authority: bytes = field(default_factory=lambda: certificate("container-authority"))
     closed: bool = False
 
-    async def execute(self, operations: Sequence[operation_pb2.Operation], *, timeout: float) -> Answer:
+    async def execute(
+        self, operations: Sequence[operation_pb2.Operation], *, timeout: float, correlation: str = ""
+    ) -> Answer:
         if self.closed:
             raise SessionClosedError
+        self.grid.correlations.append(correlation)
         self.grid.executed.append([operation.request_id for operation in operations])
         self.grid.timeouts.append(timeout)
         await self.grid.gate.wait()
@@ -160,9 +163,13 @@ class GridDouble:
         self.gate.set()
         self.login_gate.set()
         self.logins = 0
+        self.correlations: list[str] = []
 
-    async def open_session(self, vm_certificate: bytes, vm_auth_token: str, *, timeout: float) -> SessionDouble:
+    async def open_session(
+        self, vm_certificate: bytes, vm_auth_token: str, *, timeout: float, correlation: str = ""
+    ) -> SessionDouble:
         self.logins += 1
+        self.correlations.append(correlation)
         await self.login_gate.wait()
         if self.down is not None:
             raise self.down
@@ -407,12 +414,24 @@ class World:
         return [json.loads(line) for line in (self.state / "audit.jsonl").read_text().splitlines()]
 
 
+def _forget_domains() -> None:
+    """The test driver lives as long as anything in this process refers to it: another test's domains may still be there."""
+    connection = libvirt.open("test:///default")
+    for domain in connection.listAllDomains():
+        if domain.name() != "test":
+            if domain.isActive():
+                domain.destroy()
+            domain.undefine()
+    connection.close()
+
+
 @contextlib.asynccontextmanager
 async def running_world() -> AsyncIterator[World]:
     # A short path: Unix sockets.
     with tempfile.TemporaryDirectory(prefix="m-", dir="/tmp") as folder:
         world = World(Path(folder))
         try:
+            _forget_domains()
             await world.start()
             yield world
         finally:

@@ -1,0 +1,185 @@
+"""The command line, as a process of its own against a running daemon where it needs one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from dom0_middleware.audit import AuditLog
+from secfunet.identity import pem_of
+from tests.dom0_middleware.world import World, certificate, eventually, token
+
+COMMAND = [sys.executable, "-c", "from dom0_middleware.cli import main; main()"]
+
+
+async def run(*arguments: str | Path) -> tuple[int, str, str]:
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND,
+        *map(str, arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
+    )
+    out, err = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+async def test_init_makes_what_is_missing_and_keeps_what_is_there(tmp_path: Path) -> None:
+    config = tmp_path / "dom0" / "secure-middleware.toml"
+    code, out, err = await run("init", "--config", config)
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) == 5
+    state = tmp_path / "dom0" / "state"
+    assert state.stat().st_mode & 0o777 == 0o700
+    for key in ("guest-authority.key", "orchestrator-authority.key", "orchestrators/admin.key"):
+        assert (state / key).stat().st_mode & 0o777 == 0o600
+    before = (state / "guest-authority.key").read_bytes()
+    assert (await run("init", "--config", config))[:2] == (0, "")
+    assert (state / "guest-authority.key").read_bytes() == before
+    assert (await run("policy", "check", "--config", config))[0] == 0
+    code, _, err = await run("orchestrator", "add", "ops", "--config", config)
+    assert code == 0
+    assert "orchestrators.allowed" in err
+    code, _, err = await run("vm", "list", "--config", config)
+    assert code == 69
+    assert "is 'secure-middleware serve' running?" in err
+
+
+async def test_a_setting_that_does_not_exist_is_refused_with_a_hint(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    await run("init", "--config", config)
+    config.write_text(config.read_text().replace("policy =", "polcy ="))
+    code, _, err = await run("vm", "list", "--config", config)
+    assert code == 78
+    assert "did you mean 'policy'?" in err
+
+
+async def test_policy_check_says_every_problem(tmp_path: Path) -> None:
+    policy = tmp_path / "p.toml"
+    policy.write_text('[[rule]]\nnames = ["*"]\noperatons = ["sign"]\nschemes = ["nothing-*"]\noperations = ["sign"]')
+    code, _, err = await run("policy", "check", "--file", policy)
+    assert code == 78
+    assert "did you mean 'operations'?" in err
+
+
+async def test_audit_verify(tmp_path: Path) -> None:
+    log = tmp_path / "audit.jsonl"
+    writer = AuditLog(log, clock=lambda: 1.0)
+    writer.open()
+    for _ in range(3):
+        writer.record("operation", "permitted")
+    writer.close()
+    code, out, _ = await run("audit", "verify", "--file", log)
+    assert code == 0
+    assert "sound: 3 records (1 to 3" in out
+    log.write_bytes(log.read_bytes().replace(b"permitted", b"refused", 1))
+    code, out, err = await run("audit", "verify", "--file", log)
+    assert (code, out) == (65, "")
+    assert "changed" in err
+    code, out, _ = await run("audit", "verify", "--file", log, "--json")
+    assert code == 65
+    assert json.loads(out)["problems"][0]["line"] == 1
+
+
+async def test_the_life_of_a_vm(world: World, tmp_path: Path) -> None:
+    config = world.folder / "middleware.toml"
+    config.write_text(
+        'state = "s"\npolicy = "policy.toml"\n[card]\nsocket = "c"\nuser_pin_file = "p"\n[grid]\n'
+        'service_provider = "https://localhost:8443"\noperations = "localhost:8444"\n'
+        'openid_provider = "https://localhost:9443"\nopenid_login = "https://localhost:9444"\nauthority = "g.pem"\n'
+    )
+    pem, jwt = tmp_path / "web.pem", tmp_path / "web.jwt"
+    pem.write_bytes(pem_of(certificate("web")))
+    jwt.write_text(token("web") + "\n")
+    watch = await asyncio.create_subprocess_exec(
+        *COMMAND, "vm", "watch", "--json", "--config", str(config), stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        await eventually(lambda: world.service.events._queues, within=30)
+        create = ("vm", "create", "--name", "web", "--certificate", pem, "--token-file", jwt, "--config", config)
+        code, out, _ = await run(*create, "--json")
+        assert code == 0
+        uuid = json.loads(out)[0]["uuid"]
+        code, _, err = await run(*create)
+        assert code == 1
+        assert "VM_EXISTS" in err
+        code, out, _ = await run("vm", "start", "web", "--json", "--config", config)
+        assert code == 0
+        assert (Path(json.loads(out)["guest_channel"]) / "join.json").exists()
+        code, out, _ = await run("vm", "list", "--config", config)
+        assert uuid in out
+        assert "running" in out
+        assert json.loads((await run("vm", "show", uuid, "--json", "--config", config))[1])["state"] == "running"
+        assert (await run("vm", "delete", "web", "--config", config))[0] == 1
+        assert json.loads((await run("vm", "revoke", "web", "--json", "--config", config))[1])[0]["revoked"]
+        assert (await run("vm", "stop", "web", "--config", config))[0] == 0
+        assert (await run("vm", "delete", uuid, "--config", config))[0] == 0
+        assert (await run("vm", "show", "web", "--config", config))[0] == 1
+        code, _, err = await run("vm", "list", "--as", "stranger", "--config", config)
+        assert code == 77
+        assert "ORCHESTRATOR_NOT_ALLOWED" in err
+        assert (await run("audit", "verify", "--config", config))[0] == 0
+        assert watch.stdout is not None
+        kinds = [json.loads(await watch.stdout.readline())["event"] for _ in range(5)]
+        assert kinds[0] == "created"
+        assert kinds[-1] == "deleted"
+        watch.send_signal(signal.SIGINT)
+        assert await asyncio.wait_for(watch.wait(), 10) == 0
+    finally:
+        if watch.returncode is None:
+            watch.kill()
+            await watch.wait()
+
+
+@pytest.mark.e2e
+async def test_serve_is_a_daemon(tmp_path: Path) -> None:
+    """Starts without card and grid, reads its policy again on SIGHUP, survives kill -9, stops cleanly on SIGTERM."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="m-", dir="/tmp") as short:
+        folder = Path(short)
+        config = folder / "c.toml"
+        await run("init", "--config", config)
+        (folder / "grid-ca.pem").write_bytes(pem_of(certificate("grid")))
+        pem = folder / "web.pem"
+        pem.write_bytes(pem_of(certificate("web")))
+        for how in (signal.SIGKILL, signal.SIGTERM):
+            process = await asyncio.create_subprocess_exec(
+                *COMMAND, "serve", "--config", str(config), stderr=asyncio.subprocess.DEVNULL
+            )
+            try:
+                for _ in range(100):
+                    code, out, _ = await run("vm", "list", "--json", "--config", config)
+                    if code == 0:
+                        break
+                    await asyncio.sleep(0.1)
+                vms = json.loads(out)
+                if how is signal.SIGKILL:
+                    assert vms == []
+                    create = ("vm", "create", "--name", "web", "--certificate", pem, "--config", config)
+                    assert (await run(*create))[0] == 0
+                    assert (await run("vm", "start", "web", "--config", config))[0] == 0
+                else:
+                    assert [(vm["name"], vm["state"]) for vm in vms] == [("web", "stopped")]
+                    assert list((folder / "state" / "guests").iterdir()) == []
+                    (folder / "policy.toml").write_text("broken")
+                    process.send_signal(signal.SIGHUP)
+            finally:
+                if process.returncode is None:
+                    await asyncio.sleep(0.2)
+                    process.send_signal(how)
+                code = await asyncio.wait_for(process.wait(), 20)
+            assert code == (-9 if how is signal.SIGKILL else 0)
+            code, _, err = await run("audit", "verify", "--config", config)
+            assert (code, err) == (0, "")
+        log = [json.loads(line) for line in (folder / "state" / "audit.jsonl").read_text().splitlines()]
+        assert [r["action"] for r in log if r.get("reason") == "POLICY_INVALID"] == ["policy.read"]
+        assert log[-1]["action"] == "daemon.stop"
+        assert not (folder / "state" / "orchestrator.sock").exists()
