@@ -91,7 +91,10 @@ def short_folder() -> Iterator[Path]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def host(short_folder: Path) -> AsyncIterator[Host]:
     """Two VMs, one server card, and the hypervisor hv-card."""
-    async with new_grid(short_folder, vms=("vm-1", "vm-2"), servers=1) as grid, running_card(short_folder, name="hv") as card:
+    async with (
+        new_grid(short_folder, vms=("vm-1", "vm-2"), servers=1) as grid,
+        running_card(short_folder, name="hv") as card,
+    ):
         with grid.registry() as registry:
             identity = await enrol(
                 EnrolmentOrder(
