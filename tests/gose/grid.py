@@ -7,6 +7,7 @@ import contextlib
 import secrets
 import socket
 import ssl
+import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,14 @@ def free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in sockets]
+
+
+async def restart(card: CardProcess) -> None:
+    """Starts a killed card again, without a look whether it serves: the slot that waits for it may be first, and is the only one."""
+    with card.log.open("ab") as log:
+        card.process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "secure_element.cli", "serve", "--config", str(card.config), stderr=log
+        )
 
 
 @dataclass

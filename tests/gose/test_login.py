@@ -21,7 +21,7 @@ from gose.server import GridService
 from secfunet.identity import Holder, Role, der_of, load_certificate, pem_of
 from secfunet.openid.discovery import SERVICE_SERVER, SERVICE_SIGNON, parse_html, parse_xrds
 from secfunet.openid.form import IDENTIFIER_SELECT, NAMESPACE, decode_key_values
-from tests.gose.grid import Answer, Browser, TestGrid
+from tests.gose.grid import Answer, Browser, TestGrid, restart
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -378,7 +378,7 @@ async def test_a_dead_server_card_is_replaced_by_the_other(grid: TestGrid, servi
             except (aiohttp.ClientError, OSError):
                 assert number < 2, "a card that is gone is asked once"
     finally:
-        await grid.cards["server-0"].start()
+        await restart(grid.cards["server-0"])
 
 
 # --- the provider as others see it

@@ -26,7 +26,7 @@ from gose.server import SERVICE_NAME, GridService
 from secfunet.gose.v1 import operation_pb2, service_provider_pb2
 from secfunet.identity import Role, load_certificate
 from secfunet.operation import check_result
-from tests.gose.grid import TestGrid, sign_operation
+from tests.gose.grid import TestGrid, restart, sign_operation
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -399,7 +399,7 @@ async def test_a_killed_card_fails_clearly_and_comes_back(grid: TestGrid, servic
         assert reason_of(caught.value) == "CARD_UNAVAILABLE"
         assert retry_of(caught.value) > 0
         assert time.monotonic() - began < 2
-        await card.start()
+        await restart(card)
         operation = sign_operation()
         answer = await until_back(stub, session, operation)
         check_signature(grid, "vm-1", operation.sign.digest, grid.open("hv-a", answer.containers[0]).results[0].output)
