@@ -20,6 +20,7 @@ from secfunet.card.errors import CardFormatError
 from secfunet.card.instructions import (
     AID,
     AID_OF_DRAFT,
+    MIN_PIN_SIZE,
     PIN_SIZE,
     Cla,
     Ins,
@@ -152,6 +153,7 @@ class CardOs:
             return repeated
         if command.ins in (Ins.GET_RESPONSE, Ins.FETCH):
             return self._segments.fetch(command)
+        self._segments.drop_answer()
         if command.cla & ~0x10 not in (Cla.ISO, Cla.EAP, Cla.KEYS):
             raise CommandRefusedError(Sw.UNKNOWN_CLASS)
         self._check_guard(command)
@@ -203,26 +205,38 @@ class CardOs:
             raise self._pin_needed(role)
         if len(command.data) != PIN_SIZE:
             raise CommandRefusedError(Sw.WRONG_LENGTH)
-        self._verified.discard(role)
-        self._pins.verify(role, command.data)
+        self._check_pin(role, command.data)
         self._verified.add(role)
         return b""
 
     def _change_pin(self, command: CommandApdu) -> bytes:
         role = _role(command)
         old, new = _two_pins(command.data)
-        self._verified.discard(role)
-        self._pins.verify(role, old)
+        _check_new_pin(new)
+        self._check_pin(role, old)
         self._pins.change(role, new)
+        log.info("PIN changed", extra={"role": role.name.lower()})
         return b""
 
     def _unblock_pin(self, command: CommandApdu) -> bytes:
         _expect(command, 0x00, 0x00)
         new, operator_pin = _two_pins(command.data)
-        self._verified.clear()
-        self._pins.verify(PinRole.OPERATOR, operator_pin)
+        _check_new_pin(new)
+        self._verified.discard(PinRole.USER)
+        self._check_pin(PinRole.OPERATOR, operator_pin)
         self._pins.change(PinRole.USER, new)
+        log.info("user PIN replaced by the operator")
         return b""
+
+    def _check_pin(self, role: PinRole, untrusted_pin: bytes) -> None:
+        """A failed check takes back what an earlier one opened."""
+        self._verified.discard(role)
+        try:
+            self._pins.verify(role, untrusted_pin)
+        except CommandRefusedError:
+            left = self._pins.attempts(role)
+            log.warning("PIN refused", extra={"role": role.name.lower(), "attempts_left": left})
+            raise
 
     # Identities
 
@@ -407,3 +421,10 @@ def _two_pins(untrusted: bytes) -> tuple[bytes, bytes]:
     if len(untrusted) != 2 * PIN_SIZE:
         raise CommandRefusedError(Sw.WRONG_LENGTH)
     return untrusted[:PIN_SIZE], untrusted[PIN_SIZE:]
+
+
+def _check_new_pin(untrusted: bytes) -> None:
+    """A PIN that can be typed again: 4 to 8 bytes before the FFs."""
+    pin = untrusted.rstrip(b"\xff")
+    if len(pin) < MIN_PIN_SIZE or 0xFF in pin:
+        raise CommandRefusedError(Sw.WRONG_DATA)

@@ -38,6 +38,10 @@ class Segments:
         self._rest_sw1 = 0x61
         self._repeatable: tuple[CommandApdu, bytes] | None = None
 
+    def drop_answer(self) -> None:
+        """Another command came: what was not fetched is gone."""
+        self._rest = b""
+
     def join(self, command: CommandApdu) -> CommandApdu | None:
         """The whole command, or None if more segments of it are to come. Raises CommandRefusedError (6700) past 65535 bytes."""
         is_eap = (command.cla & ~CHAINING, command.ins) == (Cla.EAP, Ins.PROCESS_EAP)

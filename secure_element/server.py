@@ -107,6 +107,9 @@ class _Session(asyncio.Protocol):
             self._server.release(self)
 
     def _control(self, number: int) -> None:
+        if number not in (Control.POWER_OFF, Control.POWER_ON, Control.RESET):
+            self._drop("unknown control")
+            return
         self._is_powered = number != Control.POWER_OFF
         self._server.card.reset()
 

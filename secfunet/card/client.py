@@ -9,6 +9,7 @@ from secfunet.card.errors import CardFormatError
 from secfunet.card.instructions import (
     AID,
     CHAINING,
+    MIN_PIN_SIZE,
     PIN_SIZE,
     SEGMENT_SIZE,
     Cla,
@@ -259,7 +260,7 @@ class CardClient:
 
 def pad_pin(pin: bytes) -> bytes:
     """A PIN as it travels: 4 to 8 bytes, none of them FF, filled up with FF to 8. Raises CardFormatError."""
-    if not 4 <= len(pin) <= PIN_SIZE or 0xFF in pin:
+    if not MIN_PIN_SIZE <= len(pin) <= PIN_SIZE or 0xFF in pin:
         raise CardFormatError("a PIN has 4 to 8 characters")
     return pin.ljust(PIN_SIZE, b"\xff")
 

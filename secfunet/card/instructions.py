@@ -14,6 +14,8 @@ AID_OF_DRAFT: Final = bytes.fromhex("11223344556601")
 PIN_SIZE: Final = 8
 """A PIN on the wire, bytes: shorter ones are filled up with FF."""
 
+MIN_PIN_SIZE: Final = 4
+
 SEGMENT_SIZE: Final = 240
 """How much of a long command goes into one short APDU (as in the traces of the draft)."""
 

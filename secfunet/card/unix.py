@@ -127,8 +127,10 @@ async def connect_unix(path: Path, *, timeout: float, answer_timeout: float = AN
             except CardGoneError:
                 raise CardBusyError(f"the card at {path} serves another client") from None
             return card
-    except OSError as error:  # TimeoutError is one of them
-        raise CardGoneError(f"no card answers at {path}: {error.strerror or 'timeout'}") from None
+    except TimeoutError:
+        raise CardGoneError(f"no card answers at {path} within {timeout:g} s") from None
+    except OSError as error:
+        raise CardGoneError(f"no card answers at {path}: {error.strerror or error}") from None
     finally:
         if card is not None and not card.is_powered:
             card.abort()

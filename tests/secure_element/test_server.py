@@ -67,7 +67,7 @@ async def test_frames_and_controls(served: Path) -> None:
     writer.close()
 
 
-@pytest.mark.parametrize("garbage", [b"\0\0", frame(SELECT)])
+@pytest.mark.parametrize("garbage", [b"\0\0", frame(SELECT), frame(b"\7")])
 async def test_no_frame_or_no_power_ends_the_connection(served: Path, garbage: bytes) -> None:
     reader, writer = await raw(served)
     writer.write(garbage)
