@@ -213,9 +213,9 @@ def enrol_server(
 def issue_token(
     vm: Annotated[str, typer.Option(help="Name of the VM.")],
     hypervisor: Annotated[str, typer.Option(help="Name of the hypervisor that it runs on.")],
-    operations: Annotated[
-        str, typer.Option(metavar="LIST", help="Some of sign,decrypt,encrypt, with commas between.")
-    ] = ",".join(OPERATIONS),
+    operations: Annotated[str, typer.Option(metavar="LIST", help="Some of sign,decrypt,encrypt.")] = ",".join(
+        OPERATIONS
+    ),
     valid: ValidOption = "8h",  # type: ignore[assignment]  # likewise
     out: Annotated[
         Path | None, typer.Option("--out", help="File to write (mode 0600) in place of standard output.")
@@ -223,6 +223,7 @@ def issue_token(
     config: ConfigOption = CONFIG,
 ) -> None:
     """Issue a VM-Auth-Token: the VM may use its key from that hypervisor, for these operations, until then."""
+    allowed = parse_operations(operations)
     settings = load_settings(GoseSettings, config)
     authority = AuthorityFolder(settings.authority)
     with _registry(settings) as registry:
@@ -231,7 +232,7 @@ def issue_token(
             vm=vm,
             hypervisor=hypervisor,
             audience=settings.audience,
-            operations=parse_operations(operations),
+            operations=allowed,
             now=time.time(),
             valid=valid,
         )
