@@ -122,7 +122,9 @@ class EapEngine:
 
     @property
     def state(self) -> EapState:
-        """Get-State."""
+        """Get-State. A failure counts as soon as the alert is handed out, though it is raised on the next packet only."""
+        if self._method is not None and self._method.has_ended_in_failure:
+            return EapState.NOT_AUTHENTICATED
         return self._state
 
     def process(self, untrusted: bytes, unix_time: int | None = None) -> bytes:

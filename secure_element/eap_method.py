@@ -35,6 +35,11 @@ class EapTlsMethod:
         return None if self._failure is None else failure_of(self._failure)
 
     @property
+    def has_ended_in_failure(self) -> bool:
+        """Whether it failed, and the alert was handed out."""
+        return self._failure is not None and not self._channel.is_sending
+
+    @property
     def is_complete(self) -> bool:
         """Whether it succeeded, and all of ours was handed out."""
         return (

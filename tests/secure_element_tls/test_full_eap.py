@@ -177,7 +177,7 @@ def test_an_alert_in_place_of_the_commitment(ca: Authority) -> None:
     plain.until_finished()
     plain.tls.shutdown()
     assert plain.ask(EapTlsMessage(plain.tls.bio_read(65536)).encode()).data == b"\x00"
-    assert peer.state is EapState.AUTHENTICATING
+    assert peer.state is EapState.NOT_AUTHENTICATED
     with pytest.raises(EapDiscarded):
         peer.process(EapPacket(EapCode.SUCCESS, plain.identifier).encode())
     with pytest.raises(EapFailure) as failure:

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from OpenSSL import SSL
 
 from secfunet.card.parameters import EapState, TlsParameters
+from secfunet.eap_tls import EapTlsMessage
 from secfunet.tls.alerts import AlertDescription
 from secfunet.tls.cipher_suites import TLS_1_2, TLS_1_3
 from secure_element.eap_engine import EapEngine, EapFailure, EapParametersRefused, TlsIdView
@@ -78,17 +79,12 @@ def run_until_failure(bad: Dock, good: Dock, bad_is_client: bool) -> tuple[bytes
     turn = server
     for _ in range(6):
         flight = turn.flight(flight)
-        if turn is good and good.card.state is EapState.AUTHENTICATING and is_failing(good.card):
+        if turn is good and good.card.state is EapState.NOT_AUTHENTICATED:
             with pytest.raises(EapFailure) as failure:
                 good.ack()
             return flight, failure.value
         turn = client if turn is server else server
     raise AssertionError("nobody was refused")
-
-
-def is_failing(card: EapEngine) -> bool:
-    assert card._method is not None
-    return card._method.failure is not None
 
 
 @pytest.mark.parametrize("bad_role", ["client", "server"])
@@ -309,3 +305,21 @@ def test_after_a_failure_the_card_works_on(ca: Authority, stranger: Authority) -
     server.reset_state()
     good = engine(tls_id(ca, "client"), TlsParameters())
     handshake(Dock(good), Dock(server))
+
+
+def test_the_alert_may_be_longer_than_a_fragment(ca: Authority, stranger: Authority) -> None:
+    """The failure counts when the last fragment of the alert's record is out, not before."""
+    client = Dock(engine(tls_id(stranger, "client", authorities=[ca]), TlsParameters(min_version=TLS_1_3)))
+    server = Dock(engine(tls_id(ca, "server"), TlsParameters(role="server"), fragment=16))
+    flight = client.flight(server.flight(client.start()))
+    answer = server._exchange(EapTlsMessage(flight).encode())
+    fragments = 1
+    while answer.more:
+        assert server.card.state is EapState.AUTHENTICATING
+        answer = server.ack()
+        fragments += 1
+    assert fragments == 2
+    assert server.card.state is EapState.NOT_AUTHENTICATED
+    with pytest.raises(EapFailure) as failure:
+        server.ack()
+    assert failure.value.alert == AlertDescription.UNKNOWN_CA
