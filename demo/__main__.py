@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
+import logging
 import os
 import signal
 import sys
@@ -48,6 +49,9 @@ def main() -> int:
     )
     parser.add_argument("--folder", type=Path, help="where the installation is kept (default: .demo in this checkout)")
     arguments = parser.parse_args()
+    logging.getLogger().addHandler(
+        logging.NullHandler()
+    )  # what the rooms log inside the story is told by the story itself
     try:
         asyncio.run(_main((arguments.folder or demo_folder()).absolute(), keep=arguments.keep))
     except asyncio.CancelledError:

@@ -148,7 +148,7 @@ async def copied_image(stack: Stack, vm: str) -> Refusal:
         shutil.rmtree(copy)
     if finished.exit_code == 0 or finished.output:
         raise AttackSucceededError("a copied image used the key")
-    return Refusal("nobody answers it", f"exit code {finished.exit_code}, {finished.errors.strip()}")
+    return Refusal("no channel leads anywhere", f"exit code {finished.exit_code}, {finished.errors.strip()}")
 
 
 def _sockets(folder: str, names: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,7 @@ from demo.installation import (
 from demo.processes import Daemon, ProcessError, run
 from secfunet.service.files import private_folder
 
+FRESH_TOKEN = 4 * 3600  # seconds; a token is good for eight hours
 Report = Callable[[str], None]
 
 
@@ -105,14 +107,14 @@ class Stack:
         )
         if not self.made:
             await self._make()
-        await asyncio.gather(*(self._issue(vm, self.host) for vm in self.vms))
-        self._report("the grid: service provider and OpenID provider")
-        await self._start("gose", "gose", "serve", self.layout.gose_config)
-        self._report(f"the Secure Middleware of {self.host}")
-        await self.start_host(self.host)
-        for vm in self.vms:
-            self._report(f"the VM {vm} and its agent")
-            await self.start_vm(vm)
+        self._report(f"the grid, the Secure Middleware of {self.host}, a VM-Auth-Token for each VM")
+        await asyncio.gather(
+            self._start("gose", "gose", "serve", self.layout.gose_config),
+            self.start_host(self.host),
+            *(self._issue(vm, self.host) for vm in self.vms),
+        )
+        self._report("the VMs " + " and ".join(self.vms) + ", an agent in each")
+        await asyncio.gather(*(self._create_and_start(vm) for vm in self.vms))
 
     async def stop(self) -> None:
         """Stops every process, the ones above first. Raises ProcessError if one did not end cleanly."""
@@ -131,10 +133,7 @@ class Stack:
         await self._start(f"middleware-{hypervisor}", "secure-middleware", "serve", config)
 
     async def start_vm(self, vm: str) -> None:
-        """Creates the VM if need be, starts its domain and the agent in it."""
-        known = json.loads((await self.middleware("vm", "list", "--json")).decode())
-        if vm not in {entry["name"] for entry in known}:
-            await self.middleware("vm", "create", "--name", vm, "--certificate", self.layout.certificate(vm))
+        """Starts the domain of a VM that exists, and the agent in it."""
         token = self.layout.token(vm, self.host)
         started = json.loads(await self.middleware("vm", "start", vm, "--token-file", token, "--json"))
         # The guest is a process here: dom0 hands it the folder that a domain would find on its channel.
@@ -181,11 +180,7 @@ class Stack:
         private_folder(folder)
         self.layout.make()
         self._report("new installation: settings and secrets")
-        for card in self._cards():
-            config = write_card(self.layout, card)
-            pins = config.parent
-            words = ("--user-pin-file", pins / "user.pin", "--operator-pin-file", pins / "operator.pin")
-            await run("secure-element", "init", "--config", config, *words)
+        await asyncio.gather(*(self._make_card(card) for card in self._cards()))
         ports = Ports.free()
         write_grid(
             self.layout, ports, [*((name, "server") for name in self.servers), *((name, "vm") for name in self.vms)]
@@ -194,25 +189,44 @@ class Stack:
             write_middleware(self.layout, hypervisor, hypervisor, ports)
         save_ports(self.layout, ports)
 
+    async def _make_card(self, card: str) -> None:
+        config = write_card(self.layout, card)
+        words = ("--user-pin-file", config.parent / "user.pin", "--operator-pin-file", config.parent / "operator.pin")
+        await run("secure-element", "init", "--config", config, *words)
+
     async def _make(self) -> None:
         """Authority, enrolment, initial state of the hosts; the plan is written last, so that a half-made folder is made anew."""
         self._report("the authority, and a TLS-Id for every card: key pairs are generated inside the cards")
         await self.gose("init")
-        for server in self.servers:
-            await self.gose("enrol-server", server, "--seid", server)
-        for hypervisor in self.hypervisors:
-            pin = self.layout.card(hypervisor) / "operator.pin"
-            words = ("--card", self.layout.card_socket(hypervisor), "--operator-pin-file", pin)
-            await self.gose("enrol-hypervisor", hypervisor, *words, "--out", self.layout.certificate(hypervisor))
-        for vm in self.vms:
-            await self.gose("enrol-vm", vm, "--seid", vm, "--key", self.key, "--out", self.layout.certificate(vm))
-        for hypervisor in self.hypervisors:
-            await self.middleware("init", host=hypervisor)
+        await asyncio.gather(
+            *(self.gose("enrol-server", server, "--seid", server) for server in self.servers),
+            *(self._enrol_hypervisor(hypervisor) for hypervisor in self.hypervisors),
+            *(
+                self.gose("enrol-vm", vm, "--seid", vm, "--key", self.key, "--out", self.layout.certificate(vm))
+                for vm in self.vms
+            ),
+            *(self.middleware("init", host=hypervisor) for hypervisor in self.hypervisors),
+        )
         (self.layout.folder / "plan").write_text(self._plan())
         self.made = True
 
+    async def _enrol_hypervisor(self, name: str) -> None:
+        pin = self.layout.card(name) / "operator.pin"
+        words = ("--card", self.layout.card_socket(name), "--operator-pin-file", pin)
+        await self.gose("enrol-hypervisor", name, *words, "--out", self.layout.certificate(name))
+
+    async def _create_and_start(self, vm: str) -> None:
+        created = self.layout.guest(vm) / "created"
+        if not created.exists():
+            await self.middleware("vm", "create", "--name", vm, "--certificate", self.layout.certificate(vm))
+            private_folder(created.parent)
+            created.touch()
+        await self.start_vm(vm)
+
     async def _issue(self, vm: str, hypervisor: str) -> None:
         token = self.layout.token(vm, hypervisor)
+        if token.exists() and time.time() - token.stat().st_mtime < FRESH_TOKEN:
+            return
         token.unlink(missing_ok=True)
         await self.gose("issue-token", "--vm", vm, "--hypervisor", hypervisor, "--out", token)
 

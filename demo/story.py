@@ -56,7 +56,7 @@ def _who_runs(stack: Stack, narrator: Narrator) -> None:
         f"grid   pid {pids['gose']}: service provider {ports.sp_https} (HTTPS) and {ports.sp_grpc} (gRPC), "
         f"OpenID provider {ports.op_endpoint} and {ports.op_login} (login page, TLS inside the cards)"
     )
-    narrator.fact(f"dom0   pid {pids[f'middleware-{HOST}']}: libvirt test:///default, one channel a domain")
+    narrator.fact(f"host   pid {pids[f'middleware-{HOST}']}: libvirt test:///default, one channel a domain")
     narrator.fact("VMs    " + ", ".join(f"{vm}: agent pid {pids[f'agent-{vm}']}" for vm in stack.vms))
 
 
@@ -120,7 +120,7 @@ async def _attack(stack: Stack, narrator: Narrator) -> None:
     for title, perform in attacks:
         narrator.step(title)
         refusal = await perform()
-        narrator.good(f"refused by {refusal.by}: {refusal.words}")
+        narrator.good(f"refused ({refusal.by}): {refusal.words}")
     verified = await stack.middleware("audit", "verify")
     narrator.step(f"secure-middleware audit verify: {verified.decode().strip()}")
 
