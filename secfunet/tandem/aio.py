@@ -279,6 +279,7 @@ async def _shake_hands(
     """Run the core until it is open. The card is leased at its first question, and stays leased in ``stack``."""
     core = transport.core
     loop = asyncio.get_running_loop()
+    started = loop.time()
     core.start()
     timed: _TimedLink | None = None
     while core.state is not TandemState.OPEN:
@@ -290,7 +291,9 @@ async def _shake_hands(
                 timed.round_trip = max(timed.round_trip, loop.time() - waited_from)
             continue
         if timed is None:
-            client = await stack.enter_async_context(pool.lease(timeout=timeout))
+            # A little less than what is left, so that a busy card is reported as such.
+            left = max(0.0, 0.9 * (timeout - (loop.time() - started)))
+            client = await stack.enter_async_context(pool.lease(timeout=left))
             timed = _TimedLink(EapCardLink(client, core.role, core.parameters, core.server_name))
         await _ask_card(core, timed.link, command)
         transport.flush_core()

@@ -224,11 +224,13 @@ class TandemConnection:
             yield
         except HandshakeRefusedError as error:
             self.state = TandemState.FAILED
+            self._command = None
             if error.alert is None:
                 self.fail(AlertDescription.INTERNAL_ERROR)
             raise
         except PeerAlertError:
             self.state = TandemState.FAILED
+            self._command = None
             raise
         except TlsProtocolError as error:
             self.fail(error.alert)

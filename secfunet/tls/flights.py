@@ -233,9 +233,7 @@ class FlightDetector:
             raise AssertionError("the encrypted phase begins with a ServerHello")
         finished = 4 + SUITES[self.hello.suite].hash_length + _INNER_TYPE + _AEAD_TAG
         lengths = buffer.scan(MAX_CIPHERTEXT_TLS12)
-        last = _last_of_flight(
-            [length if kind == ContentType.APPLICATION_DATA else 0 for kind, length in lengths], finished
-        )
+        last = _last_of_flight(lengths, finished)
         if last is None:
             if not (at_eof and lengths):
                 if len(buffer) + len(self._flight) > MAX_FLIGHT:
@@ -260,9 +258,19 @@ class FlightDetector:
         self._keep(record.raw)
 
 
-def _last_of_flight(lengths: list[int], finished: int) -> int | None:
-    """Return the index of the last record that may be given to the card, or None when none may end a flight (yet)."""
-    possible = [index for index, length in enumerate(lengths) if length >= finished or length == _ALERT_RECORD]
+def _last_of_flight(records: list[tuple[int, int]], finished: int) -> int | None:
+    """Return the index of the last record that may be given to the card, or None when none may end a flight (yet).
+
+    ``records`` are types and lengths. An alert or a message in clear is an end, too: it is looked at without delay.
+    """
+    lengths = [length if kind == ContentType.APPLICATION_DATA else 0 for kind, length in records]
+    possible = [
+        index
+        for index, (kind, _) in enumerate(records)
+        if lengths[index] >= finished
+        or lengths[index] == _ALERT_RECORD
+        or kind in (ContentType.ALERT, ContentType.HANDSHAKE)
+    ]
     if not possible:
         return None
     for before, index in itertools.pairwise(possible):

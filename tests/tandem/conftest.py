@@ -90,4 +90,3 @@ async def pools(cards: Cards) -> AsyncIterator[Pools]:
 def files(cards: Cards, tmp_path: Path) -> Files:
     """Certificates and keys as files, for programs."""
     return Files(tmp_path, cards.authority, cards.foreign)
-

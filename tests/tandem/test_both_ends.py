@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ssl
 
 import pytest
 
@@ -44,6 +46,17 @@ async def talk(pools_client, port: int, parameters: TandemParameters, text: byte
         await close_writer(writer)
 
 
+async def read_all(pool, port: int, parameters: TandemParameters) -> bytes:
+    """Connect and read to the end: in TLS 1.3 a client is done before the server has seen its certificate."""
+    reader, writer = await open_tandem_connection(
+        pool, "127.0.0.1", port, server_name="localhost", parameters=parameters, timeout=5
+    )
+    try:
+        return await reader.read()
+    finally:
+        await close_writer(writer)
+
+
 def port_of(server) -> int:
     return int(server.sockets[0].getsockname()[1])
 
@@ -81,9 +94,7 @@ async def test_every_suite(pools: Pools, number: int) -> None:
         pytest.skip("the cards have no finite-field groups")
     parameters = only(suite.version, suites=(number,), allow_legacy=suite.is_legacy)
     kind = "ec" if "ECDSA" in suite.name else "rsa"
-    async with await start_tandem_server(
-        Echo, pools.server(kind), host="127.0.0.1", parameters=parameters
-    ) as listener:
+    async with await start_tandem_server(Echo, pools.server(kind), host="127.0.0.1", parameters=parameters) as listener:
         result = await talk(pools.client("ec"), port_of(listener), parameters, b"x" * 100_000)
     assert result["cipher"] == suite.name
 
@@ -108,19 +119,7 @@ async def test_a_foreign_client_is_refused(pools: Pools, version: int) -> None:
 
     async with await start_tandem_server(factory, pools.server(), host="127.0.0.1", parameters=parameters) as listener:
         with pytest.raises(PeerAlertError, match="unknown_ca"):
-            reader, writer = await open_tandem_connection(
-                pools.client("foreign"),
-                "127.0.0.1",
-                port_of(listener),
-                server_name="localhost",
-                parameters=parameters,
-                timeout=5,
-            )
-            # In TLS 1.3 a client is done before the server has seen its certificate.
-            try:
-                await reader.read()
-            finally:
-                await close_writer(writer)
+            await read_all(pools.client("foreign"), port_of(listener), parameters)
         await asyncio.sleep(0.1)
         assert listener.handshakes_failed == 1
     assert not made
@@ -153,9 +152,7 @@ async def test_the_hosts_own_check_may_refuse(pools: Pools) -> None:
 
 
 async def test_versions_that_do_not_meet(pools: Pools) -> None:
-    async with await start_tandem_server(
-        Echo, pools.server(), host="127.0.0.1", parameters=only(TLS_1_3)
-    ) as listener:
+    async with await start_tandem_server(Echo, pools.server(), host="127.0.0.1", parameters=only(TLS_1_3)) as listener:
         with pytest.raises(PeerAlertError, match="protocol_version"):
             await open_tandem_connection(
                 pools.client(),
@@ -183,9 +180,7 @@ async def test_a_silent_server_and_a_silent_client_run_into_the_deadline(pools: 
             pools.client(), "127.0.0.1", server.sockets[0].getsockname()[1], server_name="localhost", timeout=0.3
         )
     server.close()
-    async with await start_tandem_server(
-        Echo, pools.server(), host="127.0.0.1", handshake_timeout=0.3
-    ) as listener:
+    async with await start_tandem_server(Echo, pools.server(), host="127.0.0.1", handshake_timeout=0.3) as listener:
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(listener))
         alert = await asyncio.wait_for(reader.read(), 5)
         assert alert[0] == 21
@@ -199,9 +194,8 @@ async def test_too_many_handshakes_at_once(pools: Pools) -> None:
         idle = [await asyncio.open_connection("127.0.0.1", port_of(listener)) for _ in range(2)]
         await asyncio.sleep(0.05)
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(listener))
-        with pytest.raises(ConnectionResetError):
+        with contextlib.suppress(ConnectionResetError):
             assert await asyncio.wait_for(reader.read(), 5) == b""
-            raise ConnectionResetError  # a plain close is as good as a reset
         assert listener.handshakes_refused == 1
         for _, each in [*idle, (reader, writer)]:
             each.close()
@@ -231,8 +225,6 @@ async def test_a_server_that_hangs_up_in_the_handshake(pools: Pools) -> None:
 
 
 async def test_a_server_of_another_authority_is_refused(pools: Pools, files) -> None:
-    import ssl
-
     certificate, key = files.leaf(is_foreign=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)

@@ -142,9 +142,7 @@ async def curl(files: Files, port: int, path: str, *options: object) -> bytes:
 
 @pytest.mark.parametrize("option", ["--tls-max=1.2", "--tlsv1.3"])
 @pytest.mark.parametrize("kind", ["rsa", "ec"])
-async def test_curl_asks_aiohttp_which_sees_its_certificate(
-    pools: Pools, files: Files, option: str, kind: str
-) -> None:
+async def test_curl_asks_aiohttp_which_sees_its_certificate(pools: Pools, files: Files, option: str, kind: str) -> None:
     options = ("--tls-max", "1.2") if option == "--tls-max=1.2" else (option,)
     async with site(pools, kind) as port:
         answer = await curl(files, port, "/who", *options)
@@ -153,9 +151,7 @@ async def test_curl_asks_aiohttp_which_sees_its_certificate(
 
 
 @pytest.mark.parametrize("option", ["--tls-max=1.2", "--tlsv1.3"])
-async def test_curl_moves_a_hundred_megabytes_each_way(
-    pools: Pools, files: Files, tmp_path: Path, option: str
-) -> None:
+async def test_curl_moves_a_hundred_megabytes_each_way(pools: Pools, files: Files, tmp_path: Path, option: str) -> None:
     options = ("--tls-max", "1.2") if option == "--tls-max=1.2" else (option,)
     data = tmp_path / "data"
     piece = hashlib.shake_128(b"bulk").digest(1 << 20)
@@ -165,7 +161,9 @@ async def test_curl_moves_a_hundred_megabytes_each_way(
             file.write(piece)
             digest.update(piece)
     async with site(pools) as port:
-        assert (await curl(files, port, "/upload", *options, "--data-binary", f"@{data}")).decode() == digest.hexdigest()
+        assert (
+            await curl(files, port, "/upload", *options, "--data-binary", f"@{data}")
+        ).decode() == digest.hexdigest()
         await curl(files, port, "/download", *options, "--output", tmp_path / "copy")
     copied = hashlib.blake2b()
     with (tmp_path / "copy").open("rb") as file:
@@ -222,8 +220,7 @@ async def grpc_server(files: Files, kind: str) -> AsyncIterator[tuple[int, Who, 
 async def test_grpc_through_the_relay(pools: Pools, files: Files, tmp_path: Path, version: int, kind: str) -> None:
     parameters = only(version, alpn=("h2",))
     infos: list[tuple[object, object]] = []
-    tmp_path.chmod(0o700)
-    async with grpc_server(files, kind) as (port, servicer, server):
+    async with grpc_server(files, kind) as (port, servicer, _):
 
         async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
             reader, writer = await open_tandem_connection(
@@ -232,7 +229,7 @@ async def test_grpc_through_the_relay(pools: Pools, files: Files, tmp_path: Path
             infos.append((writer.get_extra_info("alpn"), writer.get_extra_info("tls_version")))
             return reader, writer
 
-        for round_number in range(2):  # the second time with the session of the first
+        for _ in range(2):  # the second time with the session of the first
             async with (
                 await start_relay(tmp_path / "relay", connect) as relay,
                 grpc.aio.insecure_channel(relay.target) as channel,
@@ -254,7 +251,6 @@ async def test_grpc_through_the_relay(pools: Pools, files: Files, tmp_path: Path
 
 
 async def test_grpc_sees_a_server_that_goes_away_and_comes_back(pools: Pools, files: Files, tmp_path: Path) -> None:
-    tmp_path.chmod(0o700)
     where: list[int] = []
 
     async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -268,32 +264,41 @@ async def test_grpc_sees_a_server_that_goes_away_and_comes_back(pools: Pools, fi
         )
 
     options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]
-    async with await start_relay(tmp_path / "relay", connect) as relay:
-        async with grpc.aio.insecure_channel(relay.target, options=options) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            async with grpc_server(files, "ec") as (port, _, _):
-                where.append(port)
-                await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await stub.Check(health_pb2.HealthCheckRequest(), timeout=2)
-            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-            assert relay.last_error is not None
-            async with grpc_server(files, "ec") as (port, _, _):
-                where.append(port)
-                await stub.Check(health_pb2.HealthCheckRequest(), timeout=10, wait_for_ready=True)
+    async with (
+        await start_relay(tmp_path / "relay", connect) as relay,
+        grpc.aio.insecure_channel(relay.target, options=options) as channel,
+    ):
+        stub = health_pb2_grpc.HealthStub(channel)
+        async with grpc_server(files, "ec") as (port, _, _):
+            where.append(port)
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=2)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert relay.last_error is not None
+        async with grpc_server(files, "ec") as (port, _, _):
+            where.append(port)
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=10, wait_for_ready=True)
 
 
-async def test_the_relay_is_for_this_process_alone(tmp_path: Path) -> None:
+@pytest.fixture
+def open_folder(tmp_path: Path) -> Path:
+    """A folder that others may enter, unlike pytest's own."""
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o755)
+    return folder
+
+
+async def test_the_relay_is_for_this_process_alone(tmp_path: Path, open_folder: Path) -> None:
     calls = []
 
     async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         calls.append(1)
         raise AssertionError("nobody may get this far")
 
-    tmp_path.chmod(0o755)
     with pytest.raises(RelayError, match="0700"):
-        await start_relay(tmp_path / "relay", connect)
-    tmp_path.chmod(0o700)
+        await start_relay(open_folder / "relay", connect)
     async with await start_relay(tmp_path / "relay", connect) as relay:
         # The same user, another process.
         code = f"import socket; s = socket.socket(socket.AF_UNIX); s.connect({str(tmp_path / 'relay')!r}); print(s.recv(9))"

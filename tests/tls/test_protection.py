@@ -24,9 +24,7 @@ from secfunet.tls.protection import (
 from secfunet.tls.records import HEADER_LENGTH, MAX_PLAINTEXT, ContentType
 
 VARIANTS = [
-    (suite, etm)
-    for suite in SUITES.values()
-    for etm in ((False, True) if suite.cipher is Cipher.AES_CBC else (False,))
+    (suite, etm) for suite in SUITES.values() for etm in ((False, True) if suite.cipher is Cipher.AES_CBC else (False,))
 ]
 variants = pytest.mark.parametrize(
     ("suite", "etm"), VARIANTS, ids=[f"{suite.name}{'-etm' if etm else ''}" for suite, etm in VARIANTS]

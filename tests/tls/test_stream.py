@@ -72,7 +72,9 @@ def test_data_both_ways(number: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from([TLS13, 0x1303, TLS12, 0xCCA8, CBC]), st.data())
 def test_any_order_of_acts_in_any_chunks(number: int, data: st.DataObject) -> None:
-    ends = pair(number, record_limit=data.draw(st.sampled_from([None, 2, 5])) if SUITES[number].version == 0x0304 else None)
+    ends = pair(
+        number, record_limit=data.draw(st.sampled_from([None, 2, 5])) if SUITES[number].version == 0x0304 else None
+    )
     wires = [bytearray(), bytearray()]
     sent: list[bytearray] = [bytearray(), bytearray()]
     got: list[bytearray] = [bytearray(), bytearray()]
