@@ -18,6 +18,8 @@ from dom0_middleware.errors import MiddlewareError, Reason
 from secfunet.service.files import read_secret, write_atomically
 
 AUTHORITY_LIFETIME = 10 * 365 * 86400.0  # seconds
+# The name in the certificates of all our servers, whatever socket they are reached by.
+SERVER_NAME = "secure-middleware"
 # A guest's clock may lag behind dom0's.
 BACKDATE = 300.0  # seconds
 

@@ -26,12 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from dom0_middleware.audit_verify import Verdict, rotated_files, verify
 from dom0_middleware.errors import MiddlewareError, Unavailable
-from dom0_middleware.initialise import FIRST_ORCHESTRATOR, initialise
 from dom0_middleware.orchestrator_authority import OrchestratorAuthority
 from dom0_middleware.orchestrator_client import CallInvalid, CallRefused, DaemonUnavailable, orchestrator_stub
 from dom0_middleware.policy import PolicyFile
@@ -47,6 +44,7 @@ from secfunet.service.settings import SettingsError, load_settings
 if TYPE_CHECKING:
     from secfunet.middleware.v1.orchestrator_pb2_grpc import OrchestratorServiceAsyncStub as Stub
 
+FIRST_ORCHESTRATOR = "admin"
 DEFAULT_CONFIG = Path("/etc/secfunet/secure-middleware.toml")
 MAX_TOKEN_FILE = 16384
 Answer = TypeVar("Answer")
@@ -98,6 +96,8 @@ def _root(
 @app.command()
 def init(config: Config = DEFAULT_CONFIG) -> None:
     """Make what is missing: settings, policy, the two authorities of dom0, and the first orchestrator's certificate."""
+    from dom0_middleware.initialise import initialise
+
     for path in initialise(config):
         typer.echo(f"made {path}")
 
@@ -368,12 +368,17 @@ def _show(vms: Sequence[pb.Vm], *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([_fields(vm) for vm in vms], indent=2))
         return
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("name", "uuid", "state", "enrolled", "authorised until", "vmid")
     for vm in vms:
         fields = _fields(vm)
         right = "revoked" if vm.revoked else _time(vm.authorised_until) if vm.authorised_until else "no token"
         table.add_row(vm.name, vm.uuid, str(fields["state"]), "yes" if vm.enrolled else "no", right, vm.vmid)
-    _console().print(table)
+    console = Console()
+    # A pipe has no width: nothing is to be folded there.
+    (console if console.is_terminal else Console(width=200)).print(table)
 
 
 def _show_verdict(verdict: Verdict, *, as_json: bool) -> None:
@@ -395,12 +400,6 @@ def _show_verdict(verdict: Verdict, *, as_json: bool) -> None:
     if verdict.sound:
         span = f"{verdict.first} to {head.n}, head {head.hash}" if head else "none"
         typer.echo(f"sound: {verdict.records} records ({span})")
-
-
-def _console() -> Console:
-    # A pipe has no width: nothing is to be folded there.
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
 
 
 def _time(seconds: int) -> str:

@@ -15,10 +15,9 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from dom0_middleware.authority import Authority, PublicKey, uri_names
+from dom0_middleware.authority import SERVER_NAME, Authority, PublicKey, uri_names
 from dom0_middleware.errors import Reason, Refused
 
-SERVER_NAME = "secure-middleware"
 AGENT_LIFETIME = 3600.0  # seconds
 MAX_REQUEST = 8192  # bytes of a certificate signing request
 MIN_RSA, MAX_RSA = 2048, 4096  # bits

@@ -10,13 +10,14 @@ import grpc
 import grpc.aio
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped] # it ships no types
 
-from dom0_middleware.api.errors import STATUS_KEY
-from dom0_middleware.api.orchestrator import SERVER_NAME
+from dom0_middleware.authority import SERVER_NAME
 from dom0_middleware.orchestrator_authority import credential_paths
 from dom0_middleware.settings import MiddlewareSettings
 from secfunet.errors import SecFuNetError
 from secfunet.middleware.v1 import orchestrator_pb2_grpc
 from secfunet.service.files import read_secret
+
+STATUS_KEY = "grpc-status-details-bin"
 
 
 class CallError(SecFuNetError):

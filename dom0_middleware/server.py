@@ -16,9 +16,10 @@ import grpc
 import prometheus_client
 
 from dom0_middleware.api.guard import Guard
-from dom0_middleware.api.orchestrator import SERVER_NAME, OrchestratorService, admit_orchestrator
+from dom0_middleware.api.orchestrator import OrchestratorService, admit_orchestrator
 from dom0_middleware.api.servers import MAX_MESSAGE, GuestServerPairs, add_health, add_reflection, bind, make_server
 from dom0_middleware.audit import AuditLog
+from dom0_middleware.authority import SERVER_NAME
 from dom0_middleware.enrolment import JoinSecrets
 from dom0_middleware.errors import MiddlewareError
 from dom0_middleware.events import EventHub

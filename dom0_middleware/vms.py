@@ -14,11 +14,12 @@ import uuid as uuids
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
+from dom0_middleware.authority import SERVER_NAME
 from dom0_middleware.enrolment import JoinSecrets
 from dom0_middleware.errors import MiddlewareError, Reason, Refused
 from dom0_middleware.events import EventHub
 from dom0_middleware.guest import GuestDomain, Phase
-from dom0_middleware.guest_authority import SERVER_NAME, GuestAuthority
+from dom0_middleware.guest_authority import GuestAuthority
 from dom0_middleware.guest_channel import ChannelAddresses, GuestChannel, JoinInformation
 from dom0_middleware.hypervisor import DomainEvent, DomainEventKind, DomainInfo, DomainSpec, DomainState, Hypervisor
 from dom0_middleware.metrics import Metrics

@@ -17,8 +17,6 @@ from dom0_middleware.vms import Vms
 from secfunet.middleware.v1 import orchestrator_pb2 as pb
 from secfunet.middleware.v1 import orchestrator_pb2_grpc
 
-SERVER_NAME = "secure-middleware"
-
 
 def admit_orchestrator(allowed: frozenset[str]) -> Callable[[Context, Call], Call]:
     """For ``Guard``: raises Refused (CERTIFICATE_MISSING, ORCHESTRATOR_NOT_ALLOWED)."""
