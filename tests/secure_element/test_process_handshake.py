@@ -180,3 +180,26 @@ async def test_legacy_suites_need_the_cards_setting(tmp_path: Path) -> None:
         # session id of none: suites at offset 5 + 4 + 2 + 32 + 1.
         assert bytes.fromhex("002f") in hello[44:50]
         await client.close()
+
+
+@pytest.mark.parametrize("version", [TLS_1_2, TLS_1_3])
+async def test_full_eap_between_processes(tmp_path: Path, version: int) -> None:
+    """Identity, EAP-TLS, EAP-Success: the peer's host and the authenticator's only carry packets, in short APDUs."""
+    async with two_cards(tmp_path, KeyAlgorithm.P_256, (Segmentation.DRAFT, Segmentation.DRAFT)) as (peer, server, _):
+        await peer.card.set_tls_parameters(TlsParameters(min_version=version, max_version=version))
+        await server.card.set_tls_parameters(TlsParameters(role="server"))
+        packet = EapPacket(EapCode.REQUEST, 1, EapType.IDENTITY).encode()
+        packets = 0
+        while answer := await peer.card.process_eap(packet):
+            packet = await server.card.process_eap(answer)
+            packets += 1
+        assert packets >= 4
+        assert EapPacket.decode(packet).code is EapCode.SUCCESS
+        assert await peer.card.state() is await server.card.state() is EapState.AUTHENTICATED
+        keys = await peer.card.session_key(extended=True)
+        assert len(keys) == 128
+        assert keys == await server.card.session_key(extended=True)
+        # The published trace gives the halves of the MSK in the other order; that is the card's default.
+        assert await peer.card.session_key() == keys[32:64] + keys[:32]
+        for index in range(1, 7):
+            assert await peer.card.exported_parameter(index) == await server.card.exported_parameter(index)
