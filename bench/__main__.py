@@ -14,7 +14,7 @@ from bench import limits, tandem
 from bench.plan import Plan
 from bench.rows import table, to_json
 
-GROUPS = ("limits", "tandem", "login", "memory", "chain")
+GROUPS = ("limits", "tandem", "login", "chain", "memory")
 
 
 async def _measure(plan: Plan, chosen: list[str]) -> list[str]:
@@ -51,9 +51,9 @@ async def _measure(plan: Plan, chosen: list[str]) -> list[str]:
 
         await group("limits", lambda: limits.measure(plan))
         await group("tandem", lambda: tandem.measure(plan))
-        await group("memory", memory)
         await group("login", login)
         await group("chain", chain)
+        await group("memory", memory)  # last: it starts daemons anew
     return problems
 
 

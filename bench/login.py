@@ -18,7 +18,8 @@ DEADLINE = 30.0
 async def measure(plan: Plan, stage: Stage) -> None:
     """The first session of a client that has no connection, and the second."""
     stack = await stage.stack()
-    full, following = [], []
+    full: list[float] = []
+    following: list[float] = []
     for _ in range(max(plan.rounds, 3)):
         async with hypervisor_client(stack) as (client, certificate, token):
             for taken in (full, following):

@@ -11,16 +11,21 @@ from bench.rows import Row
 from bench.stage import Stage
 
 SHARED = {
-    "memory added by a VM's session, Secure Middleware": "middleware-",
+    "memory added by a running VM with a session, Secure Middleware": "middleware-",
     "memory added by a VM's session, grid": "gose",
 }
 
 
 async def measure(plan: Plan, stage: Stage) -> None:
-    """The VMs of the installation begin one after the other; the first one is warm already or counts as the warm-up."""
+    """Grid and middleware are started anew; then the VMs are started one after the other, the first one to warm up."""
     stack = await stage.stack()
+    shared = [stack.daemons[name] for name in stack.daemons if name.startswith(tuple(SHARED.values()))]
+    for daemon in [*(stack.daemons[f"agent-{vm}"] for vm in stack.vms), *reversed(shared)]:
+        await daemon.stop()
+    for daemon in shared:
+        await daemon.start()
     processes = {
-        name: [psutil.Process(daemon.pid) for key, daemon in stack.daemons.items() if key.startswith(prefix)]
+        name: [psutil.Process(daemon.pid) for daemon in shared if daemon.name.startswith(prefix)]
         for name, prefix in SHARED.items()
     }
 
@@ -28,17 +33,18 @@ async def measure(plan: Plan, stage: Stage) -> None:
         await asyncio.sleep(0.3)
         return {name: sum(process.memory_info().rss for process in chosen) / 1024 for name, chosen in processes.items()}
 
-    await stack.agent(stack.vms[0], "sign", "-", input_data=b"warm")
     added: dict[str, list[float]] = {name: [] for name in SHARED}
-    before = await resident()
-    for vm in stack.vms[1:]:
+    before: dict[str, float] = {}
+    for vm in stack.vms:
+        await stack.start_vm(vm)
         for _ in range(5):
             await stack.agent(vm, "sign", "-", input_data=b"first")
         after = await resident()
         for name, taken in added.items():
-            taken.append(after[name] - before[name])
+            if before:
+                taken.append(after[name] - before[name])
         before = after
     for name, taken in added.items():
         plan.add(Row.of(name, "KiB", taken))
-    agents = [psutil.Process(stack.daemons[f"agent-{vm}"].pid).memory_info().rss / (1 << 20) for vm in stack.vms[1:]]
+    agents = [psutil.Process(stack.daemons[f"agent-{vm}"].pid).memory_info().rss / (1 << 20) for vm in stack.vms]
     plan.add(Row.of("memory of an agent that is idle", "MiB", agents).below(60))

@@ -45,7 +45,8 @@ async def times(plan: Plan, operation: Callable[[], Awaitable[object]]) -> list[
     """Milliseconds that ``operation`` takes, alone: the median of each round."""
     found = []
     for _ in range(plan.rounds):
-        taken, begin = [], time.perf_counter()
+        taken: list[float] = []
+        begin = time.perf_counter()
         while time.perf_counter() - begin < plan.seconds / 2 or not taken:
             before = time.perf_counter()
             await operation()
