@@ -35,7 +35,8 @@ from secfunet.eap_tls import EapTlsError, EapTlsMessage
 from secure_element.eap_errors import EapDiscarded, EapEngineError, EapFailure, EapNotReady, EapParametersRefused
 from secure_element.eap_method import EapTlsMethod
 from secure_element.tls_context import TlsIdView, TlsParametersError
-from secure_element.tls_stack import TlsHandshakeError, TlsStacks
+from secure_element.tls_stack import TlsHandshakeError
+from secure_element.tls_stacks import TlsStacks
 
 __all__ = [
     "EapDiscarded",
