@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 from pathlib import Path
@@ -18,8 +19,11 @@ def open_database(path: Path, schema: str) -> sqlite3.Connection:
     checkpoint (WAL with synchronous=NORMAL). Raises sqlite3.Error.
     """
     private_folder(path.parent)
-    # SQLite would make the file with the umask's mode; its -wal and -shm files take over the mode of the file.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    # SQLite would make the file with the umask's mode; its -wal and -shm files take over the mode of the file. A file that is there
+    # must not be opened here: closing it would drop every lock that this process's other connections hold on it (POSIX), and another
+    # process, thinking itself the last one, would then take away their log (https://sqlite.org/howtocorrupt.html, 2.2).
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     database = sqlite3.connect(
         path, timeout=BUSY_TIMEOUT, isolation_level=None, cached_statements=256, check_same_thread=False
     )
