@@ -42,6 +42,9 @@ Operations with the current identity's key [user]; P2 is the number of the schem
 - ``2A 82 profile`` header: unwrap a container's content key (01 OAEP-SHA256, 02 PKCS#1 v1.5): 32 bytes. 6A80 for whatever is wrong;
   under profile 02 a header of the right length always yields 32 bytes, made up ones if its padding is wrong.
 - 6A80 for lengths and values that do not fit, 6A81 for a scheme that the key cannot do.
+
+Optional commands of the draft that this card does not have answer 6D00: Method-FCT's other functions (6B00), OOB, Set-Multiple-Identity,
+Add-/Delete-Identity (class 80 has ours), Get-AMSK, Enable-/Disable-PIN, and the ETSI form of Process-EAP (instruction 88).
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class StoreKeySettings(Settings):
         if path is None:
             passphrase = typer.prompt("Passphrase of the store", hide_input=True, confirmation_prompt=confirm, err=True)
             return StoreSecret(str(passphrase).encode(), is_passphrase=True)
-        return StoreSecret(read_secret(path).strip(b"\r\n") if path == self.file else read_secret(path))
+        return StoreSecret(read_secret(path).strip(b"\r\n"))  # a line of text, wherever it is kept
 
 
 class CardSettings(Settings):

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
+from secfunet.apdu import PinError
 from secfunet.card.client import CardClient
 from secfunet.card.errors import CardBusyError, CardGoneError, LeaseEndedError
 from secfunet.card.ports import CardPort
@@ -64,16 +65,21 @@ class SingleCard:
         self._connect = connect
         self._lock = asyncio.Lock()
         self._client: CardClient | None = None
+        self._wrong_pin: PinError | None = None
 
     @contextlib.asynccontextmanager
     async def lease(self, *, timeout: float) -> AsyncIterator[CardClient]:
-        """See CardPool.lease; entering raises what ``connect`` raises, too."""
+        """See CardPool.lease; entering raises what ``connect`` raises, too.
+
+        A PIN that the card has refused once is not tried again, or the card would soon be blocked: the same PinError is raised until
+        ``close``.
+        """
         try:
             async with asyncio.timeout(timeout):
                 await self._lock.acquire()
                 try:
                     if self._client is None:
-                        self._client = await self._connect()
+                        self._client = await self._connect_once()
                 except BaseException:
                     self._lock.release()
                     raise
@@ -92,9 +98,19 @@ class SingleCard:
             finally:
                 self._lock.release()
 
+    async def _connect_once(self) -> CardClient:
+        if self._wrong_pin is not None:
+            raise PinError(self._wrong_pin.sw, self._wrong_pin.ins, self._wrong_pin.attempts_remaining)
+        try:
+            return await self._connect()
+        except PinError as error:
+            self._wrong_pin = error
+            raise
+
     async def close(self) -> None:
         """Waits for the lease that is out, then gives the card back; a later lease connects again."""
         async with self._lock:
+            self._wrong_pin = None
             client, self._client = self._client, None
             if client is not None:
                 await client.close()

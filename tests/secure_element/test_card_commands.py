@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from secfunet.apdu import PinError, StatusError
 from secfunet.card import CardClient, EapState, KeyAlgorithm, PinRole, Segmentation, TlsParameters
@@ -179,3 +181,14 @@ async def test_tls_parameters_are_parsed(tmp_path: Path) -> None:
     await client.set_tls_parameters(TlsParameters(server_name="localhost", alpn=("h2",)))
     await refused(0x6A80, client.set_tls_parameters(TlsParameters(suites=(0x0004,))))  # RC4
     assert card.process(bytes.fromhex("A082CC0003FFFFFF")) == b"\x6a\x80"
+
+
+def test_any_bytes_are_answered(tmp_path_factory: pytest.TempPathFactory) -> None:
+    card = CardOs(new_store(tmp_path_factory.mktemp("card")))
+
+    @given(st.lists(st.one_of(st.binary(max_size=300), st.just(bytes.fromhex("00A404000711223344556601"))), max_size=5))
+    def ask(commands: list[bytes]) -> None:
+        for command in commands:
+            assert 2 <= len(card.process(command)) <= 65535
+
+    ask()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import stat
 import struct
 from collections.abc import AsyncIterator
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from secfunet.apdu import StatusError
+from secfunet.apdu import PinError, StatusError
 from secfunet.card import (
     CardBusyError,
     CardClient,
@@ -303,3 +304,42 @@ async def test_a_lost_card_is_connected_again(tmp_path: Path) -> None:
             await card.reset_state()
         await pool.close()
     assert connections == [0, 1]
+
+
+async def test_a_wrong_pin_is_tried_once(served: Path) -> None:
+    async def connect() -> CardClient:
+        client = CardClient(await connect_unix(served, timeout=2))
+        try:
+            await client.select()
+            await client.verify_pin(b"9999")
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
+    pool = SingleCard(connect)
+    for _ in range(5):
+        with pytest.raises(PinError) as wrong:
+            async with pool.lease(timeout=2):
+                pytest.fail("the PIN is wrong")
+        assert wrong.value.attempts_remaining == 2
+    client = CardClient(await connect_unix(served, timeout=2))
+    await client.select()
+    assert await client.pin_attempts() == 2
+    await client.close()
+
+
+async def test_any_bytes_leave_a_card_that_serves(served: Path) -> None:
+    chance = random.Random(35963)  # noqa: S311 - noise
+    for _ in range(150):
+        reader, writer = await raw(served)
+        writer.write(frame(b"\1"))
+        for _ in range(chance.randrange(6)):
+            size = chance.randrange(1, 40)
+            writer.write(frame(chance.randbytes(size)) if chance.random() < 0.8 else chance.randbytes(size))
+        await asyncio.sleep(0)
+        writer.transport.abort()
+        del reader
+    client = await until_free(served)
+    await client.select()
+    await client.close()
