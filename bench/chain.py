@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import grpc.aio
+import psutil
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa, utils
@@ -26,6 +27,7 @@ from bench.hypervisor import hypervisor_client
 from bench.plan import Plan, times
 from bench.rows import Row
 from bench.stage import Stage
+from demo.stack import Stack
 from secfunet.agent.v1 import local_pb2, local_pb2_grpc
 from secfunet.card import KeyAlgorithm
 from secfunet.gose.v1 import operation_pb2
@@ -71,6 +73,7 @@ async def measure(plan: Plan, stage: Stage) -> None:
             found = [await _stream(stub, at_once, plan.seconds) for _ in range(plan.rounds)]
             row = Row.of(f"signatures through the chain, {at_once} at once, stream", "1/s", found).against(limit)
             plan.add(row.at_least(SHARE) if at_once == 32 else row)
+        await _where_the_time_goes(plan, stack, stub)
         whole = plan.add(Row.of("one signature through the chain, alone", "ms", await times(plan, lambda: _sign(stub))))
         keys = 2 * 1000 / key_operation.median  # the VM's signature and a trailer of its own
         overhead = Row(
@@ -88,6 +91,37 @@ async def measure(plan: Plan, stage: Stage) -> None:
         )
         plan.add(local.against(whole))
     await _hops(plan, stage, whole)
+
+
+async def _where_the_time_goes(plan: Plan, stack: Stack, stub: local_pb2_grpc.LocalServiceAsyncStub) -> None:
+    """Processor time that each process spends on one signature, 32 at once on a stream."""
+    card, agent = f"card-{stack.vms[0]}", f"agent-{stack.vms[0]}"
+    chosen = {
+        "the program": [os.getpid()],
+        "the agent": [stack.daemons[agent].pid],
+        "the Secure Middleware": [stack.daemons[f"middleware-{stack.host}"].pid],
+        "the grid": [stack.daemons["gose"].pid],
+        "the VM's secure element": [stack.daemons[card].pid],
+    }
+    processes = {name: [psutil.Process(pid) for pid in pids] for name, pids in chosen.items()}
+
+    def used() -> dict[str, float]:
+        times = {name: [process.cpu_times() for process in found] for name, found in processes.items()}
+        return {name: sum(one.user + one.system for one in found) for name, found in times.items()}
+
+    spent: dict[str, list[float]] = {name: [] for name in chosen}
+    for _ in range(plan.rounds):
+        before, seconds = used(), plan.seconds
+        done = await _stream(stub, 32, seconds) * seconds
+        for name, after in used().items():
+            spent[name].append((after - before[name]) / done * 1e6)
+    whole = plan.add(
+        Row.of(
+            "processor time of a signature, 32 at once", "us", [sum(one) for one in zip(*spent.values(), strict=True)]
+        )
+    )
+    for name, found in spent.items():
+        plan.add(Row.of(f"  of that {name}", "us", found).against(whole))
 
 
 async def _hops(plan: Plan, stage: Stage, whole: Row) -> None:

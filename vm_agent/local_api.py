@@ -37,6 +37,8 @@ class AgentCore(Protocol):
 
     def status(self) -> local_pb2.GetStatusResponse: ...
 
+    async def settled(self, timeout: float) -> None: ...
+
     async def operate(self, operation: operation_pb2.Operation, *, timeout: float) -> bytes: ...
 
 
@@ -50,6 +52,7 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
     async def GetIdentity(  # noqa: N802 - named by the protocol
         self, request: local_pb2.GetIdentityRequest, context: Context
     ) -> local_pb2.GetIdentityResponse:
+        await self._core.settled(self._timeout(context))
         try:
             identity = self._core.identity
         except AgentError as error:
@@ -116,13 +119,15 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
                 task.cancel()
 
     async def _one(self, operation: operation_pb2.Operation, context: Context) -> bytes:
-        remaining = context.time_remaining()
-        timeout = self._limits.default_timeout if remaining is None else min(remaining, self._limits.max_timeout)
         try:
-            return await self._execute(operation, timeout)
+            return await self._execute(operation, self._timeout(context))
         except AgentError as error:
             log.info("refused: %s", error, extra={"reason": error.reason, "uid": caller_uid(context.peer())})
             await refuse(context, error)
+
+    def _timeout(self, context: Context) -> float:
+        remaining = context.time_remaining()
+        return self._limits.default_timeout if remaining is None else min(remaining, self._limits.max_timeout)
 
     async def _one_of_stream(self, request: local_pb2.OperateRequest) -> local_pb2.OperateResponse:
         match request.WhichOneof("kind"):

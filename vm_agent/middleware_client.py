@@ -173,6 +173,7 @@ class MiddlewareClient:
         self._closing: set[asyncio.Task[None]] = set()
         self._connected = asyncio.Event()
         self._ended = asyncio.Event()
+        self.first_word = asyncio.Event()  # set when the middleware told an identity, or could not be reached
         self.changed = asyncio.Event()  # set whenever ``connected`` may have changed
         self.problem: AgentError | None = UnavailableError("the Secure Middleware has not been reached yet")
 
@@ -271,6 +272,7 @@ class MiddlewareClient:
             if not isinstance(self.problem, type(problem)):
                 log.warning("the Secure Middleware is away: %s", problem, extra={"reason": problem.reason})
             self.problem = problem
+            self.first_word.set()
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE)
 
@@ -280,12 +282,14 @@ class MiddlewareClient:
         except IdentityUnusableError as error:
             log.error("the identity cannot be used: %s", error, extra={"reason": error.reason})
             self.problem = error
+            self.first_word.set()
             self._lost()
             return
         if identity != self._checker.identity:
             log.info("identity", extra={"vmid": identity.vmid, "hvid": identity.hvid})
         self._checker.identity = identity
         self.problem = None
+        self.first_word.set()
         self._connected.set()
         self.changed.set()
 

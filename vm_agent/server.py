@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 ENROL_TIMEOUT = 10.0  # seconds
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between looks at the join information, and between attempts to enrol
-ENROL_WAIT = 2.0  # seconds that an operation waits for an enrolment under way
+SETTLE_TIME = 10.0  # seconds that a program waits for the first enrolment
 STOP_GRACE = 2.0  # seconds that local calls may still take after SIGTERM
 SERVICE = local_pb2.DESCRIPTOR.services_by_name["LocalService"].full_name
 
@@ -55,7 +55,7 @@ class AgentService:
         self._refused: tuple[str, AgentError] | None = None  # digest of join information that will never do, and why
         self._health = health.HealthServicer()
         self._door: LocalDoor | None = None
-        self._enrolled_now = asyncio.Event()
+        self._settled = asyncio.Event()
 
     async def __aenter__(self) -> AgentService:
         async with AsyncExitStack() as stack:
@@ -116,7 +116,12 @@ class AgentService:
         Raises NotEnrolledError while there is no certificate, RequestError if the operation does not fit the VM's key.
         """
         begin = time.monotonic()
-        client = self._client or await self._awaited_client(timeout)
+        client = self._client
+        if client is None:
+            await self.settled(timeout)
+            client = self._client
+        if client is None:
+            raise self._problem
         if client.identity is not None:
             try:
                 check_key(operation, client.identity.vm_key)
@@ -124,14 +129,16 @@ class AgentService:
                 raise RequestError(str(error)) from error
         return await client.operate(operation, timeout=timeout - (time.monotonic() - begin))
 
-    async def _awaited_client(self, timeout: float) -> MiddlewareClient:
-        """A program that starts together with the agent waits a moment for it."""
+    async def settled(self, timeout: float) -> None:
+        """Returns when it is known whether this agent is enrolled and who the VM is, or after ``timeout`` seconds.
+
+        A program that starts together with the agent is not refused before the agent had its first chance.
+        """
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(timeout, ENROL_WAIT)):
-                await self._enrolled_now.wait()
-        if self._client is None:
-            raise self._problem
-        return self._client
+            async with asyncio.timeout(min(timeout, SETTLE_TIME)):
+                await self._settled.wait()
+                if self._client is not None:
+                    await self._client.first_word.wait()
 
     async def _live(self) -> None:
         """Enrols, serves until the certificate ends or dom0 hands over new join information, and so on."""
@@ -143,6 +150,7 @@ class AgentService:
                 if str(error) != str(self._problem):
                     log.warning("not enrolled: %s", error, extra={"reason": error.reason})
                 self._problem = error
+                self._settled.set()
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
                 continue
@@ -156,7 +164,7 @@ class AgentService:
         client = MiddlewareClient(enrolment, self._options, save=self._store.save, identity=identity, clock=self._clock)
         async with client:
             self._client = client
-            self._enrolled_now.set()
+            self._settled.set()
             waits = [
                 asyncio.create_task(client.ended()),
                 asyncio.create_task(self._invited(enrolment)),
@@ -166,7 +174,6 @@ class AgentService:
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 self._client = None
-                self._enrolled_now.clear()
                 for task in (*waits, told):
                     task.cancel()
         await self._tell_health(False)
