@@ -149,7 +149,7 @@ def vm_start(
     as_json: AsJson = False,
     timeout: Timeout = 30.0,
 ) -> None:
-    """Make the domain's channel, hand it a join secret, and boot it."""
+    """Make the domain's channel, hand it a join secret, and boot it. A VM that runs already only takes a new token."""
 
     async def start(stub: Stub) -> pb.StartVmResponse:
         uuid = await _uuid(stub, vm, timeout)

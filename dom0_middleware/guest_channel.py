@@ -72,6 +72,10 @@ class GuestChannel(Protocol):
         """The channel of a domain that went on running while this daemon did not."""
         ...
 
+    def folder(self, uuid: str) -> str:
+        """The folder of an open channel ("" if it travels through Xen)."""
+        ...
+
     def hand_over(self, join: JoinInformation) -> None:
         """Gives the domain its join information."""
         ...
@@ -110,6 +114,9 @@ class FolderChannel:
         for socket in path.glob("*.sock"):
             socket.unlink()
         return self._addresses(uuid)
+
+    def folder(self, uuid: str) -> str:
+        return str(self._path(uuid))
 
     def hand_over(self, join: JoinInformation) -> None:
         write_atomically(self._path(join.uuid) / "join.json", join.to_json())

@@ -89,8 +89,8 @@ class LibvirtHypervisor:
         self._uri = uri
         self._template = template
         self._heal_interval = heal_interval
-        # One thread: libvirt's calls are short, and their order is then the order in which they were asked.
-        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="libvirt-call")
+        # A few threads: a domain that takes long to boot does not hold up the others. Who needs an order of calls waits for their answers.
+        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="libvirt-call")
         self._connection: Any = None
         self._callback = -1
         self._domain_type = "xen"
@@ -182,7 +182,7 @@ class LibvirtHypervisor:
                 Reason.HYPERVISOR_UNAVAILABLE, "the hypervisor cannot be reached", retry_after=self._heal_interval
             )
         try:
-            return await self._in_thread(lambda: act(self._connection))
+            return await self._in_thread(lambda: act(self._present()))
         except libvirt.libvirtError as error:
             raise self._translated(error) from error
 
@@ -239,6 +239,15 @@ class LibvirtHypervisor:
         )
         self._domain_type = {"TEST": "test", "QEMU": "kvm"}.get(connection.getType(), "xen")
         self._connection = connection
+
+    def _present(self) -> Any:
+        connection = self._connection
+        if connection is None:
+            # Between the question whether we are connected and its turn in this thread.
+            raise Unavailable(
+                Reason.HYPERVISOR_UNAVAILABLE, "the hypervisor cannot be reached", retry_after=self._heal_interval
+            )
+        return connection
 
     def _drop(self) -> None:
         if self._connection is not None:

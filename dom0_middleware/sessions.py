@@ -109,6 +109,14 @@ class VmSessions:
             self._close_later(slot.session)
             slot.session = None
 
+    def renew(self, uuid: str) -> None:
+        """The VM got another token: what is in flight ends as it may, what comes next gets a session of its own."""
+        slot = self._slots.pop(uuid, None)
+        if slot is not None:
+            task = asyncio.ensure_future(_retire(slot))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
     async def close(self) -> None:
         """Ends every session and waits until the grid was told."""
         for uuid in list(self._slots):
@@ -169,6 +177,13 @@ class VmSessions:
         task = asyncio.ensure_future(_close(session))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+
+async def _retire(slot: _Slot) -> None:
+    if slot.tasks:
+        await asyncio.wait(set(slot.tasks))
+    if slot.session is not None:
+        await _close(slot.session)
 
 
 async def _close(session: GridSession) -> None:

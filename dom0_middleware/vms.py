@@ -155,7 +155,10 @@ class Vms:
         return vm
 
     async def start_vm(self, uuid: str, *, vm_auth_token: str) -> tuple[pb.Vm, str]:
-        """The VM, and the folder of its channel ("" where it travels through the hypervisor)."""
+        """The VM, and the folder of its channel ("" where it travels through the hypervisor).
+
+        A VM that runs already only takes the new token, if one is given: a token ends earlier than many a VM.
+        """
         async with self._lock(uuid):
             record = self._store.vm(uuid)
             if vm_auth_token:
@@ -167,6 +170,9 @@ class Vms:
                 raise Refused(
                     Reason.BINDING_MISMATCH, "the domain with this UUID is not the one that was bound to this VMID"
                 )
+            guest = self._guests.get(uuid)
+            if info.state is not DomainState.STOPPED and guest is not None and vm_auth_token:
+                return self._replace_token(guest, info, vm_auth_token), self._channel.folder(uuid)
             if info.state is not DomainState.STOPPED:
                 raise Refused(Reason.VM_STATE_WRONG, "this VM runs already")
             await self._end_run(uuid)
@@ -259,6 +265,13 @@ class Vms:
             await self._end_run(record.uuid)
             raise
         return self._describe(guest.record, info), addresses.folder
+
+    def _replace_token(self, guest: GuestDomain, info: DomainInfo, vm_auth_token: str) -> pb.Vm:
+        self._store.set_token(guest.uuid, vm_auth_token)
+        guest.record = self._store.vm(guest.uuid)
+        self._sessions.renew(guest.uuid)
+        guest.identity_changed()
+        return self._describe(guest.record, info)
 
     async def _resume_run(self, run: RunRecord) -> None:
         """After a restart of this daemon."""

@@ -235,6 +235,26 @@ async def test_the_token_may_come_with_start(world: World) -> None:
         assert (await stub.StartVm(right, timeout=TIMEOUT)).vm.authorised_until > 0
 
 
+async def test_a_running_vm_takes_a_new_token_without_losing_anything(world: World) -> None:
+    guest = await world.enrolled("web", vm_auth_token=token("web", operations=frozenset({"decrypt"})))
+    operation = sign_operation()
+    request = agent_pb2.SignRequest(request_id=operation.request_id, sign=operation.sign)
+    async with guest.agent() as stub, world.orchestrator() as orchestrator:
+        assert (await refusal(stub.Sign(request, timeout=TIMEOUT)))[1] == "OPERATION_NOT_AUTHORISED"
+        again = pb.StartVmRequest(uuid=guest.uuid, vm_auth_token=token("web", valid=7200))
+        answer = await orchestrator.StartVm(again, timeout=TIMEOUT)
+        assert answer.guest_channel == str(guest.folder)
+        assert answer.vm.enrolled
+        world.grid.gate.clear()
+        pending = asyncio.ensure_future(stub.Sign(request, timeout=TIMEOUT))
+        await eventually(lambda: world.grid.executed)
+        await orchestrator.StartVm(again, timeout=TIMEOUT)  # while an operation is in flight
+        world.grid.gate.set()
+        await asyncio.wait_for(pending, 3.0)
+        await stub.Sign(request, timeout=TIMEOUT)
+    await eventually(lambda: [session.closed for session in world.grid.sessions] == [True, True, False])
+
+
 async def test_revocation_is_at_once_for_good_and_over_restarts(world: World) -> None:
     world.hold_hypervisor()
     guest = await world.enrolled()
