@@ -76,12 +76,12 @@ async def create_tandem_connection(
                 task.add_done_callback(_background.discard)
             return transport, protocol
     except TimeoutError as error:
-        _give_up(transport, AlertDescription.USER_CANCELED)
+        _give_up(transport)
         if isinstance(error, HandshakeTimeoutError):
             raise
         raise HandshakeTimeoutError(timeout) from None
     except BaseException:
-        _give_up(transport, AlertDescription.INTERNAL_ERROR)
+        _give_up(transport)
         raise
 
 
@@ -232,21 +232,21 @@ class TandemServer:
             transport.open(self._protocol_factory())
             self.handshakes_done += 1
         except asyncio.CancelledError:
-            _give_up(transport, AlertDescription.USER_CANCELED)
+            _give_up(transport)
             raise
         except TimeoutError:
-            self._failed(transport, HandshakeTimeoutError(self._timeout), AlertDescription.USER_CANCELED)
+            self._failed(transport, HandshakeTimeoutError(self._timeout))
         except (SecFuNetError, OSError) as error:
-            self._failed(transport, error, AlertDescription.INTERNAL_ERROR)
+            self._failed(transport, error)
         except Exception as error:  # noqa: BLE001 - one connection's fault must not be the server's
             _log.exception("a TLS-Tandem connection could not be served")
-            self._failed(transport, error, AlertDescription.INTERNAL_ERROR)
+            self._failed(transport, error)
 
-    def _failed(self, transport: TandemTransport, error: Exception, alert: AlertDescription) -> None:
+    def _failed(self, transport: TandemTransport, error: Exception) -> None:
         self.handshakes_failed += 1
         peer = transport.get_extra_info("peername")
         _log.info("TLS-Tandem handshake with %s failed: %s", peer, error)
-        _give_up(transport, alert)
+        _give_up(transport)
 
 
 class _Refused(asyncio.Protocol):
@@ -257,11 +257,11 @@ class _Refused(asyncio.Protocol):
             transport.abort()
 
 
-def _give_up(transport: TandemTransport, alert: AlertDescription) -> None:
+def _give_up(transport: TandemTransport) -> None:
     """Close a connection that did not come to be, with an alert if the core has not made one."""
     core = transport.core
     if core.state not in (TandemState.FAILED, TandemState.IDLE):
-        core.fail(alert)
+        core.fail(AlertDescription.INTERNAL_ERROR)
     transport.abort_handshake()
 
 

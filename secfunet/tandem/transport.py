@@ -111,7 +111,7 @@ class TandemTransport(asyncio.Transport):
         self._tickets_wake = asyncio.Event()
         try:
             tickets = self.core.stream.take_tickets()
-            if tickets or self._lost or self._closing:
+            if tickets or self._lost or self._closing or not self.core.stream.may_get_tickets:
                 return tickets
             await self._tickets_wake.wait()
             return self.core.stream.take_tickets()
@@ -157,12 +157,14 @@ class TandemTransport(asyncio.Transport):
         if self._closing or self._lost:
             return
         self._closing = True
+        self._wake()
         self._wire.apply_reading()
         self._pump()
 
     def abort(self) -> None:
         """Close at once. What is buffered is lost, and the peer sees a truncated stream."""
         self._closing = True
+        self._wake()
         self._pending.clear()
         self._pending_size = 0
         if self._socket is not None:
@@ -203,6 +205,8 @@ class TandemTransport(asyncio.Transport):
         if self.is_closing():
             _log.debug("data written to a closed TLS-Tandem connection is dropped")
             return
+        if isinstance(data, memoryview) and (data.itemsize, data.ndim, data.c_contiguous) != (1, 1, True):
+            data = bytes(data)
         if not data:
             return
         if not self._pending and not self._wire.is_write_paused and len(data) <= _CHUNK:

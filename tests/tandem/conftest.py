@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 from cryptography import x509
 
-from secfunet.card import CardClient, KeyAlgorithm, SingleCard
+from secfunet.card import CardClient, KeyAlgorithm, Segmentation, SingleCard
 from tests.support.cards import CardProcess, personalise, running_card
 from tests.support.pki import CertificateAuthority
 from tests.tandem.peers import Files
@@ -61,17 +61,17 @@ class Pools:
     stack: contextlib.AsyncExitStack
     made: dict[str, SingleCard] = field(default_factory=dict)
 
-    def client(self, kind: str = "ec") -> SingleCard:
+    def client(self, kind: str = "ec", *, segmentation: Segmentation = Segmentation.EXTENDED) -> SingleCard:
         """A pool of the connecting host's card; ``kind``: rsa, ec or foreign."""
-        return self._pool(self.cards.client, f"client-{kind}")
+        return self._pool(self.cards.client, f"client-{kind}", segmentation)
 
-    def server(self, kind: str = "ec") -> SingleCard:
+    def server(self, kind: str = "ec", *, segmentation: Segmentation = Segmentation.EXTENDED) -> SingleCard:
         """A pool of the listening host's card."""
-        return self._pool(self.cards.server, f"server-{kind}")
+        return self._pool(self.cards.server, f"server-{kind}", segmentation)
 
-    def _pool(self, card: CardProcess, identity: str) -> SingleCard:
+    def _pool(self, card: CardProcess, identity: str, segmentation: Segmentation) -> SingleCard:
         async def connect() -> CardClient:
-            return await card.connect(identity)
+            return await card.connect(identity, segmentation=segmentation)
 
         if identity not in self.made:
             self.made[identity] = SingleCard(connect)

@@ -8,6 +8,7 @@ import ssl
 
 import pytest
 
+from secfunet.card import Segmentation
 from secfunet.tandem.aio import close_writer, open_tandem_connection, start_tandem_server
 from secfunet.tandem.errors import HandshakeRefusedError, HandshakeTimeoutError
 from secfunet.tandem.parameters import TandemParameters
@@ -97,6 +98,17 @@ async def test_every_suite(pools: Pools, number: int) -> None:
     async with await start_tandem_server(Echo, pools.server(kind), host="127.0.0.1", parameters=parameters) as listener:
         result = await talk(pools.client("ec"), port_of(listener), parameters, b"x" * 100_000)
     assert result["cipher"] == suite.name
+
+
+@VERSIONS
+async def test_cards_that_know_short_apdus_only(pools: Pools, version: int) -> None:
+    short = Segmentation.DRAFT
+    parameters = only(version)
+    async with await start_tandem_server(
+        Echo, pools.server("rsa", segmentation=short), host="127.0.0.1", parameters=parameters
+    ) as listener:
+        results = [await talk(pools.client("rsa", segmentation=short), port_of(listener), parameters) for _ in range(2)]
+    assert [result["resumed"] for result in results] == [False, True]
 
 
 @VERSIONS
