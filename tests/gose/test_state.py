@@ -20,11 +20,11 @@ def test_another_process_neither_misses_nor_hides_anything(tmp_path: Path) -> No
     ):
         first.execute("INSERT INTO t VALUES (1)")
         code = (
-            "from pathlib import Path; from gose.state import open_database\n"
-            f"d = open_database(Path({str(path)!r}), ''); d.execute('INSERT INTO t VALUES (2)'); d.close()"  # noqa: S608 - Python, no SQL
+            "import sys; from pathlib import Path; from gose.state import open_database\n"
+            "d = open_database(Path(sys.argv[1]), ''); d.execute('INSERT INTO t VALUES (2)'); d.close()"
         )
         for _ in range(2):
-            subprocess.run([sys.executable, "-c", code], check=True)
+            subprocess.run([sys.executable, "-c", code, str(path)], check=True)
         second.execute("INSERT INTO t VALUES (3)")
         assert [row[0] for row in first.execute("SELECT v FROM t ORDER BY rowid")] == [1, 2, 2, 3]
         assert (tmp_path / "x.sqlite-wal").exists()
