@@ -308,3 +308,47 @@ async def test_the_relay_is_for_this_process_alone(tmp_path: Path, open_folder: 
         assert isinstance(relay.last_error, RelayError)
     assert not calls
     assert not (tmp_path / "relay").exists()
+
+
+@pytest.mark.parametrize("kind", ["rsa", "ec"])
+async def test_a_grpc_client_that_joins_its_flight_and_talks_at_once(
+    pools: Pools, files: Files, tmp_path: Path, kind: str
+) -> None:
+    """BoringSSL puts certificate, verify and Finished in one record, and HTTP/2's preface right behind."""
+    server = grpc.aio.server()
+    servicer = Who()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    server.add_insecure_port(f"unix:{tmp_path}/plain")
+    await server.start()
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        local_reader, local_writer = await asyncio.open_unix_connection(tmp_path / "plain")
+
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError):
+                while piece := await source.read(65536):
+                    sink.write(piece)
+            sink.close()
+
+        await asyncio.gather(pump(reader, local_writer), pump(local_reader, writer))
+
+    def factory() -> asyncio.StreamReaderProtocol:
+        return asyncio.StreamReaderProtocol(asyncio.StreamReader(), carry)
+
+    certificate, key = files.leaf(kind, server=False)
+    credentials = grpc.ssl_channel_credentials(files.ca.read_bytes(), key.read_bytes(), certificate.read_bytes())
+    async with await start_tandem_server(
+        factory, pools.server(kind), host="127.0.0.1", parameters=TandemParameters(alpn=("h2",))
+    ) as listener:
+        for _ in range(5):
+            # A pool of its own for each channel: otherwise gRPC shares the connection.
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            async with grpc.aio.secure_channel(f"localhost:{port_of(listener)}", credentials, options) as channel:
+                stub = health_pb2_grpc.HealthStub(channel)
+                for _ in range(5):
+                    await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+        assert (listener.handshakes_done, listener.handshakes_failed) == (5, 0)
+        listener.close_connections()
+    await server.stop(None)
+    assert len(servicer.callers) == 25
