@@ -259,10 +259,8 @@ class Registry:
                 (role, name, seid),
             )
             database.execute("UPDATE identities SET state = 'active' WHERE thumbprint = ?", (thumbprint,))
-        found = self.find(Role(role), thumbprint)
-        if found is None:  # another process replaced it in this instant
-            raise NotEnrolledError(role, name)
-        return found
+            active = database.execute(_IDENTITY + "WHERE i.thumbprint = ?", (thumbprint,)).fetchone()
+        return _identity(active)
 
     # --- tokens
 

@@ -170,7 +170,7 @@ def check_request(untrusted: bytes, expected: Holder) -> HolderKey:
         names = [attribute.value for attribute in request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
         key = request.public_key()
         is_signed = request.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise IssuanceError("that is no certificate signing request") from error
     if not is_signed:
         raise IssuanceError("the certificate signing request is not signed by its own key")
