@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Mapping
 from enum import Enum
 
@@ -11,7 +12,12 @@ from dom0_middleware.errors import Reason, Refused, Unavailable
 from dom0_middleware.guest_authority import AgentCertificate
 from dom0_middleware.hypervisor import DomainState
 from dom0_middleware.policy import Subject
+from dom0_middleware.refusals import RefusalMeter
 from dom0_middleware.state import StateStore, VmRecord
+
+# An agent renews once in two thirds of a certificate's life; this leaves room for one that restarts again and again.
+RENEWALS = 20.0
+RENEWALS_PER_SECOND = 0.1
 
 
 class Phase(Enum):
@@ -43,6 +49,8 @@ class GuestDomain:
         self._changed = asyncio.Event()
         self._version = 0
         self.operations_in_flight = 0
+        self.refusals = RefusalMeter(time.monotonic)
+        self.renewals = RefusalMeter(time.monotonic, burst=RENEWALS, per_second=RENEWALS_PER_SECOND)
 
     @property
     def uuid(self) -> str:

@@ -213,12 +213,17 @@ class _Batch:
 
     def _record_quietly(self, one: _Sane, decision: Decision, reason: str) -> None:
         """A refusal that cannot be recorded is a refusal still."""
+        room = self._room
+        detail = room._guest.refusals.admit()
+        if detail is None:
+            room._metrics.decisions.labels(one.name, decision, reason).inc()
+            return
         try:
-            self._record(one, decision, reason)
+            self._record(one, decision, reason, detail)
         except Unavailable:
             self._room._metrics.refused_calls.labels(Reason.AUDIT_UNAVAILABLE).inc()
 
-    def _record(self, one: _Sane, decision: Decision, reason: str) -> None:
+    def _record(self, one: _Sane, decision: Decision, reason: str, detail: str = "") -> None:
         room = self._room
         room._metrics.decisions.labels(one.name, decision, reason).inc()
         room._audit.record(
@@ -232,4 +237,5 @@ class _Batch:
             request=one.operation.request_id[:16].hex(),
             reason=reason,
             batch=self._number,
+            detail=detail,
         )

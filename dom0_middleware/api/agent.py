@@ -12,7 +12,7 @@ from dom0_middleware.api.guard import MAX_TIMEOUT, Context, timeout_of
 from dom0_middleware.audit import AuditLog
 from dom0_middleware.call import Call, current_call
 from dom0_middleware.errors import MiddlewareError, Reason, Refused
-from dom0_middleware.guest import GuestDomain, Phase
+from dom0_middleware.guest import RENEWALS_PER_SECOND, GuestDomain, Phase
 from dom0_middleware.guest_authority import GuestAuthority, parse_request
 from dom0_middleware.identity import Identities
 from dom0_middleware.operations import MAX_BATCH, Operations
@@ -48,6 +48,10 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         self, request: pb.RenewCertificateRequest, context: Context
     ) -> pb.RenewCertificateResponse:
         call = current_call.get()
+        if self._guest.renewals.admit() is None:
+            raise Refused(
+                Reason.RATE_LIMITED, "this agent renews its certificate too often", retry_after=1 / RENEWALS_PER_SECOND
+            )
         key = parse_request(request.certificate_signing_request)
         certificate, facts = self._authority.issue_agent(key, self._guest.uuid)
         self._audit.record(

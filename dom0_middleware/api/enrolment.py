@@ -44,7 +44,10 @@ class EnrolmentService(agent_pb2_grpc.EnrolmentServiceServicer):
         try:
             certificate = self._certify(request)
         except Refused as error:
-            self._record("refused", reason=str(error.reason), detail=error.detail)
+            note = self._guest.refusals.admit()
+            if note is not None:
+                detail = "; ".join(part for part in (error.detail, note) if part)
+                self._record("refused", reason=str(error.reason), detail=detail)
             raise
         self._on_enrolled(self._guest)
         identity = await identity_as_known(

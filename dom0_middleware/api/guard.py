@@ -18,6 +18,7 @@ from dom0_middleware.api.errors import STATUS_KEY, facts_of
 from dom0_middleware.audit import AuditLog
 from dom0_middleware.call import CORRELATION_KEY, Call, correlation_id, current_call
 from dom0_middleware.errors import MiddlewareError, Reason, Refused
+from dom0_middleware.guest import GuestDomain
 from dom0_middleware.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ MAX_TIMEOUT = 3600.0  # seconds; a longer deadline is none
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """``admit(context, call) -> Call`` raises MiddlewareError to refuse. ``vm``: the UUID of the domain whose server this is, or ""."""
+    """``admit(context, call) -> Call`` raises MiddlewareError to refuse. ``guest``: the domain whose server this is."""
 
     def __init__(
         self,
@@ -35,14 +36,13 @@ class Guard(grpc.aio.ServerInterceptor):
         *,
         audit: AuditLog,
         metrics: Metrics,
-        vm: str = "",
-        name: str = "",
+        guest: GuestDomain | None = None,
     ) -> None:
         self._admit = admit
         self._audit = audit
         self._metrics = metrics
-        self._vm = vm
-        self._name = name
+        self._guest = guest
+        self._vm = guest.uuid if guest is not None else ""
 
     async def intercept_service(
         self,
@@ -118,17 +118,20 @@ class Guard(grpc.aio.ServerInterceptor):
         """A refusal at the door is a decision, too; that it cannot be recorded does not make it less of a refusal."""
         self._metrics.refused_calls.labels(str(error.reason)).inc()
         call = current_call.get()
+        note = self._guest.refusals.admit() if self._guest is not None else ""
+        if note is None:
+            return
         with contextlib.suppress(MiddlewareError):
             self._audit.record(
                 "call",
                 "refused",
                 correlation=call.correlation,
                 vm=self._vm,
-                name=self._name,
+                name=self._guest.record.name if self._guest is not None else "",
                 caller=call.caller,
                 operation=method.rpartition("/")[2],
                 reason=str(error.reason),
-                detail=error.detail,
+                detail="; ".join(part for part in (error.detail, note) if part),
             )
 
 

@@ -128,7 +128,7 @@ class GuestServerPairs:
             return call
 
         server = make_server(
-            Guard(admit, audit=self._audit, metrics=self._metrics, vm=guest.uuid, name=guest.record.name),
+            Guard(admit, audit=self._audit, metrics=self._metrics, guest=guest),
             max_message=MAX_ENROL_MESSAGE,
             concurrent_calls=4,
         )
@@ -161,7 +161,7 @@ class GuestServerPairs:
             return Call(call.method, call.correlation, certificate)
 
         server = make_server(
-            Guard(admit, audit=self._audit, metrics=self._metrics, vm=guest.uuid, name=guest.record.name),
+            Guard(admit, audit=self._audit, metrics=self._metrics, guest=guest),
             max_message=MAX_MESSAGE,
             concurrent_calls=self._concurrent_calls,
         )
