@@ -1,0 +1,1 @@
+"""The whole installation, every component a process of its own."""

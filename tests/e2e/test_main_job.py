@@ -1,0 +1,85 @@
+"""What a user of the README does: the demonstration, and the commands in a VM, checked by openssl."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from demo.attacks import public_key_pem
+from demo.processes import COMMANDS, run
+from demo.stack import Stack
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
+
+PSS = ("-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:digest")
+SCHEMES = {
+    "rsassa-pss-sha256": ("-sha256", *PSS),
+    "rsassa-pss-sha384": ("-sha384", *PSS),
+    "rsassa-pss-sha512": ("-sha512", *PSS),
+    "rsassa-pkcs1-v1_5-sha256": ("-sha256",),
+    "rsassa-pkcs1-v1_5-sha384": ("-sha384",),
+    "rsassa-pkcs1-v1_5-sha512": ("-sha512",),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+async def test_openssl_verifies_every_scheme(stack: Stack, tmp_path: Path, scheme: str) -> None:
+    document, signature, public = tmp_path / "document", tmp_path / "signature", tmp_path / "public.pem"
+    document.write_bytes(b"a document" * 10_000)
+    public.write_bytes(public_key_pem(stack.layout.certificate("web")))
+    await stack.agent("web", "sign", str(document), "--scheme", scheme, "--out", str(signature))
+    options = SCHEMES[scheme]
+    verified = await run("openssl", "dgst", *options, "-verify", public, "-signature", signature, document)
+    assert verified.output == b"Verified OK\n"
+    document.write_bytes(b"another document")
+    refused = await run("openssl", "dgst", *options, "-verify", public, "-signature", signature, document, check=False)
+    assert refused.exit_code == 1
+
+
+async def test_openssl_encrypts_and_the_vm_decrypts(stack: Stack, tmp_path: Path) -> None:
+    public = tmp_path / "public.pem"
+    public.write_bytes(public_key_pem(stack.layout.certificate("web")))
+    oaep = ("-pkeyopt", "rsa_padding_mode:oaep", "-pkeyopt", "rsa_oaep_md:sha256", "-pkeyopt", "rsa_mgf1_md:sha256")
+    encrypt = ("openssl", "pkeyutl", "-encrypt", "-pubin", "-inkey", public, *oaep)
+    ciphertext = (await run(*encrypt, input_data=b"the disk's passphrase")).output
+    assert await stack.agent("web", "decrypt", "-", input_data=ciphertext) == b"the disk's passphrase"
+
+
+async def test_identity_status_and_lists(stack: Stack) -> None:
+    pem = await stack.agent("web", "identity", "--pem")
+    assert pem.strip() == stack.layout.certificate("web").read_bytes().strip()
+    assert b'"enrolled": true' in await stack.agent("web", "status", "--json")
+    listed = await stack.middleware("vm", "list", "--json")
+    assert re.findall(rb'"name": "(\w+)"', listed) == [b"db", b"web"] or set(
+        re.findall(rb'"name": "(\w+)"', listed)
+    ) == {b"db", b"web"}
+
+
+async def test_a_correlation_id_runs_from_agent_to_card(stack: Stack) -> None:
+    """The same id stands in the audit of dom0 and in the log of the grid."""
+    await stack.agent("web", "sign", "-", input_data=b"follow me")
+    audit = (stack.layout.host(stack.host) / "state" / "audit.jsonl").read_text().splitlines()
+    grid = stack.daemons["gose"].log.read_text()
+    last = next(line for line in reversed(audit) if '"sign"' in line)
+    identifiers = re.findall(r'"correlation[_a-z]*": ?"([0-9a-f]{16})"', last)
+    assert identifiers
+    assert identifiers[0] in grid
+
+
+async def test_the_demonstration_tells_its_story(folder: Path) -> None:
+    program = COMMANDS / "python"
+    told = await run(program, "-m", "demo", "--folder", folder.parent / "d", cwd=ROOT, timeout=110)
+    text = told.output.decode()
+    assert "Verified OK" in text
+    assert text.count("refused (") == 4
+    assert "\x1b" not in text
+    assert "Traceback" not in told.errors
+
+
+async def test_every_command_has_help_and_version() -> None:
+    for command in ("secure-element", "gose", "secure-middleware", "vm-agent"):
+        assert (await run(command, "--version")).output.decode().startswith(f"{command} 0.")
+        assert b"--help" in (await run(command, "--help")).output
