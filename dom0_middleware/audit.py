@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,7 @@ class AuditLog:
         self._size = 0
         self._flush_scheduled = False
         self._syncer: asyncio.Task[None] | None = None
+        self._anchoring = threading.Lock()
 
     @property
     def head(self) -> Head:
@@ -238,21 +240,24 @@ class AuditLog:
         while True:
             await asyncio.sleep(self._sync_interval)
             if self._written != self._anchored:
-                # A descriptor of its own: a rotation may close the other meanwhile.
-                descriptor = os.dup(self._descriptor)
-                try:
-                    await asyncio.to_thread(self._sync, descriptor, self._written)
-                except OSError as error:
-                    log.error("the audit log cannot be synced: %s", error)
-                finally:
-                    os.close(descriptor)
+                # A descriptor of its own: a rotation may close the other meanwhile, and a cancelled task does not stop its thread.
+                await asyncio.to_thread(self._sync_copy, os.dup(self._descriptor), self._written)
+
+    def _sync_copy(self, descriptor: int, head: Head) -> None:
+        try:
+            self._sync(descriptor, head)
+        except OSError as error:
+            log.error("the audit log cannot be synced: %s", error)
+        finally:
+            os.close(descriptor)
 
     def _sync(self, descriptor: int, head: Head) -> None:
         os.fsync(descriptor)
-        # Two syncs may meet (the periodic one, a rotation): the anchor never goes back.
-        if head.n > self._anchored.n:
-            write_atomically(anchor_path(self._path), _encode({"n": head.n, "hash": head.hash}).encode("ascii"))
-            self._anchored = head
+        # Two syncs may meet (the periodic one; a rotation or the end): the anchor never goes back.
+        with self._anchoring:
+            if head.n > self._anchored.n:
+                write_atomically(anchor_path(self._path), _encode({"n": head.n, "hash": head.hash}).encode("ascii"))
+                self._anchored = head
 
     def _continue(self) -> None:
         anchor = read_anchor(self._path)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from dom0_middleware.authority import SERVER_NAME
 from dom0_middleware.enrolment import JoinSecrets
-from dom0_middleware.errors import MiddlewareError, Reason, Refused
+from dom0_middleware.errors import MiddlewareError, Reason, Refused, Unavailable
 from dom0_middleware.events import EventHub
 from dom0_middleware.guest import GuestDomain, Phase
 from dom0_middleware.guest_authority import GuestAuthority
@@ -219,7 +219,12 @@ class Vms:
         self._sessions.end(uuid)
         if guest is not None:
             guest.identity_changed()
-        vm = self._describe(record, await self._hypervisor.info(uuid))
+        try:
+            vm = self._describe(record, await self._hypervisor.info(uuid))
+        except Unavailable:
+            # It is done all the same; only whether the domain runs cannot be said now.
+            vm = self._describe(record, None)
+            vm.state = pb.VM_STATE_UNSPECIFIED
         self._events.tell(pb.VM_EVENT_KIND_REVOKED, vm)
         return vm
 

@@ -355,6 +355,10 @@ async def test_a_lost_connection_heals_and_what_was_missed_is_made_up(world: Wor
         async with world.orchestrator() as orchestrator:
             listed = orchestrator.ListVms(pb.ListVmsRequest(), timeout=TIMEOUT)
             assert (await refusal(listed))[1] == "HYPERVISOR_UNAVAILABLE"
+            # Taking a right away needs no hypervisor.
+            revoke = pb.RevokeVmRequest(uuid=guest.uuid)
+            revoked = (await orchestrator.RevokeVm(revoke, timeout=TIMEOUT)).vm
+            assert (revoked.revoked, revoked.state) == (True, pb.VM_STATE_UNSPECIFIED)
         assert guest.folder.exists()
         broken = False
         await eventually(lambda: hypervisor.connected)
