@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ _BEGIN_AGAIN: Final = frozenset({"LOGIN_UNKNOWN", "LOGIN_STALE"})
 _MAX_BEGINNINGS = 4
 _MAX_LOGINS = 8  # at the same time
 _MAX_AUTHORITIES = 16
+_CORRELATION = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 
 class GoseClient:
@@ -79,12 +81,14 @@ class GoseClient:
     async def open_session(
         self, vm_certificate: bytes, vm_auth_token: str, *, timeout: float, correlation: str = ""
     ) -> VmSession:
-        """A session for the VM of ``vm_certificate`` (DER) on this hypervisor.
+        """A session for the VM of ``vm_certificate`` (DER) on this hypervisor. ``correlation`` (letters, digits, "-") follows the login
+        through the grid's log.
 
         Raises GridRefusedError with the grid's reason, DeadlineError after ``timeout`` seconds, GridUntrustedError, HypervisorCardError,
         ProtocolViolationError.
         """
-        correlation = correlation or secrets.token_hex(8)
+        if not _CORRELATION.fullmatch(correlation):
+            correlation = secrets.token_hex(8)
         deadline = Deadline(timeout)
 
         async def log_in(until: Deadline) -> Grant:
