@@ -8,6 +8,7 @@ import logging
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +53,7 @@ log = logging.getLogger(__name__)
 
 SERVICE_NAME = service_provider_pb2.DESCRIPTOR.services_by_name["ServiceProviderService"].full_name
 MAINTENANCE_INTERVAL = 10.0  # seconds
+SEALING_THREADS = 2
 DISCOVERY_LIFETIME = 300.0  # seconds that the service provider believes what it discovered about an identifier
 
 
@@ -110,7 +112,11 @@ class GridService:
         # Cards.
         stack.push_async_callback(self.rack.close)
         await self.rack.start()
-        executor = Executor(self.rack, answers, standing, keys.container_key, limits, metrics, clock=self._clock)
+        threads = ThreadPoolExecutor(SEALING_THREADS, thread_name_prefix="seal")
+        stack.callback(threads.shutdown)
+        executor = Executor(
+            self.rack, answers, standing, keys.container_key, limits, metrics, threads=threads, clock=self._clock
+        )
         stack.push_async_callback(executor.close, limits.shutdown_timeout)
         # Doors.
         await self._open_openid_provider(

@@ -253,9 +253,10 @@ class Executor:
         )
         sealer = self._sealer(session)
         plaintext = results.SerializeToString()
-        if self._threads is None:
+        if self._threads is None or len(self._tasks) == 1:
             container = sealer.seal(plaintext)
         else:
+            # The signature releases the GIL: beside others, a thread seals while this one goes on; alone, the way there costs more.
             container = await asyncio.get_running_loop().run_in_executor(self._threads, sealer.seal, plaintext)
         questions = [one.question for one, _ in outputs]
         self._answers.keep(scope, questions, container)

@@ -98,9 +98,11 @@ class TestGrid:
         return Registry(self.settings.database)
 
     @contextlib.asynccontextmanager
-    async def running(self, **limits: Any) -> AsyncIterator[GridService]:
+    async def running(self, *, metrics_port: int | None = None, **limits: Any) -> AsyncIterator[GridService]:
         """The grid in this process, some limits changed."""
-        settings = self.settings.model_copy(update={"limits": self.settings.limits.model_copy(update=limits)})
+        settings = self.settings.model_copy(
+            update={"limits": self.settings.limits.model_copy(update=limits), "metrics_port": metrics_port}
+        )
         async with GridService(settings) as service:
             self.service = service
             yield service

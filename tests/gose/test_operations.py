@@ -26,7 +26,7 @@ from gose.server import SERVICE_NAME, GridService
 from secfunet.gose.v1 import operation_pb2, service_provider_pb2
 from secfunet.identity import Role, load_certificate
 from secfunet.operation import check_result
-from tests.gose.grid import TestGrid, restart, sign_operation
+from tests.gose.grid import TestGrid, free_ports, restart, sign_operation
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -513,3 +513,49 @@ async def test_a_shutdown_with_an_open_stream_is_quick(grid: TestGrid) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await read_to_the_end(stream)
         assert reason_of(caught.value) == "SHUTTING_DOWN"
+
+
+async def test_metrics(grid: TestGrid) -> None:
+    (port,) = free_ports(1)
+    async with grid.running(metrics_port=port):
+        session = await grid.session("vm-1", "hv-a")
+        async with grid.channel("hv-a") as channel:
+            stub = grid.stub(channel)
+            await stub.Execute(execute(sign_operation(), sign_operation()), timeout=5, metadata=under(session))
+            await refused(stub.Execute(execute(), timeout=5, metadata=under(session)))
+        async with grid.browser(None) as browser:
+            lines = (await browser.get(f"http://127.0.0.1:{port}/metrics")).body.decode().splitlines()
+    assert 'gose_operations_total{operation="sign",outcome="OK"} 2.0' in lines
+    assert 'gose_refusals_total{reason="OPERATION_INVALID"} 1.0' in lines
+    assert 'gose_card_in_service{seid="se-vm-1"} 1.0' in lines
+    assert 'gose_logins_total{outcome="OK"} 1.0' in lines
+    assert "gose_sessions_granted_total 1.0" in lines
+    assert 'gose_queue_length{queue="se-vm-1"} 0.0' in lines
+
+
+async def test_a_session_ends_with_its_token(grid: TestGrid, service: GridService) -> None:
+    session = await grid.session("vm-1", "hv-a", valid=2)
+    async with grid.channel("hv-a") as channel:
+        stub = grid.stub(channel)
+        stream = stub.ExecuteStream(metadata=under(session))
+        assert (await exchange(stream, sign_operation())).containers
+        await asyncio.sleep(max(0.0, session["expires_at"] - time.time()) + 0.05)
+        ended = (grpc.StatusCode.UNAUTHENTICATED, "SESSION_EXPIRED")
+        assert await refused(exchange(stream, sign_operation(), batch_id=2)) == ended
+        code, _ = await refused(stub.Execute(execute(sign_operation()), timeout=5, metadata=under(session)))
+        assert code is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_streams_are_bounded(grid: TestGrid) -> None:
+    async with grid.running(streams_per_hypervisor=2):
+        session = await grid.session("vm-1", "hv-a")
+        async with grid.channel("hv-a") as channel:
+            stub = grid.stub(channel)
+            streams = [stub.ExecuteStream(metadata=under(session)) for _ in range(2)]
+            for stream in streams:
+                assert (await exchange(stream, sign_operation())).containers
+            too_many = (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS")
+            assert await refused_stream(stub, under(session), sign_operation()) == too_many
+            await streams[0].done_writing()
+            await read_to_the_end(streams[0])
+            assert (await exchange(stub.ExecuteStream(metadata=under(session)), sign_operation())).containers
