@@ -559,3 +559,34 @@ async def test_streams_are_bounded(grid: TestGrid) -> None:
             await streams[0].done_writing()
             await read_to_the_end(streams[0])
             assert (await exchange(stub.ExecuteStream(metadata=under(session)), sign_operation())).containers
+
+
+async def test_a_card_killed_in_the_middle_of_a_batch(grid: TestGrid, service: GridService) -> None:
+    """What was done is answered, the rest fails clearly; the retry gets what was done again, and the rest is done."""
+    session = await grid.session("vm-1", "hv-a")
+    async with grid.channel("hv-a") as channel:
+        stub = grid.stub(channel)
+        for milliseconds in (15, 8, 25, 4, 40, 12, 2, 60):
+            operations = [sign_operation() for _ in range(64)]
+            call = stub.ExecuteStream(metadata=under(session))
+            waiting = asyncio.create_task(exchange(call, *operations))
+            await asyncio.sleep(milliseconds / 1000)
+            await grid.cards["se-vm-1"].kill()
+            answer = await waiting
+            await restart(grid.cards["se-vm-1"])
+            call.cancel()
+            await until_back(stub, session, sign_operation())
+            if answer.containers and answer.failures:
+                break
+        else:
+            pytest.fail("the card was never killed in the middle")
+        assert {failure.reason for failure in answer.failures} == {"CARD_UNAVAILABLE"}
+        done = {result.request_id for result in grid.open("hv-a", answer.containers[0]).results}
+        failed = {failure.request_id for failure in answer.failures}
+        assert done | failed == {operation.request_id for operation in operations}
+        assert not done & failed
+        again = await stub.Execute(execute(*operations), timeout=10, metadata=under(session))
+        assert not again.failures
+        assert answer.containers[0] in again.containers
+        (rest,) = set(again.containers) - set(answer.containers)
+        assert {result.request_id for result in grid.open("hv-a", rest).results} == failed
