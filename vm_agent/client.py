@@ -114,4 +114,7 @@ def _call_error(error: grpc.RpcError) -> AgentCallError:
     rpc: Any = error  # every call error of grpc is also a grpc.Call
     metadata = rpc.trailing_metadata() or ()
     facts = facts_of(next((bytes(value) for key, value in metadata if key == "grpc-status-details-bin"), None))
-    return AgentCallError(rpc.code(), facts.reason or rpc.code().name, rpc.details() or "", facts.retry_after)
+    message = rpc.details() or ""
+    if rpc.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not facts.reason:
+        message = "the agent gave no answer in time"
+    return AgentCallError(rpc.code(), facts.reason or rpc.code().name, message, facts.retry_after)

@@ -161,5 +161,7 @@ def from_rpc_error(error: grpc.RpcError) -> AgentError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineError("the Secure Middleware gave no answer in time")
     if code is grpc.StatusCode.UNAVAILABLE or (code in _RETRYABLE and not facts.reason):
+        if details.startswith("failed to connect"):
+            details = "nobody answers at the domain's channel (is the middleware, and this domain in it, running?)"
         return UnavailableError(f"the Secure Middleware cannot be reached: {details or code.name.lower()}")
     return OperationFailedError(code, facts.reason or code.name, details, facts.retry_after)

@@ -25,6 +25,8 @@ from vm_agent.options import LimitOptions
 
 log = logging.getLogger(__name__)
 
+ANSWER_MARGIN = 0.2  # seconds
+
 Context = grpc.aio.ServicerContext[Any, Any]
 _PLACEHOLDER_ID = bytes(16)  # until the client to the middleware gives each operation its own
 
@@ -127,7 +129,10 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
 
     def _timeout(self, context: Context) -> float:
         remaining = context.time_remaining()
-        return self._limits.default_timeout if remaining is None else min(remaining, self._limits.max_timeout)
+        if remaining is None:
+            return self._limits.default_timeout
+        # A little earlier than the caller gives up, so that it still learns why.
+        return min(remaining - min(remaining * 0.1, ANSWER_MARGIN), self._limits.max_timeout)
 
     async def _one_of_stream(self, request: local_pb2.OperateRequest) -> local_pb2.OperateResponse:
         match request.WhichOneof("kind"):

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 ENROL_TIMEOUT = 10.0  # seconds
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between looks at the join information, and between attempts to enrol
 SETTLE_TIME = 10.0  # seconds that a program waits for the first enrolment
+INVITED_PAUSE = 1.0  # seconds between looks for a new invitation of an enrolled agent
 STOP_GRACE = 2.0  # seconds that local calls may still take after SIGTERM
 SERVICE = local_pb2.DESCRIPTOR.services_by_name["LocalService"].full_name
 
@@ -187,7 +188,7 @@ class AgentService:
     async def _invited(self, enrolment: Enrolment) -> None:
         """Returns when there is join information that this enrolment did not come from."""
         while True:
-            await asyncio.sleep(LONGEST_PAUSE)
+            await asyncio.sleep(INVITED_PAUSE)
             with contextlib.suppress(JoinError):
                 join = read_join(self._options.join)
                 if join is not None and join.digest != enrolment.join_digest and not self._was_refused(join):

@@ -216,7 +216,9 @@ async def test_a_dead_middleware_is_named_when_the_time_is_over(
         error = await refused(stub, timeout=0.8)
         await eventually(lambda: not service.status().connected)
         assert "Secure Middleware" in service.status().problem
-    assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert reason_of(error) == "MIDDLEWARE_UNAVAILABLE"
+    assert "cannot be reached" in (error.details() or "")
 
 
 async def test_a_refusal_reaches_the_program_with_its_reason(
