@@ -2,9 +2,10 @@
 
 Rules, in the order of the code:
 
-1. A caller that finds fewer than ``max_in_flight`` batches under way has its operation sent at once; nobody waits for company. Callers
-   of the same turn of the event loop go together.
-2. While that many batches are under way, operations gather, and leave together, at most ``max_batch`` in one batch, when an answer
+1. A caller that finds nothing under way has its operation sent at once; nobody waits for company. Callers of the same turn of the event
+   loop go together. While a batch is under way, one that is smaller waits a millisecond for more: without that, callers on a stream, whose
+   answers come one by one, would fall apart into batches of one and batches of the rest.
+2. While ``max_in_flight`` batches are under way, operations gather, and leave together, at most ``max_batch`` in one batch, when an answer
    comes.
 3. A caller that is cancelled or runs out of time is forgotten: not sent if it was not, its answer dropped if it was.
 4. When a stream is lost, what had no answer goes back to the front of the queue and is sent again, with the same request ids, over the
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 
 FIRST_PAUSE = 0.05  # seconds before the second attempt to open a stream
 LONGEST_PAUSE = 2.0
+GATHER_TIME = (
+    0.001  # seconds that a batch smaller than what is under way waits for more; nothing waits if nothing is under way
+)
 EXPIRY_GRACE = 0.5  # seconds that a batch may be late before its place is given back
 MAX_DRAINING = 4  # streams that are left to answer what they were asked
 
@@ -203,6 +207,7 @@ class Batcher(Generic[Request, Answer]):
 
     async def _run(self) -> None:
         """Sends what gathers; one task, started by the first caller."""
+        gathered = False
         while not self._closed:
             await self._work.wait()
             if not self._queue or self.in_flight >= self._max_in_flight:
@@ -218,6 +223,12 @@ class Batcher(Generic[Request, Answer]):
                     self._stream_failed(error)
                     self._fail(list(self._queue.values()), error)
                 continue
+            under_way = sum(len(batch.waiting) for batch in self._lane.batches.values())
+            if len(self._queue) < min(under_way, self._max_batch) and not gathered:
+                gathered = True
+                await asyncio.sleep(GATHER_TIME)
+                continue
+            gathered = False
             batch = self._take()
             if batch:
                 await self._send(self._lane, batch)

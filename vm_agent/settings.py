@@ -6,18 +6,13 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo
+from pydantic import AfterValidator, Field
 
-from secfunet.service.settings import Settings
+from secfunet.service.settings import FilePath, Settings
 from vm_agent.options import MAX_UNIX_PATH, AgentOptions, LimitOptions, ProfileName
 
 DEFAULT_CONFIG = Path("/etc/secfunet/vm-agent.toml")
 DEFAULT_SOCKET = Path("/run/secfunet/agent.sock")
-
-
-def _beside_settings(path: Path, info: ValidationInfo) -> Path:
-    folder: Path = (info.context or {}).get("folder", Path())
-    return (folder / path).absolute()
 
 
 def _short_enough(path: Path) -> Path:
@@ -26,8 +21,7 @@ def _short_enough(path: Path) -> Path:
     return path
 
 
-FolderPath = Annotated[Path, AfterValidator(_beside_settings)]
-SocketPath = Annotated[Path, AfterValidator(_beside_settings), AfterValidator(_short_enough)]
+SocketPath = Annotated[FilePath, AfterValidator(_short_enough)]
 
 
 class Limits(Settings):
@@ -46,10 +40,10 @@ class Limits(Settings):
 class AgentSettings(Settings):
     """The whole file. Every key has a default: an empty file serves a VM whose join information lies beside it."""
 
-    join: FolderPath = Field(
+    join: FilePath = Field(
         default=Path("join.json"), description="what dom0 handed to this domain; removed once it is used"
     )
-    state: FolderPath = Field(default=Path("state"), description="folder (0700) of the agent's own key and certificate")
+    state: FilePath = Field(default=Path("state"), description="folder (0700) of the agent's own key and certificate")
     socket: SocketPath = Field(default=Path("agent.sock"), description="Unix socket for the programs of this VM")
     group: str | None = Field(
         default=None, max_length=64, description="group that may open the socket; none: only the agent's own user"

@@ -266,3 +266,21 @@ async def test_close_tells_whoever_waits() -> None:
     assert all(isinstance(outcome, UnavailableError) for outcome in outcomes)
     with pytest.raises(UnavailableError):
         await batcher.submit(ticket(), timeout=1)
+
+
+async def test_a_smaller_batch_waits_a_moment_for_more_while_one_is_under_way() -> None:
+    streams = Streams()
+    batcher = Batcher(streams.open, settle)
+    first = [asyncio.create_task(batcher.submit(ticket(), timeout=5)) for _ in range(8)]
+    await eventually(lambda: bool(streams.opened) and bool(streams.opened[0].sent))
+    stream = streams.opened[0]
+    second = []
+    for _ in range(8):  # they trickle in, as on a stream
+        second.append(asyncio.create_task(batcher.submit(ticket(), timeout=5)))
+        await asyncio.sleep(0)
+    await eventually(lambda: len(stream.sent) == 2)
+    assert [len(requests) for _, requests in stream.sent] == [8, 8]
+    stream.reply(0)
+    stream.reply(1)
+    await asyncio.gather(*first, *second)
+    await batcher.close()
