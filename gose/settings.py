@@ -9,9 +9,9 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
-from secfunet.service.settings import Settings
+from secfunet.service.settings import FilePath, Settings
 
 
 class Address(NamedTuple):
@@ -40,13 +40,7 @@ def parse_address(untrusted: object) -> object:
     return Address(host, int(port))
 
 
-def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
-    folder = (info.context or {}).get("folder")
-    return Path(folder).absolute() / path if folder is not None else path
-
-
 ListenAddress = Annotated[Address, BeforeValidator(parse_address)]
-FilePath = Annotated[Path, AfterValidator(_beside_the_file)]
 Seconds = Annotated[float, Field(gt=0, le=366 * 86400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, ValidationInfo
+from pydantic import AfterValidator, Field
 
 from secfunet.container import ContainerProfile
 from secfunet.openid.errors import OpenIdFormatError
 from secfunet.openid.realm import parse_url
-from secfunet.service.settings import Settings
+from secfunet.service.settings import FilePath, Settings
 
 
 def _origin(untrusted: str) -> str:
@@ -30,13 +29,7 @@ def _endpoint(untrusted: str) -> str:
     return untrusted
 
 
-def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
-    folder = (info.context or {}).get("folder")
-    return Path(folder).absolute() / path if folder is not None else path
-
-
 Origin = Annotated[str, AfterValidator(_origin)]
-FilePath = Annotated[Path, AfterValidator(_beside_the_file)]
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 
 

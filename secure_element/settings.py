@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from secfunet.service.files import read_secret
-from secfunet.service.settings import Settings
+from secfunet.service.settings import FilePath, Settings
 from secure_element.card_os import CardOptions, SessionKeyOrder
 from secure_element.errors import StoreError
 from secure_element.segmentation import AnswerStyle
@@ -20,14 +20,9 @@ from secure_element.store import StoreSecret
 class StoreKeySettings(Settings):
     """Where the store's key comes from: exactly one of the three."""
 
-    file: Path | None = None  # mode 0600; ``secure-element init`` makes it if it is missing
+    file: FilePath | None = None  # mode 0600; ``secure-element init`` makes it if it is missing
     credential: str | None = None  # a name in $CREDENTIALS_DIRECTORY (systemd: LoadCredentialEncrypted=)
     prompt: bool = False  # a passphrase, typed at start
-
-    @field_validator("file")
-    @classmethod
-    def _beside_the_settings(cls, path: Path | None, info: ValidationInfo) -> Path | None:
-        return None if path is None else _resolve(path, info)
 
     @field_validator("credential")
     @classmethod
@@ -63,8 +58,8 @@ class StoreKeySettings(Settings):
 class CardSettings(Settings):
     """One secure element."""
 
-    socket: Path
-    store: Path
+    socket: FilePath
+    store: FilePath
     store_key: StoreKeySettings
     segmentation: AnswerStyle = AnswerStyle.DRAFT
     session_key_order: SessionKeyOrder = SessionKeyOrder.TRACE
@@ -73,18 +68,7 @@ class CardSettings(Settings):
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    @field_validator("socket", "store")
-    @classmethod
-    def _beside_the_settings(cls, path: Path, info: ValidationInfo) -> Path:
-        return _resolve(path, info)
-
     @property
     def options(self) -> CardOptions:
         """What the card itself needs to know."""
         return CardOptions(self.segmentation, self.session_key_order, self.legacy_tls)
-
-
-def _resolve(path: Path, info: ValidationInfo) -> Path:
-    """Relative paths are relative to the folder of the settings file."""
-    folder = (info.context or {}).get("folder", Path())
-    return Path(folder) / path

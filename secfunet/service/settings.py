@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
 
 from secfunet.errors import SecFuNetError
 
@@ -27,11 +27,19 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
+    folder = (info.context or {}).get("folder")
+    return Path(folder).absolute() / path if folder is not None else path
+
+
+FilePath = Annotated[Path, AfterValidator(_beside_the_file)]
+"""A path in a settings file: a relative one is relative to the file's folder."""
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_settings(model: type[Model], path: Path) -> Model:
-    """Reads ``path`` into ``model``. Relative paths in it are the caller's to resolve (``resolve_paths``).
+    """Reads ``path`` into ``model``. Relative paths in fields of type FilePath are relative to its folder.
 
     Raises SettingsError with every problem at once: unreadable file, bad TOML, unknown keys (with a hint), wrong values.
     """
