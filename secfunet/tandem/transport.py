@@ -492,8 +492,12 @@ class TandemTransport(asyncio.Transport):
             self._close_socket()
             return
         if self._close_timer is None:
-            if self._socket.can_write_eof():
+            try:
                 self._socket.write_eof()
+            except OSError:
+                # The peer has reset the connection, and the event loop has not seen it yet.
+                self._close_socket()
+                return
             self._close_timer = self._loop.call_later(CLOSE_TIMEOUT, self._close_socket)
 
     def _close_socket(self) -> None:

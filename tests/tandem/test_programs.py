@@ -310,17 +310,25 @@ async def test_the_relay_is_for_this_process_alone(tmp_path: Path, open_folder: 
     assert not (tmp_path / "relay").exists()
 
 
+@contextlib.asynccontextmanager
+async def plain_grpc_server(servicer: Who, address: str) -> AsyncIterator[None]:
+    server = grpc.aio.server()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    server.add_insecure_port(address)
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(None)
+
+
 @pytest.mark.parametrize("kind", ["rsa", "ec"])
 async def test_a_grpc_client_that_joins_its_flight_and_talks_at_once(
     pools: Pools, files: Files, tmp_path: Path, kind: str
 ) -> None:
     """BoringSSL puts certificate, verify and Finished in one record, and HTTP/2's preface right behind."""
-    server = grpc.aio.server()
     servicer = Who()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
-    server.add_insecure_port(f"unix:{tmp_path}/plain")
-    await server.start()
 
     async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         local_reader, local_writer = await asyncio.open_unix_connection(tmp_path / "plain")
@@ -338,9 +346,12 @@ async def test_a_grpc_client_that_joins_its_flight_and_talks_at_once(
 
     certificate, key = files.leaf(kind, server=False)
     credentials = grpc.ssl_channel_credentials(files.ca.read_bytes(), key.read_bytes(), certificate.read_bytes())
-    async with await start_tandem_server(
-        factory, pools.server(kind), host="127.0.0.1", parameters=TandemParameters(alpn=("h2",))
-    ) as listener:
+    async with (
+        plain_grpc_server(servicer, f"unix:{tmp_path}/plain"),
+        await start_tandem_server(
+            factory, pools.server(kind), host="127.0.0.1", parameters=TandemParameters(alpn=("h2",))
+        ) as listener,
+    ):
         for _ in range(5):
             # A pool of its own for each channel: otherwise gRPC shares the connection.
             options = [("grpc.use_local_subchannel_pool", 1)]
@@ -350,5 +361,4 @@ async def test_a_grpc_client_that_joins_its_flight_and_talks_at_once(
                     await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
         assert (listener.handshakes_done, listener.handshakes_failed) == (5, 0)
         listener.close_connections()
-    await server.stop(None)
     assert len(servicer.callers) == 25
