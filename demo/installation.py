@@ -5,6 +5,7 @@ Nothing here talks to a daemon in another way than its users do: by settings fil
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import socket
@@ -19,6 +20,9 @@ from secfunet.service.files import private_folder, write_atomically
 LONGEST_FOLDER = 107 - len("/xen-1/state/guests/00000000-0000-0000-0000-000000000000/agent.sock")
 
 
+FIRST_PORT, LAST_PORT = 20_000, 32_000
+
+
 @dataclass(frozen=True, slots=True)
 class Ports:
     """Loopback ports of the grid, free when the installation was made."""
@@ -30,11 +34,14 @@ class Ports:
 
     @classmethod
     def free(cls) -> Ports:
-        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
-        numbers = [opened.getsockname()[1] for opened in sockets]
-        for opened in sockets:
-            opened.close()
-        return cls(*numbers)
+        """Ports that nobody listens on, outside the range from which outgoing connections take theirs: they stay free between runs."""
+        chosen: list[int] = []
+        while len(chosen) < 4:
+            port = FIRST_PORT + secrets.randbelow(LAST_PORT - FIRST_PORT)
+            with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+                if port not in chosen:
+                    chosen.append(port)
+        return cls(*chosen)
 
 
 @dataclass(frozen=True, slots=True)
