@@ -19,6 +19,7 @@ from demo.attacks import (
     sealed_signature,
     sign_operation,
 )
+from demo.evidence import last_login, last_operation
 from demo.narrator import Narrator
 from demo.processes import run
 from demo.stack import Stack
@@ -73,16 +74,21 @@ async def _sign(stack: Stack, narrator: Narrator) -> None:
     narrator.step(
         f"vm-agent sign contract.txt: {signature.stat().st_size} bytes of signature after {first:.2f} s, command included"
     )
-    narrator.fact("program -> agent            gRPC over a Unix socket: scheme and 32-byte digest, not the file")
+    login, done = last_login(stack, VM), last_operation(stack, VM)
+    narrator.fact("program -> agent       gRPC over a Unix socket: a scheme and a digest of 32 bytes, not the file")
     narrator.fact(
-        "agent -> middleware         gRPC, mutual TLS, on the domain's own channel; policy says yes, audit says so"
+        f"agent -> middleware    mutual TLS on the domain's own channel; audit record {done.audit_number}: "
+        f"{done.operation} {done.scheme} {done.decision}, correlation {done.correlation}"
     )
     narrator.fact(
-        "middleware -> grid          TLS-Tandem, opened by the hypervisor's card; VMID, HVID and VM-Auth-Token"
+        f"middleware -> grid     {login.hypervisor} logged in with its card, card to card, in {1000 * login.to_login:.0f} ms; "
+        f"session {login.session} for {login.seid} after {1000 * login.to_session:.0f} ms"
     )
-    narrator.fact("grid -> OpenID login        card to card: which hypervisor asks; nothing about VMs")
-    narrator.fact("grid -> the VM's own card   one APDU; the signature is made where the key is")
-    narrator.fact("and back                    in a container; its trailer is verified before anything is decrypted")
+    narrator.fact(
+        f"grid -> card           {done.seid}'s own card signed under {done.correlation}; "
+        f"{1000 * done.to_done:.1f} ms from the audit record to the container"
+    )
+    narrator.fact("and back               in the container; the agent verifies its trailer before it decrypts anything")
 
     enrolment = enrolment_of(stack, VM)
     operation = sign_operation(os.urandom(32))
