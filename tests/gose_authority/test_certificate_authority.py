@@ -37,16 +37,16 @@ def test_openssl_accepts_the_chain_and_only_for_its_purpose(tmp_path: Path, algo
     authority = CertificateAuthority.create("A grid", new_authority_key(algorithm), now=NOW)
     (tmp_path / "ca.pem").write_bytes(pem_of(der_of(authority.certificate)))
     certificates = {
-        "hypervisor": authority.issue(Holder(Role.HYPERVISOR, "h"), RSA_KEY.public_key(), now=NOW, valid=60),
-        "vm": authority.issue(Holder(Role.VM, "v"), EC_KEY.public_key(), now=NOW, valid=60),
+        "hypervisor": authority.issue(Holder(Role.HYPERVISOR, "h"), RSA_KEY.public_key(), now=NOW, valid=86400),
+        "vm": authority.issue(Holder(Role.VM, "v"), EC_KEY.public_key(), now=NOW, valid=86400),
         "server": authority.issue(
             Holder(Role.SERVER, "s"),
             EC_KEY.public_key(),
             now=NOW,
-            valid=60,
+            valid=86400,
             server_names=["grid.example", "127.0.0.1", "::1"],
         ),
-        "containers": authority.issue_container_authority(RSA_KEY.public_key(), now=NOW, valid=60),
+        "containers": authority.issue_container_authority(RSA_KEY.public_key(), now=NOW, valid=86400),
     }
     accepted = set()
     for name, certificate in certificates.items():
