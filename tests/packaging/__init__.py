@@ -1,0 +1,1 @@
+"""What is shipped, and what each place needs of it."""
