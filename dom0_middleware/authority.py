@@ -82,7 +82,7 @@ class Authority:
             certificate = x509.load_pem_x509_certificate(_certificate_path(stem).read_bytes())
         except FileNotFoundError as error:
             raise AuthorityError(Path(str(error.filename)), "is missing: run 'secure-middleware init'") from None
-        except ValueError as error:
+        except (ValueError, x509.InvalidVersion) as error:
             raise AuthorityError(stem, f"cannot be read: {error}") from None
         if not isinstance(key, ec.EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
             raise AuthorityError(_key_path(stem), "is not the key of the certificate beside it")

@@ -96,22 +96,28 @@ def _root(
 @app.command()
 def init(config: Config = DEFAULT_CONFIG) -> None:
     """Make what is missing: settings, policy, the two authorities of dom0, and the first orchestrator's certificate."""
-    from dom0_middleware.initialise import initialise
+    from dom0_middleware.initialise import NEXT_STEPS, initialise
 
-    for path in initialise(config):
+    made = initialise(config)
+    for path in made:
         typer.echo(f"made {path}")
+    policy = load_settings(MiddlewareSettings, config).policy
+    if policy in made:
+        typer.echo(NEXT_STEPS.format(config=config, policy=policy))
 
 
 @app.command()
 def serve(config: Config = DEFAULT_CONFIG) -> None:
-    """Run the daemon until SIGTERM. SIGHUP reads the policy again and reopens the audit log."""
+    """Run the daemon until SIGTERM. SIGHUP reads the policy and orchestrators.allowed again and reopens the audit log."""
     from dom0_middleware.grid import run_middleware
 
     settings = load_settings(MiddlewareSettings, config)
     configure_logs(settings.log_level)
 
     async def make() -> AbstractAsyncContextManager[object]:
-        return run_middleware(settings)
+        return run_middleware(
+            settings, allowed_again=lambda: load_settings(MiddlewareSettings, config).orchestrators.allowed
+        )
 
     run_daemon(make)
 

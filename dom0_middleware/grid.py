@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING
 
 from dom0_middleware.card import hypervisor_card
@@ -17,14 +17,22 @@ if TYPE_CHECKING:
 
 
 @contextlib.asynccontextmanager
-async def run_middleware(settings: MiddlewareSettings) -> AsyncGenerator[MiddlewareService, None]:
-    """Runs while the context lasts. Neither card nor grid need be there to start: whoever needs them finds out."""
+async def run_middleware(
+    settings: MiddlewareSettings, *, allowed_again: Callable[[], tuple[str, ...]] | None = None
+) -> AsyncGenerator[MiddlewareService, None]:
+    """Runs while the context lasts. Neither card nor grid need be there to start: whoever needs them finds out.
+
+    ``allowed_again``: see ``MiddlewareService``.
+    """
     cards = hypervisor_card(settings.card)
     try:
         async with GoseClient(settings.grid, cards) as client:
             grid: Grid = client
             async with MiddlewareService(
-                settings, grid=grid, hypervisor_identity=CardHypervisorIdentity(cards)
+                settings,
+                grid=grid,
+                hypervisor_identity=CardHypervisorIdentity(cards),
+                allowed_again=allowed_again,
             ) as service:
                 yield service
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 
 from dom0_middleware.errors import Reason, Refused, Unavailable
@@ -18,6 +18,8 @@ from dom0_middleware.state import StateStore, VmRecord
 # An agent renews once in two thirds of a certificate's life; this leaves room for one that restarts again and again.
 RENEWALS = 20.0
 RENEWALS_PER_SECOND = 0.1
+# An agent needs two, and two more while it renews. Each may hold answers that nobody reads.
+MAX_STREAMS = 32
 
 
 class Phase(Enum):
@@ -49,6 +51,7 @@ class GuestDomain:
         self._changed = asyncio.Event()
         self._version = 0
         self.operations_in_flight = 0
+        self._streams = 0
         self.refusals = RefusalMeter(time.monotonic)
         self.renewals = RefusalMeter(time.monotonic, burst=RENEWALS, per_second=RENEWALS_PER_SECOND)
 
@@ -116,6 +119,17 @@ class GuestDomain:
         kept = {serial: end for serial, end in self._serials.items() if serial == renewed}
         self._serials = {**kept, certificate.serial: certificate.not_after}
         self._store.set_serials(self.uuid, self._serials)
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[None]:
+        """One stream of this domain, while the context lasts. Raises Refused (TOO_MANY_STREAMS)."""
+        if self._streams >= MAX_STREAMS:
+            raise Refused(Reason.TOO_MANY_STREAMS, f"this VM has {MAX_STREAMS} streams open already", retry_after=1.0)
+        self._streams += 1
+        try:
+            yield
+        finally:
+            self._streams -= 1
 
     @property
     def identity_version(self) -> int:

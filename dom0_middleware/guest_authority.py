@@ -93,7 +93,7 @@ def parse_request(untrusted: bytes) -> PublicKey:
             raise _bad_request("has a key that is neither on P-256, P-384 or P-521 nor RSA")
         if not request.is_signature_valid:
             raise _bad_request("is not signed with its own key")
-    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature, x509.InvalidVersion) as error:
         raise _bad_request("cannot be parsed") from error
     return key
 

@@ -49,18 +49,26 @@ concurrent_calls = 256
 EXAMPLE_POLICY = """\
 # Which VM may run which operation with which scheme, and how often. What no rule allows is denied; the first rule that matches decides.
 # A rule selects VMs by names, uuids or vmids (patterns with * and ?); where several are given, all must match.
+#
+# As it stands nothing is allowed. Write rules like these, look at them with 'secure-middleware policy check', and send the daemon SIGHUP.
 
-[[rule]]
-names = ["*"]
-operations = ["sign"]
-schemes = ["rsassa-pss-*", "rsassa-pkcs1-v1_5-*", "ecdsa-*"]
+# [[rule]]
+# names = ["web-*"]
+# operations = ["sign"]
+# schemes = ["rsassa-pss-*", "ecdsa-*"]
 # rate = { per_second = 100, burst = 200 }
 
-[[rule]]
-names = ["*"]
-operations = ["decrypt", "encrypt"]
-schemes = ["rsaes-oaep-sha256"]
+# [[rule]]
+# names = ["mail"]
+# operations = ["decrypt"]
+# schemes = ["rsaes-oaep-sha256"]
 """
+
+NEXT_STEPS = """\
+Next:
+  1. {config}: where this hypervisor's card and the grid are.
+  2. {policy}: it allows nothing yet; write a rule for each VM that may use its key ('secure-middleware policy check').
+  3. 'secure-middleware serve' runs the daemon; 'secure-middleware vm create' makes the first VM."""
 
 
 def initialise(config: Path) -> list[Path]:

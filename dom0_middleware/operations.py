@@ -29,6 +29,7 @@ from secfunet.middleware.v1 import agent_pb2
 from secfunet.operation import OperationError, scheme_name, validate_operation
 
 MAX_BATCH = 64
+ID_SIZE = 16  # bytes of a request id; no more of a guest's own is kept or sent back
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class _Batch:
         self._room._policy.permit(guest.subject, one.name, one.scheme)
 
     def _refuse_unsound(self, operation: operation_pb2.Operation, error: Refused) -> None:
-        self.outcome.failures.append(Failure(operation.request_id, error))
+        self.outcome.failures.append(Failure(operation.request_id[:ID_SIZE], error))
         self._record_quietly(_Sane(operation, "unsound", ""), "refused", error.reason)
 
     def _record_quietly(self, one: _Sane, decision: Decision, reason: str) -> None:
@@ -234,7 +235,7 @@ class _Batch:
             name=room._guest.record.name,
             operation=one.name,
             scheme=one.scheme,
-            request=one.operation.request_id[:16].hex(),
+            request=one.operation.request_id[:ID_SIZE].hex(),
             reason=reason,
             batch=self._number,
             detail=detail,

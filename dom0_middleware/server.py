@@ -37,6 +37,7 @@ from dom0_middleware.state import StateStore
 from dom0_middleware.vms import Vms
 from secfunet.middleware.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from secfunet.service.files import private_folder
+from secfunet.service.settings import SettingsError
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class MiddlewareService:
     """Async context manager: entering starts the daemon, leaving stops it.
 
     ``grid`` and ``hypervisor_identity``: how the grid is reached and who this hypervisor is; both are opened and closed by the caller
-    (``grid.connect_grid`` makes the real ones). ``hypervisor`` and ``channel`` None: libvirt, and folders with Unix sockets.
+    (``grid.run_middleware`` makes the real ones). ``hypervisor`` and ``channel`` None: libvirt, and folders with Unix sockets.
+    ``allowed_again`` reads which orchestrators are allowed now (raises SettingsError); None: those of ``settings`` for good.
     """
 
     def __init__(
@@ -59,12 +61,14 @@ class MiddlewareService:
         hypervisor_identity: HypervisorIdentity,
         hypervisor: Hypervisor | None = None,
         channel: GuestChannel | None = None,
+        allowed_again: Callable[[], tuple[str, ...]] | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
         randbytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self._settings = settings
-        self._clock = clock
+        self._allowed = frozenset(settings.orchestrators.allowed)
+        self._allowed_again = allowed_again or (lambda: settings.orchestrators.allowed)
         self._stack = AsyncExitStack()
         state = private_folder(settings.state)
         authority = GuestAuthority.load(state, clock=clock, agent_lifetime=settings.limits.agent_certificate_lifetime)
@@ -127,9 +131,10 @@ class MiddlewareService:
         await self._stack.aclose()
 
     def reload(self) -> None:
-        """SIGHUP: reads the policy again, and lets go of an audit log that was rotated away."""
+        """SIGHUP: reads the policy and who may command again, and lets go of an audit log that was rotated away."""
         self.policy.reload()
         self._note_policy()
+        self._reload_allowed()
         try:
             self.audit.reopen()
         except (MiddlewareError, OSError) as error:
@@ -137,11 +142,23 @@ class MiddlewareService:
         for guest in self.vms.guests():
             guest.identity_changed()
 
+    def _reload_allowed(self) -> None:
+        try:
+            self._allowed = frozenset(self._allowed_again())
+        except SettingsError as error:
+            # As with the policy: who may do what is not known, so nobody may do anything.
+            self._allowed = frozenset()
+            log.error("the settings are invalid, every orchestrator is refused: %s", error)
+        with contextlib.suppress(MiddlewareError):  # a full log must not stop a reload
+            self.audit.record("orchestrators.read", "noted", detail=", ".join(sorted(self._allowed)) or "nobody")
+
     async def _serve_orchestrators(self, stack: AsyncExitStack) -> None:
-        allowed = frozenset(self._settings.orchestrators.allowed)
+        def allowed() -> frozenset[str]:
+            return self._allowed
+
         guard = Guard(admit_orchestrator(allowed), audit=self.audit, metrics=self.metrics)
         server = make_server(guard, max_message=MAX_MESSAGE, concurrent_calls=64)
-        service = OrchestratorService(self.vms, events=self.events, audit=self.audit)
+        service = OrchestratorService(self.vms, events=self.events, audit=self.audit, allowed=allowed)
         orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(service, server)
         name = orchestrator_pb2.DESCRIPTOR.services_by_name["OrchestratorService"].full_name
         await add_health(server, name)
@@ -173,7 +190,8 @@ class MiddlewareService:
 
     def _note_policy(self) -> None:
         problems = "; ".join(self.policy.problems)
-        self.audit.record("policy.read", "noted", reason="POLICY_INVALID" if problems else "", detail=problems)
+        with contextlib.suppress(MiddlewareError):  # a full log must not stop a reload
+            self.audit.record("policy.read", "noted", reason="POLICY_INVALID" if problems else "", detail=problems)
 
     def _note_stop(self) -> None:
         with contextlib.suppress(MiddlewareError):

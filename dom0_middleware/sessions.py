@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from dom0_middleware.errors import Reason, Refused, Unavailable
 from dom0_middleware.state import VmRecord
+from gose_client.errors import GridRefusedError
 from secfunet.gose.v1 import operation_pb2
 from secfunet.middleware.v1 import agent_pb2
 
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 _GRACE = 0.1  # seconds
 CLOSE_TIMEOUT = 5.0  # seconds that the grid gets to hear of it
+# Seconds for which the grid's refusal of a login stands: a guest that asks in a loop must not keep the hypervisor's only card busy.
+REFUSAL_STANDS = 0.5
 
 
 class BatchAnswer(Protocol):
@@ -54,6 +57,8 @@ class _Slot:
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
         self.session: GridSession | None = None
+        self.refusal: GridRefusedError | None = None
+        self.refused_at = 0.0  # of the event loop's clock
         self.ended = False
         self.tasks: set[asyncio.Task[Any]] = set()
 
@@ -127,9 +132,16 @@ class VmSessions:
     async def _open(self, slot: _Slot, vm: VmRecord, timeout: float, correlation: str) -> GridSession:
         async with _deadline(timeout), slot.lock:
             if slot.session is None:
-                session = await self._grid.open_session(
-                    vm.vm_certificate, vm.vm_auth_token, timeout=timeout, correlation=correlation
-                )
+                now = asyncio.get_running_loop().time
+                if slot.refusal is not None and now() < slot.refused_at + REFUSAL_STANDS:
+                    raise slot.refusal.with_traceback(None)
+                try:
+                    session = await self._grid.open_session(
+                        vm.vm_certificate, vm.vm_auth_token, timeout=timeout, correlation=correlation
+                    )
+                except GridRefusedError as error:
+                    slot.refusal, slot.refused_at = error, now()
+                    raise
                 if slot.ended:
                     # The right ended while the grid was asked, and the cancellation was not heard.
                     self._close_later(session)
@@ -150,6 +162,11 @@ class VmSessions:
         async with _deadline(timeout):
             session = slot.session or await self._open(slot, vm, timeout, correlation)
             answer = await session.execute(operations, timeout=max(0.001, end - loop.time()), correlation=correlation)
+            if len(answer.containers) > len(operations):
+                # Each would keep the hypervisor's card busy.
+                raise Unavailable(
+                    Reason.GRID_UNAVAILABLE, "the grid gave more containers than it was asked for results"
+                )
             results = [
                 agent_pb2.SealedResults(
                     container=container,

@@ -7,13 +7,16 @@ survives a power cut. Calls are rare (life cycle, enrolment) and short, so they 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dom0_middleware.errors import MiddlewareError, Reason, Refused
+from dom0_middleware.errors import MiddlewareError, Reason, Refused, Unavailable
+
+log = logging.getLogger(__name__)
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS vms (
@@ -100,12 +103,24 @@ class StateStore:
     def close(self) -> None:
         self._db.close()
 
+    def _execute(self, statement: str, values: Sequence[str | bytes | int | float] = ()) -> sqlite3.Cursor:
+        """Raises Unavailable (STATE_UNAVAILABLE) if the disk does not take it."""
+        try:
+            return self._db.execute(statement, values)
+        except sqlite3.IntegrityError:
+            raise
+        except sqlite3.Error as error:
+            log.error("the state file cannot be used: %s", error)
+            raise Unavailable(
+                Reason.STATE_UNAVAILABLE, "the middleware cannot write its state, so nothing is done", retry_after=5.0
+            ) from error
+
     # VMs
 
     def add_vm(self, record: VmRecord) -> None:
         """Raises Refused (VM_EXISTS) if the name, the UUID or the VMID is bound already."""
         try:
-            self._db.execute(
+            self._execute(
                 "INSERT INTO vms VALUES (?,?,?,?,?,?,?,?,?)",
                 (
                     record.uuid,
@@ -125,59 +140,59 @@ class StateStore:
 
     def vm(self, uuid: str) -> VmRecord:
         """Raises Refused (VM_UNKNOWN)."""
-        row = self._db.execute("SELECT * FROM vms WHERE uuid=?", (uuid,)).fetchone()
+        row = self._execute("SELECT * FROM vms WHERE uuid=?", (uuid,)).fetchone()
         if row is None:
             raise Refused(Reason.VM_UNKNOWN, "no such VM")
         return _vm(row)
 
     def vms(self) -> tuple[VmRecord, ...]:
         """All, by name."""
-        return tuple(_vm(row) for row in self._db.execute("SELECT * FROM vms ORDER BY name"))
+        return tuple(_vm(row) for row in self._execute("SELECT * FROM vms ORDER BY name"))
 
     def set_token(self, uuid: str, vm_auth_token: str) -> None:
-        self._db.execute("UPDATE vms SET vm_auth_token=? WHERE uuid=? AND revoked=0", (vm_auth_token, uuid))
+        self._execute("UPDATE vms SET vm_auth_token=? WHERE uuid=? AND revoked=0", (vm_auth_token, uuid))
 
     def revoke(self, uuid: str) -> None:
         """For good: there is no way back but a new VM. The token is forgotten with it."""
-        self._db.execute("UPDATE vms SET revoked=1, vm_auth_token='' WHERE uuid=?", (uuid,))
+        self._execute("UPDATE vms SET revoked=1, vm_auth_token='' WHERE uuid=?", (uuid,))
 
     def delete_vm(self, uuid: str) -> None:
-        self._db.execute("DELETE FROM vms WHERE uuid=?", (uuid,))
+        self._execute("DELETE FROM vms WHERE uuid=?", (uuid,))
 
     # Runs
 
     def begin_run(self, uuid: str, *, secret_hash: bytes, attempts: int) -> None:
         """Forgets the run before it, with its certificates and its secret."""
-        self._db.execute(
+        self._execute(
             "INSERT OR REPLACE INTO runs (uuid, secret_hash, attempts_left) VALUES (?,?,?)",
             (uuid, secret_hash, attempts),
         )
 
     def set_domain_id(self, uuid: str, domain_id: int) -> None:
-        self._db.execute("UPDATE runs SET domain_id=? WHERE uuid=?", (domain_id, uuid))
+        self._execute("UPDATE runs SET domain_id=? WHERE uuid=?", (domain_id, uuid))
 
     def set_serials(self, uuid: str, serials: Mapping[int, float]) -> None:
         encoded = json.dumps({format(serial, "x"): end for serial, end in serials.items()})
-        self._db.execute("UPDATE runs SET serials=? WHERE uuid=?", (encoded, uuid))
+        self._execute("UPDATE runs SET serials=? WHERE uuid=?", (encoded, uuid))
 
     def end_run(self, uuid: str) -> None:
-        self._db.execute("DELETE FROM runs WHERE uuid=?", (uuid,))
+        self._execute("DELETE FROM runs WHERE uuid=?", (uuid,))
 
     def run(self, uuid: str) -> RunRecord | None:
-        row = self._db.execute(
+        row = self._execute(
             "SELECT uuid, domain_id, attempts_left, secret_used, serials FROM runs WHERE uuid=?", (uuid,)
         ).fetchone()
         return _run(row) if row else None
 
     def runs(self) -> tuple[RunRecord, ...]:
-        rows = self._db.execute("SELECT uuid, domain_id, attempts_left, secret_used, serials FROM runs")
+        rows = self._execute("SELECT uuid, domain_id, attempts_left, secret_used, serials FROM runs")
         return tuple(_run(row) for row in rows)
 
     # Join secrets: each step is one atomic statement, so two callers cannot both pass it.
 
     def take_attempt(self, uuid: str) -> bytes | None:
         """Uses up one attempt before anything is compared; the secret's hash, or None if no attempt is left or the secret is used."""
-        row = self._db.execute(
+        row = self._execute(
             "UPDATE runs SET attempts_left=attempts_left-1 WHERE uuid=? AND attempts_left>0 AND secret_used=0"
             " RETURNING secret_hash",
             (uuid,),
@@ -186,9 +201,7 @@ class StateStore:
 
     def use_secret(self, uuid: str) -> bool:
         """True for exactly one caller."""
-        done = self._db.execute(
-            "UPDATE runs SET secret_used=1, secret_hash=x'' WHERE uuid=? AND secret_used=0", (uuid,)
-        )
+        done = self._execute("UPDATE runs SET secret_used=1, secret_hash=x'' WHERE uuid=? AND secret_used=0", (uuid,))
         return done.rowcount == 1
 
 

@@ -157,7 +157,8 @@ class Vms:
     async def start_vm(self, uuid: str, *, vm_auth_token: str) -> tuple[pb.Vm, str]:
         """The VM, and the folder of its channel ("" where it travels through the hypervisor).
 
-        A VM that runs already only takes the new token, if one is given: a token ends earlier than many a VM.
+        A VM that runs already only takes the new token, in the place of the one before: a token ends earlier than many a VM. Without
+        one, Refused (VM_STATE_WRONG).
         """
         async with self._lock(uuid):
             record = self._store.vm(uuid)

@@ -7,7 +7,6 @@ came from: join information that could not be erased is not presented a second t
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -98,7 +97,7 @@ class Enrolment:
             key = AgentKey.from_pem(kept["key"].encode())
             certificate = x509.load_pem_x509_certificate(kept["certificate"].encode())
             authority = base64.b64decode(kept["guest_authority"], validate=True)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, binascii.Error):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, x509.InvalidVersion):
             raise NotEnrolledError("the kept enrolment cannot be read") from None
         if not key.fits(certificate):
             raise NotEnrolledError("the kept certificate is not for the kept key")
@@ -191,6 +190,7 @@ def check_certificate(
         UnsupportedAlgorithm,
         x509.ExtensionNotFound,
         x509.DuplicateExtension,
+        x509.InvalidVersion,
         x509.UnsupportedGeneralNameType,
     ):
         raise EnrolmentRefusedError("the middleware's answer is no certificate of the guest authority") from None

@@ -10,14 +10,19 @@ import grpc
 from secfunet.errors import SecFuNetError
 
 ERROR_DOMAIN = "agent.secfunet"
+UNREACHABLE = "the Secure Middleware cannot be reached: see that it runs in dom0, and that it started this VM (the agent goes on trying)"
 
 
 class AgentError(SecFuNetError):
-    """Root of the agent's errors. ``reason`` is for programs (UPPER_SNAKE_CASE), ``retry_after`` in seconds (0: not by waiting)."""
+    """Root of the agent's errors. ``reason`` is for programs (UPPER_SNAKE_CASE), ``retry_after`` in seconds (0: not by waiting).
+
+    ``detail`` is for the agent's log only: what a library said, which tells a person little.
+    """
 
     code = grpc.StatusCode.INTERNAL
     reason = "INTERNAL"
     retry_after = 0.0
+    detail = ""
 
 
 class JoinError(AgentError):
@@ -160,8 +165,10 @@ def from_rpc_error(error: grpc.RpcError) -> AgentError:
     facts = facts_of(next((bytes(value) for key, value in metadata if key == "grpc-status-details-bin"), None))
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineError("the Secure Middleware gave no answer in time")
+    if code is grpc.StatusCode.UNAVAILABLE and facts.reason:
+        return UnavailableError(f"the Secure Middleware cannot help now: {details}")
     if code is grpc.StatusCode.UNAVAILABLE or (code in _RETRYABLE and not facts.reason):
-        if details.startswith("failed to connect"):
-            details = "nobody answers at the domain's channel (is the middleware, and this domain in it, running?)"
-        return UnavailableError(f"the Secure Middleware cannot be reached: {details or code.name.lower()}")
+        unreachable = UnavailableError(UNREACHABLE)
+        unreachable.detail = f"{code.name}: {details}"
+        return unreachable
     return OperationFailedError(code, facts.reason or code.name, details, facts.retry_after)

@@ -132,5 +132,5 @@ def _secret(text: str) -> bytes:
 def _certificate(pem: str) -> bytes:
     try:
         return x509.load_pem_x509_certificate(pem.encode()).public_bytes(Encoding.DER)
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise JoinError("'guest_authority' in the join information is no PEM certificate") from None

@@ -270,7 +270,8 @@ class MiddlewareClient:
                 continue  # it was replaced: watch the new one at once
             self._lost()
             if not isinstance(self.problem, type(problem)):
-                log.warning("the Secure Middleware is away: %s", problem, extra={"reason": problem.reason})
+                facts = {"reason": problem.reason, "detail": problem.detail}
+                log.warning("the Secure Middleware is away: %s", problem, extra=facts)
             self.problem = problem
             self.first_word.set()
             await asyncio.sleep(pause)
@@ -318,7 +319,8 @@ class MiddlewareClient:
                 self._replace(await self._connection.renew(now))
                 pause = FIRST_PAUSE
             except AgentError as error:
-                log.warning("the certificate was not renewed: %s", error, extra={"reason": error.reason})
+                facts = {"reason": error.reason, "detail": error.detail}
+                log.warning("the certificate was not renewed: %s", error, extra=facts)
                 await asyncio.sleep(min(pause, max(self.enrolment.expires_at - self._clock(), 0.05)))
                 pause = min(pause * 2, 30.0)
 

@@ -149,7 +149,7 @@ class AgentService:
                 found = await self._enrolled()
             except AgentError as error:
                 if str(error) != str(self._problem):
-                    log.warning("not enrolled: %s", error, extra={"reason": error.reason})
+                    log.warning("not enrolled: %s", error, extra={"reason": error.reason, "detail": error.detail})
                 self._problem = error
                 self._settled.set()
                 await asyncio.sleep(pause)

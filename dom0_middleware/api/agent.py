@@ -15,7 +15,7 @@ from dom0_middleware.errors import MiddlewareError, Reason, Refused
 from dom0_middleware.guest import RENEWALS_PER_SECOND, GuestDomain, Phase
 from dom0_middleware.guest_authority import GuestAuthority, parse_request
 from dom0_middleware.identity import Identities
-from dom0_middleware.operations import MAX_BATCH, Operations
+from dom0_middleware.operations import ID_SIZE, MAX_BATCH, Operations
 from secfunet.gose.v1 import operation_pb2
 from secfunet.middleware.v1 import agent_pb2 as pb
 from secfunet.middleware.v1 import agent_pb2_grpc
@@ -78,15 +78,16 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         self, request: pb.WatchIdentityRequest, context: Context
     ) -> AsyncIterator[pb.WatchIdentityResponse]:
         call, last = current_call.get(), None
-        while self._guest.phase is not Phase.ENDED:
-            self._require_current(call)
-            version = self._guest.identity_version
-            identity = await identity_as_known(self._identities, self._guest, _WATCH_TIMEOUT)
-            if identity != last:
-                last = identity
-                yield pb.WatchIdentityResponse(identity=identity)
-            complete = bool(identity.container_authority) or self._guest.record.revoked
-            await self._guest.wait_for_change(version, timeout=_WATCH_INTERVAL if complete else _WATCH_RETRY)
+        with self._guest.stream():
+            while self._guest.phase is not Phase.ENDED:
+                self._require_current(call)
+                version = self._guest.identity_version
+                identity = await identity_as_known(self._identities, self._guest, _WATCH_TIMEOUT)
+                if identity != last:
+                    last = identity
+                    yield pb.WatchIdentityResponse(identity=identity)
+                complete = bool(identity.container_authority) or self._guest.record.revoked
+                await self._guest.wait_for_change(version, timeout=_WATCH_INTERVAL if complete else _WATCH_RETRY)
         raise Refused(Reason.DOMAIN_NOT_RUNNING, "the domain of this channel stopped")
 
     async def Sign(self, request: pb.SignRequest, context: Context) -> pb.SignResponse:  # noqa: N802 - gRPC's name
@@ -108,9 +109,10 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
     async def Operate(  # noqa: N802 - gRPC's name
         self, request_iterator: AsyncIterator[pb.OperateRequest], context: Context
     ) -> AsyncIterator[pb.OperateResponse]:
-        async with contextlib.aclosing(_Pipeline(self._batch).run(request_iterator)) as responses:
-            async for response in responses:
-                yield response
+        with self._guest.stream():
+            async with contextlib.aclosing(_Pipeline(self._batch).run(request_iterator)) as responses:
+                async for response in responses:
+                    yield response
 
     async def _one(self, operation: operation_pb2.Operation, context: Context) -> pb.SealedResults:
         outcome = await self._operations.perform(current_call.get(), [operation], timeout=timeout_of(context))
@@ -129,7 +131,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         response = pb.OperateResponse(batch_id=request.batch_id)
         if not 0 < request.timeout_ms <= MAX_TIMEOUT * 1000:
             facts = facts_of(Refused(Reason.DEADLINE_REQUIRED, "a batch needs timeout_ms, of at most an hour"))
-            response.failures.extend(facts.failure(operation.request_id) for operation in request.operations)
+            response.failures.extend(facts.failure(operation.request_id[:ID_SIZE]) for operation in request.operations)
             return response
         outcome = await self._operations.perform(
             call, request.operations, timeout=request.timeout_ms / 1000, batch=request.batch_id

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from dom0_middleware.call import CORRELATION_KEY, Call, correlation_id, current_
 from dom0_middleware.errors import MiddlewareError, Reason, Refused
 from dom0_middleware.guest import GuestDomain
 from dom0_middleware.metrics import Metrics
+from dom0_middleware.refusals import RefusalMeter
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._guest = guest
         self._vm = guest.uuid if guest is not None else ""
+        self._refusals = guest.refusals if guest is not None else RefusalMeter(time.monotonic)
 
     async def intercept_service(
         self,
@@ -118,7 +121,7 @@ class Guard(grpc.aio.ServerInterceptor):
         """A refusal at the door is a decision, too; that it cannot be recorded does not make it less of a refusal."""
         self._metrics.refused_calls.labels(str(error.reason)).inc()
         call = current_call.get()
-        note = self._guest.refusals.admit() if self._guest is not None else ""
+        note = self._refusals.admit()
         if note is None:
             return
         with contextlib.suppress(MiddlewareError):

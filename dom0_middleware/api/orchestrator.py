@@ -10,7 +10,7 @@ from functools import partial
 from dom0_middleware.api.guard import Context, peer_certificate, timeout_of
 from dom0_middleware.audit import AuditLog
 from dom0_middleware.call import Call, current_call
-from dom0_middleware.errors import MiddlewareError, Reason, Refused
+from dom0_middleware.errors import MiddlewareError, Reason, Refused, Unavailable
 from dom0_middleware.events import EventHub
 from dom0_middleware.orchestrator_authority import orchestrator_name
 from dom0_middleware.vms import Vms
@@ -18,17 +18,12 @@ from secfunet.middleware.v1 import orchestrator_pb2 as pb
 from secfunet.middleware.v1 import orchestrator_pb2_grpc
 
 
-def admit_orchestrator(allowed: frozenset[str]) -> Callable[[Context, Call], Call]:
-    """For ``Guard``: raises Refused (CERTIFICATE_MISSING, ORCHESTRATOR_NOT_ALLOWED)."""
+def admit_orchestrator(allowed: Callable[[], frozenset[str]]) -> Callable[[Context, Call], Call]:
+    """For ``Guard``: raises Refused (CERTIFICATE_MISSING, ORCHESTRATOR_NOT_ALLOWED). ``allowed``: the names, asked at each call."""
 
     def admit(context: Context, call: Call) -> Call:
         name = orchestrator_name(peer_certificate(context))
-        if name not in allowed:
-            raise Refused(
-                Reason.ORCHESTRATOR_NOT_ALLOWED,
-                "this orchestrator is not among the allowed ones",
-                detail=f"it is '{name}'",
-            )
+        _require_allowed(name, allowed())
         return Call(call.method, call.correlation, caller=name)
 
     return admit
@@ -37,8 +32,9 @@ def admit_orchestrator(allowed: frozenset[str]) -> Callable[[Context, Call], Cal
 class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     """Each call that changes something is one record of the audit log, on file before it is done."""
 
-    def __init__(self, vms: Vms, *, events: EventHub, audit: AuditLog) -> None:
+    def __init__(self, vms: Vms, *, events: EventHub, audit: AuditLog, allowed: Callable[[], frozenset[str]]) -> None:
         self._vms = vms
+        self._allowed = allowed
         self._events = events
         self._audit = audit
 
@@ -86,10 +82,13 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     async def WatchEvents(  # noqa: N802
         self, request: pb.WatchEventsRequest, context: Context
     ) -> AsyncIterator[pb.WatchEventsResponse]:
+        caller = current_call.get().caller
         async with contextlib.aclosing(self._events.watch()) as events:
             # Tells the caller that from here on it misses nothing.
             await context.send_initial_metadata(())
             async for event in events:
+                # A stream outlives the settings it was opened under.
+                _require_allowed(caller, self._allowed())
                 yield event
 
     @contextlib.contextmanager
@@ -103,15 +102,28 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             vm=uuid,
             name=name[:64],
         )
-        record("permitted", detail=detail)
-        # Stopping and revoking take rights away: a full disk must not prevent that.
-        if action not in ("stop", "revoke"):
+        try:
+            record("permitted", detail=detail)
             self._audit.flush()
+        except Unavailable:
+            # Stopping and revoking take rights away: a full disk must not prevent that.
+            if action not in ("stop", "revoke"):
+                raise
         try:
             yield
         except MiddlewareError as error:
-            record("failed", reason=str(error.reason))
+            with contextlib.suppress(Unavailable):
+                record("failed", reason=str(error.reason))
             raise
+
+
+def _require_allowed(name: str, allowed: frozenset[str]) -> None:
+    if name not in allowed:
+        raise Refused(
+            Reason.ORCHESTRATOR_NOT_ALLOWED,
+            "this orchestrator is not among the allowed ones",
+            detail=f"it is '{name}'",
+        )
 
 
 def _uuid(untrusted: str) -> str:

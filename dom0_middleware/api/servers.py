@@ -30,6 +30,8 @@ from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc
 MAX_MESSAGE = 256 * 1024  # bytes: 64 operations are some 40 KiB
 MAX_ENROL_MESSAGE = 32 * 1024
 _MAX_CERTIFICATES = 8  # parsed ones that are remembered, a domain
+MAX_CONNECTIONS = 64  # of one server: one guest must not use up the descriptors that all of them share
+HANDSHAKE_TIMEOUT_MS = 10_000
 
 ServerOptions = Sequence[tuple[str, int]]
 
@@ -40,6 +42,8 @@ def make_server(guard: Guard, *, max_message: int, concurrent_calls: int) -> grp
         # Each socket is one server's: a second one on the same path is a fault.
         ("grpc.so_reuseport", 0),
         ("grpc.max_metadata_size", 16384),
+        ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
     )
     return grpc.aio.server(interceptors=(guard,), options=options, maximum_concurrent_rpcs=concurrent_calls)
 

@@ -35,7 +35,8 @@ async def test_init_makes_what_is_missing_and_keeps_what_is_there(tmp_path: Path
     config = tmp_path / "dom0" / "secure-middleware.toml"
     code, out, err = await run("init", "--config", config)
     assert (code, err) == (0, "")
-    assert len(out.splitlines()) == 5
+    assert [line.split()[0] for line in out.splitlines()] == ["made"] * 5 + ["Next:", "1.", "2.", "3."]
+    assert f"{tmp_path}/dom0/policy.toml: it allows nothing yet" in out
     state = tmp_path / "dom0" / "state"
     assert state.stat().st_mode & 0o777 == 0o700
     for key in ("guest-authority.key", "orchestrator-authority.key", "orchestrators/admin.key"):
@@ -43,7 +44,9 @@ async def test_init_makes_what_is_missing_and_keeps_what_is_there(tmp_path: Path
     before = (state / "guest-authority.key").read_bytes()
     assert (await run("init", "--config", config))[:2] == (0, "")
     assert (state / "guest-authority.key").read_bytes() == before
-    assert (await run("policy", "check", "--config", config))[0] == 0
+    code, out, _ = await run("policy", "check", "--config", config)
+    assert code == 0
+    assert "everything is denied" in out
     code, _, err = await run("orchestrator", "add", "ops", "--config", config)
     assert code == 0
     assert "orchestrators.allowed" in err
@@ -169,8 +172,12 @@ async def test_serve_is_a_daemon(tmp_path: Path) -> None:
                 else:
                     assert [(vm["name"], vm["state"]) for vm in vms] == [("web", "stopped")]
                     assert list((folder / "state" / "guests").iterdir()) == []
+                    config.write_text(config.read_text().replace('allowed = ["admin"]', "allowed = []"))
                     (folder / "policy.toml").write_text("broken")
                     process.send_signal(signal.SIGHUP)
+                    code, _, err = await run("vm", "list", "--config", config)
+                    assert code == 77
+                    assert "ORCHESTRATOR_NOT_ALLOWED" in err
             finally:
                 if process.returncode is None:
                     await asyncio.sleep(0.2)

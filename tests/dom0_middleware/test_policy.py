@@ -148,8 +148,12 @@ def test_operations_of_a_vm(tmp_path: Path) -> None:
     assert made.operations(Subject("u", "db", "v")) == frozenset()
 
 
-def test_the_example_is_valid(tmp_path: Path) -> None:
-    assert reason(policy(tmp_path, EXAMPLE_POLICY)) is None
+def test_the_example_allows_nothing_until_somebody_says_so(tmp_path: Path) -> None:
+    assert reason(policy(tmp_path, EXAMPLE_POLICY)) is Reason.POLICY_DENIED
+    start = EXAMPLE_POLICY.index("# [[rule]]")
+    said = EXAMPLE_POLICY[:start] + EXAMPLE_POLICY[start:].replace("# ", "")
+    assert reason(policy(tmp_path, said)) is None
+    assert policy(tmp_path, said).operations(Subject("u", "mail", "v")) == {"decrypt"}
 
 
 @given(st.binary(max_size=300))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 PROGRAM = """
-import contextlib, sys
+import contextlib, ctypes, sys
 from pathlib import Path
 import typer
 from secfunet.errors import SecFuNetError
@@ -21,6 +21,7 @@ async def service():
     try:
         yield
     finally:
+        print("dumpable:", ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))  # PR_GET_DUMPABLE
         print("clean", flush=True)
 
 async def make():
@@ -61,7 +62,7 @@ def test_life_of_a_daemon(tmp_path: Path) -> None:
         assert "Max core file size        0                    0" in limits
         daemon.send_signal(signal.SIGTERM)
         output, _ = daemon.communicate(timeout=20)
-        assert output == b"clean\n"
+        assert output == b"dumpable: 0\nclean\n"
         assert daemon.returncode == 0
         notify.settimeout(1)
         while (state := notify.recv(100)) == b"WATCHDOG=1":

@@ -208,17 +208,23 @@ async def test_a_middleware_that_dies_and_returns_within_the_deadline(
 
 
 async def test_a_dead_middleware_is_named_when_the_time_is_over(
-    middleware: MiddlewareDouble, options: AgentOptions
+    middleware: MiddlewareDouble, options: AgentOptions, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with running(options) as (service, stub):
         await eventually(lambda: service.status().connected)
         await middleware.stop()
         error = await refused(stub, timeout=0.8)
         await eventually(lambda: not service.status().connected)
-        assert "Secure Middleware" in service.status().problem
+        problem = service.status().problem
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert reason_of(error) == "MIDDLEWARE_UNAVAILABLE"
-    assert "cannot be reached" in (error.details() or "")
+    for sentence in (problem, error.details() or ""):
+        # What is wrong and what to do, once; what gRPC says of sockets is in the log only.
+        assert sentence.count("the Secure Middleware cannot be reached: see that it runs in dom0") == 1
+        assert "unix:" not in sentence
+        assert len(sentence) < 200
+    away = next(record for record in caplog.records if record.message.startswith("the Secure Middleware is away"))
+    assert "UNAVAILABLE" in str(vars(away)["detail"])
 
 
 async def test_a_refusal_reaches_the_program_with_its_reason(
