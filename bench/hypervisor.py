@@ -6,11 +6,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from demo.stack import Stack
+from dom0_middleware.card import hypervisor_card
 from dom0_middleware.settings import MiddlewareSettings
 from gose_client.client import GoseClient
-from secfunet.card import CardClient, SingleCard, connect_unix
 from secfunet.identity import der_of, load_certificate
-from secfunet.service.files import read_secret
 from secfunet.service.settings import load_settings
 
 
@@ -23,14 +22,7 @@ async def hypervisor_client(stack: Stack) -> AsyncIterator[tuple[GoseClient, byt
     if not token.exists():
         await stack.gose("issue-token", "--vm", vm, "--hypervisor", host, "--out", token)
 
-    async def connect() -> CardClient:
-        card = CardClient(await connect_unix(settings.card.socket, timeout=10))
-        await card.select()
-        await card.verify_pin(read_secret(settings.card.user_pin_file).strip())
-        await card.set_identity(settings.card.identity)
-        return card
-
-    pool = SingleCard(connect)
+    pool = hypervisor_card(settings.card)
     certificate = der_of(load_certificate(stack.layout.certificate(vm).read_bytes()))
     try:
         async with GoseClient(settings.grid, pool) as client:

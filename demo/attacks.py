@@ -14,7 +14,7 @@ from cryptography import x509
 from demo.processes import Daemon, run
 from demo.stack import Stack
 from gose_client import GoseClient, GoseClientError, GoseClientSettings
-from secfunet.card import CardClient, SingleCard, connect_unix
+from secfunet.card import CardOpener, CardPort, SingleCard, connect_unix
 from secfunet.errors import SecFuNetError
 from secfunet.gose.v1 import operation_pb2
 from secfunet.identity import der_of, load_certificate
@@ -79,12 +79,8 @@ async def foreign_hypervisor(stack: Stack, vm: str, thief: str) -> Refusal:
     layout = stack.layout
     pin = (layout.card(thief) / "user.pin").read_bytes().strip()
 
-    async def connect() -> CardClient:
-        card = CardClient(await connect_unix(layout.card_socket(thief), timeout=5))
-        await card.select()
-        await card.verify_pin(pin)
-        await card.set_identity("hypervisor")
-        return card
+    async def connect() -> CardPort:
+        return await connect_unix(layout.card_socket(thief), timeout=5)
 
     ports = stack.ports
     settings = GoseClientSettings(
@@ -96,7 +92,7 @@ async def foreign_hypervisor(stack: Stack, vm: str, thief: str) -> Refusal:
     )
     certificate = der_of(load_certificate(layout.certificate(vm).read_bytes()))
     token = layout.token(vm, stack.host).read_text().strip()
-    card = SingleCard(connect)
+    card = SingleCard(CardOpener(connect, lambda: pin, identity="hypervisor"))
     try:
         async with GoseClient(settings, card) as client:
             await client.open_session(certificate, token, timeout=20)

@@ -1,4 +1,4 @@
-"""The hypervisor's card as this client uses it: leased for moments, and left alone once it has refused a PIN."""
+"""The hypervisor's card as this client uses it: leased for moments, its refusals named."""
 
 from __future__ import annotations
 
@@ -12,24 +12,21 @@ from secfunet.card.pool import CardPool
 
 
 class CarefulCards:
-    """A CardPool that stops for good at the first wrong PIN: an attempt that is repeated by itself would block the card."""
+    """A CardPool whose PinError is a HypervisorCardError: whoever makes the pool sees to it that no PIN is tried twice
+    (``secfunet.card.ready``)."""
 
     def __init__(self, pool: CardPool) -> None:
         self._pool = pool
-        self._refusal: str | None = None
         self._certificate: bytes | None = None
 
     @contextlib.asynccontextmanager
     async def lease(self, *, timeout: float) -> AsyncIterator[CardClient]:
-        """See CardPool.lease. Raises HypervisorCardError after a PIN was refused once."""
-        if self._refusal is not None:
-            raise HypervisorCardError(self._refusal)
+        """See CardPool.lease. Raises HypervisorCardError for a PIN that the card does not take."""
         try:
             async with self._pool.lease(timeout=timeout) as card:
                 yield card
         except PinError as error:
-            self._refusal = f"the hypervisor's card refused the PIN and is not asked again: {error}"
-            raise HypervisorCardError(self._refusal) from error
+            raise HypervisorCardError(f"the hypervisor's card does not take the PIN: {error}") from error
 
     async def certificate(self, *, timeout: float) -> bytes:
         """The hypervisor's certificate, DER; asked of the card once."""

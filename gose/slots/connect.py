@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
-import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -14,11 +11,9 @@ from gose.slots.errors import SlotError
 from gose.slots.port import GuardedPort
 from secfunet.apdu import PinError
 from secfunet.card.client import CardClient
-from secfunet.card.parameters import PinRole
+from secfunet.card.ready import CardOpener, PinWithheldError
 from secfunet.card.unix import connect_unix
 from secfunet.service.files import read_secret
-
-MIN_PIN_ATTEMPTS = 2  # the last attempt is never spent by a machine
 
 
 class PinRefusedError(SlotError):
@@ -46,38 +41,27 @@ class CardConnector:
     def __init__(self, element: SecureElementSettings, limits: Limits) -> None:
         self._element = element
         self._limits = limits
-        # Salted hash of a PIN that the card has refused: trying it again would only block the card.
-        self._salt = os.urandom(16)
-        self._refused_pin: bytes | None = None
+        self._open = CardOpener(self._connect, self._read_pin, identity=element.label)
 
     async def __call__(self) -> ReadyCard:
         """Raises CardGoneError, StatusError, PinRefusedError, TimeoutError, or OSError of the PIN file."""
-        element, limits = self._element, self._limits
-        pin = read_secret(element.user_pin_file).strip()
-        digest = hashlib.sha256(self._salt + pin).digest()
-        if self._refused_pin is not None and hmac.compare_digest(self._refused_pin, digest):
-            raise PinRefusedError(element.seid, f"the PIN in {element.user_pin_file} was refused before")
-        async with asyncio.timeout(limits.card_connect_timeout):
-            port = GuardedPort(
-                await connect_unix(element.socket, timeout=limits.card_connect_timeout),
-                timeout=limits.operation_timeout,
-            )
-            try:
-                client = CardClient(port)
-                await client.select()
-                if await client.pin_attempts(PinRole.USER) < MIN_PIN_ATTEMPTS:
-                    raise PinRefusedError(
-                        element.seid, "only the last attempt at the PIN is left: unblock the card first"
-                    )
-                try:
-                    await client.verify_pin(pin)
-                except PinError:
-                    self._refused_pin = digest
-                    raise PinRefusedError(
-                        element.seid, f"the card refuses the PIN in {element.user_pin_file}"
-                    ) from None
-                await client.set_identity(element.label)
-            except BaseException:
-                await port.close()
-                raise
-        return ReadyCard(client, port)
+        try:
+            async with asyncio.timeout(self._limits.card_connect_timeout):
+                client = await self._open()
+        except PinWithheldError as error:
+            raise PinRefusedError(self._element.seid, f"{error}; unblock the card, or correct its PIN file") from None
+        except PinError:
+            raise PinRefusedError(
+                self._element.seid, f"the card refuses the PIN in {self._element.user_pin_file}"
+            ) from None
+        if not isinstance(client.port, GuardedPort):
+            raise AssertionError("a client keeps the port that it was made with")
+        return ReadyCard(client, client.port)
+
+    async def _connect(self) -> GuardedPort:
+        limits = self._limits
+        port = await connect_unix(self._element.socket, timeout=limits.card_connect_timeout)
+        return GuardedPort(port, timeout=limits.operation_timeout)
+
+    def _read_pin(self) -> bytes:
+        return read_secret(self._element.user_pin_file).strip()

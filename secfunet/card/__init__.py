@@ -5,6 +5,7 @@ from secfunet.card.errors import CardBusyError, CardError, CardFormatError, Card
 from secfunet.card.parameters import EapState, KeyAlgorithm, NegotiatedTls, PinRole, Segmentation, TlsParameters
 from secfunet.card.pool import CardPool, SingleCard
 from secfunet.card.ports import CardPort
+from secfunet.card.ready import CardOpener, PinWithheldError, ready_card, verify_carefully
 from secfunet.card.unix import connect_unix
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "CardError",
     "CardFormatError",
     "CardGoneError",
+    "CardOpener",
     "CardPool",
     "CardPort",
     "EapState",
@@ -20,8 +22,11 @@ __all__ = [
     "LeaseEndedError",
     "NegotiatedTls",
     "PinRole",
+    "PinWithheldError",
     "Segmentation",
     "SingleCard",
     "TlsParameters",
     "connect_unix",
+    "ready_card",
+    "verify_carefully",
 ]

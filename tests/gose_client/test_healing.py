@@ -19,7 +19,7 @@ from gose_client import (
     ProtocolViolationError,
     VmSession,
 )
-from secfunet.card import CardClient, SingleCard, connect_unix
+from secfunet.card import CardOpener, CardPort, SingleCard, connect_unix
 from tests.gose.grid import free_ports, sign_operation
 from tests.gose_client.conftest import Host
 from tests.support.pki import CertificateAuthority
@@ -184,19 +184,13 @@ def service_token_id(host: Host) -> str:
 async def test_a_wrong_pin_is_tried_once_and_never_again(host: Host) -> None:
     asked = 0
 
-    async def connect() -> CardClient:
+    async def connect() -> CardPort:
         nonlocal asked
         asked += 1
-        card = CardClient(await connect_unix(host.card.socket, timeout=5))
-        try:
-            await card.select()
-            await card.verify_pin(b"99999999")
-        except BaseException:
-            await card.close()
-            raise
-        return card
+        return await connect_unix(host.card.socket, timeout=5)
 
-    async with host.grid.running(), GoseClient(host.settings(), SingleCard(connect)) as client:
+    pool = SingleCard(CardOpener(connect, lambda: b"99999999"))
+    async with host.grid.running(), GoseClient(host.settings(), pool) as client:
         for _ in range(3):
             with pytest.raises(HypervisorCardError):
                 await host.session(client, timeout=5)

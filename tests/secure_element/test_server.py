@@ -17,6 +17,8 @@ from secfunet.card import (
     CardBusyError,
     CardClient,
     CardGoneError,
+    CardOpener,
+    CardPort,
     KeyAlgorithm,
     LeaseEndedError,
     PinRole,
@@ -307,17 +309,11 @@ async def test_a_lost_card_is_connected_again(tmp_path: Path) -> None:
 
 
 async def test_a_wrong_pin_is_tried_once(served: Path) -> None:
-    async def connect() -> CardClient:
-        client = CardClient(await connect_unix(served, timeout=2))
-        try:
-            await client.select()
-            await client.verify_pin(b"9999")
-        except BaseException:
-            await client.close()
-            raise
-        return client
+    async def connect() -> CardPort:
+        return await connect_unix(served, timeout=2)
 
-    pool = SingleCard(connect)
+    pins = [b"9999"]
+    pool = SingleCard(CardOpener(connect, lambda: pins[-1]))
     for _ in range(5):
         with pytest.raises(PinError) as wrong:
             async with pool.lease(timeout=2):
@@ -327,6 +323,10 @@ async def test_a_wrong_pin_is_tried_once(served: Path) -> None:
     await client.select()
     assert await client.pin_attempts() == 2
     await client.close()
+    pins.append(USER_PIN)  # somebody corrects the file
+    async with pool.lease(timeout=2) as card:
+        assert await card.pin_attempts() == 3
+    await pool.close()
 
 
 async def test_any_bytes_leave_a_card_that_serves(served: Path) -> None:
