@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gose.state import open_database
+from gose.state import SERVING_BUSY_TIMEOUT, open_database, transaction
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS containers (
@@ -56,7 +56,7 @@ class AnswerStore:
         self._keep = keep
         self._max_bytes = max_bytes
         self._clock = clock
-        self._database = open_database(path, SCHEMA)
+        self._database = open_database(path, SCHEMA, busy_timeout=SERVING_BUSY_TIMEOUT)
         # Checkpoints (with their fsync) happen in ``maintain``, not under a caller's feet.
         self._database.execute("PRAGMA wal_autocheckpoint=0")
         # The keeper works through a connection of its own, and may run in another thread.
@@ -91,9 +91,7 @@ class AnswerStore:
 
     def keep(self, scope: bytes, questions: Sequence[Question], container: bytes) -> None:
         """Keeps ``container`` as the answer to each of ``questions``."""
-        database = self._database
-        database.execute("BEGIN IMMEDIATE")
-        try:
+        with transaction(self._database) as database:
             cursor = database.execute(
                 "INSERT INTO containers (kept_until, container) VALUES (?, ?)", (self._clock() + self._keep, container)
             )
@@ -102,10 +100,6 @@ class AnswerStore:
                 "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)",
                 [(scope, question.request_id, question.request_digest, cursor.lastrowid) for question in questions],
             )
-            database.execute("COMMIT")
-        except BaseException:
-            database.execute("ROLLBACK")
-            raise
 
     def maintain(self) -> None:
         """Forgets what is too old, and the oldest of what is too much; writes the log back into the file."""
@@ -127,9 +121,7 @@ class AnswerStore:
         return size
 
     def _forget(self, condition: str, values: tuple[float, ...]) -> int:
-        keeper = self._keeper
-        keeper.execute("BEGIN IMMEDIATE")
-        try:
+        with transaction(self._keeper) as keeper:
             old = [
                 row[0]
                 for row in keeper.execute(
@@ -139,8 +131,4 @@ class AnswerStore:
             ]
             keeper.executemany("DELETE FROM answers WHERE container = ?", [(one,) for one in old])
             keeper.executemany("DELETE FROM containers WHERE id = ?", [(one,) for one in old])
-            keeper.execute("COMMIT")
-        except BaseException:
-            keeper.execute("ROLLBACK")
-            raise
         return len(old)

@@ -270,7 +270,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object for a program.")] = False,
     config: ConfigOption = CONFIG,
 ) -> None:
-    """Show who is enrolled, which cards answer, which tokens are out, and what was revoked."""
+    """Show the running grid (cards, queues, sessions), who is enrolled, which tokens are out, and what was revoked."""
     settings = load_settings(GoseSettings, config)
     authority = AuthorityFolder(settings.authority)
     with _registry(settings) as registry:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import sqlite3
 import ssl
 from collections.abc import Awaitable, Callable
 from typing import Protocol
@@ -16,6 +17,7 @@ from gose.errors import Reason, Refusal
 from gose.metrics import Metrics
 from gose.service_provider.guard import CORRELATION_KEY, clean_correlation
 from gose.settings import Address, Limits
+from gose.state import state_unavailable
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +125,8 @@ class Door:
             response = await handler(request)
         except Refusal as refusal:
             response = self._refuse(request, refusal, correlation)
+        except sqlite3.Error as error:
+            response = self._refuse(request, state_unavailable(error), correlation)
         except web.HTTPException as error:
             response = refusal_response(_refusal_of(error), status=error.status)
             if "Allow" in error.headers:

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from gose.errors import GoseError
-from gose.state import open_database
+from gose.state import open_database, transaction
 from secfunet.identity import Role
 
 SCHEMA: Final = """
@@ -369,14 +369,8 @@ class Registry:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._database
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
+        with self._lock, transaction(self._database) as database:
+            yield database
 
 
 def _identity(row: tuple[object, ...]) -> Identity:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable
@@ -29,6 +30,7 @@ from gose.openid_provider.login import Login
 from gose.openid_provider.sign_on import SignOns
 from gose.openid_provider.store import SqliteOpenIdStore
 from gose.registry import Registry
+from gose.running import RunningCard, RunningGrid, RunningSession, reporting
 from gose.service_provider.execution import Executor
 from gose.service_provider.guard import Guard
 from gose.service_provider.openid_client import OpenIdHttp
@@ -38,8 +40,10 @@ from gose.sessions import SessionStore
 from gose.settings import GoseSettings, origin
 from gose.single_use import SingleUse
 from gose.slots.rack import Rack
+from gose.slots.slot import SlotState
 from gose.standing import RegistryStanding
-from gose.state import open_database
+from gose.state import SERVING_BUSY_TIMEOUT, open_database
+from secfunet import __version__
 from secfunet.gose.v1 import service_provider_pb2, service_provider_pb2_grpc
 from secfunet.openid.effects import FetchPolicy
 from secfunet.openid.provider import CheckidRequest, OpenIdProvider
@@ -71,7 +75,7 @@ class GridService:
     def __init__(self, settings: GoseSettings, *, clock: Callable[[], float] = time.time) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.rack = Rack(settings, self.metrics)
+        self.rack: Rack
         self._clock = clock
         self._stack = AsyncExitStack()
 
@@ -94,7 +98,9 @@ class GridService:
         # State.
         registry = stack.enter_context(contextlib.closing(Registry(settings.database, clock=self._clock)))
         standing = stack.enter_context(contextlib.closing(RegistryStanding(registry, settings.database)))
-        database = stack.enter_context(contextlib.closing(open_database(settings.state / "service.sqlite", "")))
+        database = stack.enter_context(
+            contextlib.closing(open_database(settings.state / "service.sqlite", "", busy_timeout=SERVING_BUSY_TIMEOUT))
+        )
         answers = stack.enter_context(
             contextlib.closing(
                 AnswerStore(
@@ -110,6 +116,7 @@ class GridService:
         await stack.enter_async_context(self._maintained(sessions, openid_store, answers))
         stack.enter_context(MetricsServer(metrics, settings.metrics_port))
         # Cards.
+        self.rack = Rack(settings, metrics, admit=standing.card)
         stack.push_async_callback(self.rack.close)
         await self.rack.start()
         threads = ThreadPoolExecutor(SEALING_THREADS, thread_name_prefix="seal")
@@ -123,7 +130,11 @@ class GridService:
             stack, keys, openid_store, SignOns(database, lifetime=limits.sso_lifetime, clock=self._clock), standing
         )
         await self._open_sessions(stack, keys, openid_store, registry, standing, sessions)
-        await self._open_operations(stack, keys, executor, sessions)
+        service_provider = await self._open_operations(stack, keys, executor, sessions)
+        started_at = self._clock()
+        await stack.enter_async_context(
+            reporting(settings.state, lambda: self._report(started_at, sessions, service_provider))
+        )
         log.info(
             "the grid is ready",
             extra={
@@ -157,9 +168,7 @@ class GridService:
             accepts_realm=realms.__contains__,
             association_lifetime=int(limits.association_lifetime),
         )
-        pending: SingleUse[CheckidRequest] = SingleUse(
-            limit=limits.logins_pending, lifetime=limits.login_lifetime, clock=self._clock
-        )
+        pending: SingleUse[CheckidRequest] = SingleUse(limit=limits.logins_pending, lifetime=limits.login_lifetime)
         endpoint = Endpoint(
             provider,
             origin=own_origin,
@@ -254,7 +263,7 @@ class GridService:
 
     async def _open_operations(
         self, stack: AsyncExitStack, keys: AuthorityFolder, executor: Executor, sessions: SessionStore
-    ) -> None:
+    ) -> ServiceProvider:
         settings, limits = self.settings, self.settings.limits
         server = grpc.aio.server(
             interceptors=[Guard(sessions, self.metrics)],
@@ -264,6 +273,8 @@ class GridService:
                 ("grpc.max_concurrent_streams", 1024),
                 # Two grids on one port would share its connections at random.
                 ("grpc.so_reuseport", 0),
+                # Whoever connects and says nothing is not waited for.
+                ("grpc.server_handshake_timeout_ms", round(limits.handshake_timeout * 1000)),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.max_connection_idle_ms", 15 * 60_000),
@@ -291,6 +302,38 @@ class GridService:
         stack.push_async_callback(health.enter_graceful_shutdown)
         for name in ("", SERVICE_NAME):
             await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return service_provider
+
+    def _report(self, started_at: float, sessions: SessionStore, service_provider: ServiceProvider) -> RunningGrid:
+        return RunningGrid(
+            pid=os.getpid(),
+            version=__version__,
+            started_at=started_at,
+            streams=service_provider.streams,
+            cards=tuple(
+                RunningCard(
+                    seid=slot.seid,
+                    state=slot.state.value,
+                    cause="" if slot.state is SlotState.IN_SERVICE else slot.cause,
+                    queue=slot.queue_name,
+                    jobs_done=slot.jobs_done,
+                )
+                for slot in self.rack.slots()
+            ),
+            queues=self.rack.queues(),
+            sessions=tuple(
+                RunningSession(
+                    name=session.name,
+                    vmid=session.vmid,
+                    hvid=session.hvid,
+                    seid=session.seid,
+                    operations=tuple(sorted(session.operations)),
+                    created_at=session.created_at,
+                    expires_at=session.expires_at,
+                )
+                for session in sessions.all()
+            ),
+        )
 
     # --- in the background
 

@@ -93,6 +93,10 @@ class SessionStore:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def all(self) -> tuple[Session, ...]:
+        """Every session, the oldest first; some may have ended, or been revoked, since they were last used."""
+        return tuple(sorted(self._sessions.values(), key=lambda session: session.created_at))
+
     def grant(
         self,
         *,

@@ -25,6 +25,7 @@ class _Entry(Generic[Value]):
 class SingleUse(Generic[Value]):
     """At most ``limit`` values, at most ``per_owner`` of one owner, each for ``lifetime`` seconds. In memory: a restart forgets them.
 
+    ``clock`` only ever goes forward: a time of day that is set back would let values live longer.
     Names are 43 characters of base64url, 256 random bits.
     """
 
@@ -34,7 +35,7 @@ class SingleUse(Generic[Value]):
         limit: int,
         lifetime: float,
         per_owner: int | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
         randbytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self._limit = limit

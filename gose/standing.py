@@ -7,7 +7,9 @@ from pathlib import Path
 
 from gose.errors import Reason, Refusal
 from gose.registry import Identity, Registry, RevocationKind
+from gose.slots.errors import CardNotAdmittedError
 from gose.state import open_database
+from secfunet.identity import thumbprint
 
 _MAX_REMEMBERED = 10_000
 
@@ -29,6 +31,7 @@ class RegistryStanding:
         self._watch: sqlite3.Connection = open_database(path, "")
         self._version = -1
         self._good: set[tuple[str, str, str]] = set()
+        self._good_cards: set[tuple[str, bytes]] = set()
 
     def close(self) -> None:
         """Closes its connection; the registry is the caller's."""
@@ -36,10 +39,7 @@ class RegistryStanding:
 
     def check(self, *, vmid: str, hvid: str, token_id: str) -> None:
         """Raises Refusal if the VM, the hypervisor or the token was revoked, or is enrolled no longer."""
-        (version,) = self._watch.execute("PRAGMA data_version").fetchone()
-        if version != self._version or len(self._good) > _MAX_REMEMBERED:
-            self._good.clear()
-            self._version = version
+        self._look()
         key = (vmid, hvid, token_id)
         if key in self._good:
             return
@@ -50,6 +50,33 @@ class RegistryStanding:
         self.hypervisor(hvid)
         self.vm(vmid)
         self._good.add(key)
+
+    def card(self, seid: str, certificate: bytes) -> None:
+        """Raises CardNotAdmittedError unless the card in that secure element holds, under this certificate (DER), the key that the
+        registry says, and it was not revoked. So a card that was put into another's place signs for nobody.
+        """
+        try:
+            self._look()
+            if (seid, certificate) in self._good_cards:
+                return
+            identity = self._registry.in_secure_element(seid)
+        except sqlite3.Error as error:
+            raise CardNotAdmittedError(seid, f"the registry cannot be read: {error}") from error
+        if identity is None:
+            raise CardNotAdmittedError(seid, "it is not enrolled")
+        if identity.thumbprint != thumbprint(certificate):
+            raise CardNotAdmittedError(seid, f"it does not hold the key of the {identity.role} '{identity.name}'")
+        if identity.is_revoked:
+            raise CardNotAdmittedError(seid, f"the {identity.role} '{identity.name}' was revoked")
+        self._good_cards.add((seid, certificate))
+
+    def _look(self) -> None:
+        """Forgets everything if the registry has changed."""
+        (version,) = self._watch.execute("PRAGMA data_version").fetchone()
+        if version != self._version or len(self._good) > _MAX_REMEMBERED:
+            self._good.clear()
+            self._good_cards.clear()
+            self._version = version
 
     def hypervisor(self, hvid: str) -> Identity:
         """The enrolled hypervisor. Raises Refusal HYPERVISOR_REFUSED."""

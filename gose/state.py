@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
+from gose.errors import Reason, Refusal
 from secfunet.service.files import private_folder
 
+log = logging.getLogger(__name__)
+
 BUSY_TIMEOUT = 5.0  # seconds that a writer waits for another one
+SERVING_BUSY_TIMEOUT = 0.25  # likewise, in the event loop of a running grid, where everybody waits with it
 
 
-def open_database(path: Path, schema: str) -> sqlite3.Connection:
+def open_database(path: Path, schema: str, *, busy_timeout: float = BUSY_TIMEOUT) -> sqlite3.Connection:
     """Opens (makes, mode 0600) the database and applies ``schema`` (only CREATE ... IF NOT EXISTS).
 
     Autocommit: a statement is durable against the death of this process when it returns, and against a power cut after the next
@@ -25,7 +31,7 @@ def open_database(path: Path, schema: str) -> sqlite3.Connection:
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     database = sqlite3.connect(
-        path, timeout=BUSY_TIMEOUT, isolation_level=None, cached_statements=256, check_same_thread=False
+        path, timeout=busy_timeout, isolation_level=None, cached_statements=256, check_same_thread=False
     )
     try:
         database.execute("PRAGMA journal_mode=WAL")
@@ -36,3 +42,23 @@ def open_database(path: Path, schema: str) -> sqlite3.Connection:
         database.close()
         raise
     return database
+
+
+@contextlib.contextmanager
+def transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """All of it or nothing. Raises sqlite3.Error."""
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield database
+        database.execute("COMMIT")
+    except BaseException:
+        # After some errors (a full disk) SQLite has rolled back by itself.
+        if database.in_transaction:
+            database.execute("ROLLBACK")
+        raise
+
+
+def state_unavailable(error: sqlite3.Error) -> Refusal:
+    """What a caller of a running grid is told when its state cannot be read or written (disk full, file locked); logs why."""
+    log.error("the state cannot be used", extra={"cause": str(error)})
+    return Refusal(Reason.STATE_UNAVAILABLE, "the grid cannot use its state now", retry_after=1.0, detail=str(error))

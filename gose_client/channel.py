@@ -87,6 +87,11 @@ class OperationsChannel:
             return explain(below, self._settings.operations)
         return GridUnavailableError(f"the connection to {self._settings.operations} broke: {error.details()}")
 
+    def connect_anew(self) -> None:
+        """The connection is dead without having broken: gRPC would put every new call into it again."""
+        if self._relay is not None:
+            self._relay.drop_connections()
+
     def forget_errors(self) -> None:
         """The connection works: what went wrong before explains nothing from now on."""
         if self._relay is not None:

@@ -32,7 +32,7 @@ from secfunet.identity import load_certificate, rsa_key_of
 
 _log = logging.getLogger(__name__)
 
-_BEGIN_AGAIN: Final = frozenset({"LOGIN_UNKNOWN", "LOGIN_STALE"})
+_BEGIN_AGAIN: Final = frozenset({"LOGIN_UNKNOWN"})
 _MAX_BEGINNINGS = 4
 _MAX_LOGINS = 8  # at the same time
 _MAX_AUTHORITIES = 16
@@ -55,7 +55,12 @@ class GoseClient:
         self._cards = CarefulCards(cards)
         authority: x509.Certificate = load_certificate(settings.authority.read_bytes())
         connectors = Connectors(settings, self._cards, authority)
-        self._http = HttpConnections(connectors.http(), limit=settings.connections, idle_timeout=settings.idle_timeout)
+        self._http = HttpConnections(
+            connectors.http(),
+            limit=settings.connections,
+            idle_timeout=settings.idle_timeout,
+            answer_timeout=settings.answer_timeout,
+        )
         self._logins = Logins(settings, self._http, self._cards, authority, clock)
         self._channel = OperationsChannel(settings, connectors)
         self._keys = ContentKeys(

@@ -127,11 +127,14 @@ class _Connection:
 class HttpConnections:
     """Connections to the origins of a table, and to no other."""
 
-    def __init__(self, connectors: Mapping[str, Connect], *, limit: int, idle_timeout: float) -> None:
+    def __init__(
+        self, connectors: Mapping[str, Connect], *, limit: int, idle_timeout: float, answer_timeout: float
+    ) -> None:
         self._connectors = dict(connectors)
         self._places = {origin: asyncio.Semaphore(limit) for origin in connectors}
         self._idle: dict[str, list[_Connection]] = {origin: [] for origin in connectors}
         self._idle_timeout = idle_timeout
+        self._answer_timeout = answer_timeout
         self._closing: set[asyncio.Task[None]] = set()
 
     async def request(
@@ -158,7 +161,13 @@ class HttpConnections:
                 async with self._lend(url.origin) as connection:
                     was_used = connection.is_used
                     try:
-                        return await connection.exchange(head, body)
+                        async with asyncio.timeout(self._answer_timeout) as patience:
+                            return await connection.exchange(head, body)
+                    except TimeoutError as error:
+                        if not patience.expired():
+                            raise
+                        silent = f"{url.origin} was silent for {self._answer_timeout:g} s"
+                        raise GridUnavailableError(silent) from error
                     except _LostError as error:
                         # The server may close an idle connection just when it is used again: nothing has happened then.
                         if not was_used or error.answered:

@@ -48,6 +48,7 @@ class GoseClientSettings(Settings):
     card_timeout: Seconds = 10.0  # unwrapping one content key, wait for the card included
     close_timeout: Seconds = 2.0  # telling the grid that a session ends
     stall_timeout: Seconds = 45.0  # a stream with batches in work and without any answer for so long counts as lost
+    answer_timeout: Seconds = 30.0  # one HTTP exchange of a login on an open connection
     idle_timeout: Seconds = 60.0  # an HTTP connection is kept for the next login
     dead_peer_timeout: Seconds = (
         10.0  # bytes that the other side has not acknowledged for so long: the connection is lost

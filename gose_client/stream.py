@@ -29,11 +29,13 @@ class OperationStream:
         in_flight: int,
         stall_timeout: float,
         heard: Callable[[], None] = lambda: None,
+        stalled: Callable[[], None] = lambda: None,
     ) -> None:
-        """``heard`` is called at every answer."""
+        """``heard`` is called at every answer, ``stalled`` when the stream is given up because there was none."""
         self._call = call
         self._explain = explain
         self._heard = heard
+        self._stalled = stalled
         self._stall_timeout = stall_timeout
         self._places = asyncio.Semaphore(in_flight)
         self._numbers = itertools.count(1)
@@ -106,6 +108,7 @@ class OperationStream:
         loop = asyncio.get_running_loop()
         if self._waiting and loop.time() - self._last_sign > self._stall_timeout:
             self._lose(GridUnavailableError(f"the grid was silent for {self._stall_timeout:g} s"))
+            self._stalled()
         elif self._end is None:
             self._watchdog = loop.call_later(self._stall_timeout / 4, self._watch)
 

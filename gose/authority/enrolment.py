@@ -35,6 +35,8 @@ from secfunet.card.unix import connect_unix
 from secfunet.identity import Holder, der_of, thumbprint
 
 CONNECT_TIMEOUT: Final = 5.0
+BUSY_PATIENCE: Final = 8.0
+"""Seconds for a running grid to let go of a card: it looks after an idle one every 5 seconds unless the settings say otherwise."""
 RETRY_PAUSE: Final = 0.1
 ENROLMENT_TIMEOUT: Final = 180.0
 """Seconds for a whole enrolment: a card may take tens of them to make an RSA-4096 key pair."""
@@ -58,8 +60,8 @@ class CardAccess:
         """A card at a Unix socket."""
 
         async def connect() -> CardClient:
-            # A running grid tries cards that are not enrolled yet now and then: wait until it has let go.
-            deadline = asyncio.get_running_loop().time() + CONNECT_TIMEOUT
+            # A running grid tries cards that it may not use now and then, and lets go of one whose holder was revoked.
+            deadline = asyncio.get_running_loop().time() + BUSY_PATIENCE
             while True:
                 try:
                     return CardClient(await connect_unix(path, timeout=CONNECT_TIMEOUT))
@@ -168,7 +170,8 @@ async def _personalisation(card: CardAccess) -> AsyncIterator[CardClient]:
         client = await card.connect()
     except CardBusyError as error:
         raise EnrolmentError(
-            f"{error}: a card is personalised while nobody uses it (is 'gose serve' running?)"
+            f"{error}. A card is personalised while nobody else uses it. If a running grid has it in service ('gose status' tells), "
+            "revoke its holder first ('gose revoke'; the grid lets go of the card then), or stop 'gose serve' meanwhile"
         ) from error
     try:
         await client.select()

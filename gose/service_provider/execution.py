@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from gose.slots.connect import ReadyCard
 from gose.slots.errors import SlotError
 from gose.slots.rack import Rack
 from gose.standing import RegistryStanding
+from gose.state import state_unavailable
 from secfunet.apdu import ApduError
 from secfunet.card.errors import CardError, CardGoneError
 from secfunet.container import ContainerSealer
@@ -210,6 +212,9 @@ class Executor:
             self._fail(flight, refusal)
         except (SlotError, ApduError, CardError) as error:
             self._fail(flight, refusal_of(error))
+        except sqlite3.Error as error:
+            # An answer that is not kept is not given: a retry could not be told from a new request.
+            self._fail(flight, state_unavailable(error))
         except asyncio.CancelledError:
             self._fail(flight, Refusal(Reason.SHUTTING_DOWN, "the grid shuts down", retry_after=1.0))
         except Exception:

@@ -13,6 +13,7 @@ import binascii
 import contextvars
 import logging
 import secrets
+import sqlite3
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +26,7 @@ from gose.errors import Reason, Refusal
 from gose.metrics import Metrics
 from gose.service_provider.status import abort
 from gose.sessions import Session, SessionStore
+from gose.state import state_unavailable
 from secfunet.identity import thumbprint
 
 log = logging.getLogger(__name__)
@@ -122,6 +124,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, unused-ignore
                 await abort(context, refusal)
             except grpc.aio.AbortError:
                 raise
+            except sqlite3.Error as error:
+                await abort(context, state_unavailable(error))
             except Exception:
                 log.exception("a handler failed", extra={"method": method})
                 await abort(context, Refusal(Reason.INTERNAL, "the grid has a fault; see its log"))

@@ -89,6 +89,11 @@ class ServiceProvider(pb_grpc.ServiceProviderServiceServicer):
             if not self._open[caller.hvid]:
                 del self._open[caller.hvid]
 
+    @property
+    def streams(self) -> int:
+        """How many streams are open."""
+        return len(self._streams)
+
     def drain(self) -> None:
         """The grid shuts down: streams take no more batches, answer those that they have, and end."""
         self._is_draining = True

@@ -83,7 +83,6 @@ class SessionDoor:
             limit=limits.logins_pending,
             lifetime=limits.login_lifetime,
             per_owner=limits.logins_per_hypervisor,
-            clock=clock,
         )
         self._rate = RateLimit(limit=limits.logins_per_minute, window=60.0)
         self.door: Door | None = None

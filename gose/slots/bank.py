@@ -14,7 +14,7 @@ from gose.slots.connect import ConnectCard, ReadyCard
 from gose.slots.errors import CardUnavailableError, SlotDeadlineError, SlotError
 from gose.slots.port import LeasedPort
 from gose.slots.queue import JobQueue
-from gose.slots.slot import Slot, SlotState
+from gose.slots.slot import Admit, Slot, SlotState, admit_any
 from secfunet.card.client import CardClient
 from secfunet.card.errors import CardBusyError, CardGoneError
 
@@ -31,6 +31,7 @@ class Bank:
         limits: Limits,
         metrics: Metrics,
         *,
+        admit: Admit = admit_any,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
@@ -38,7 +39,16 @@ class Bank:
         self._monotonic = monotonic
         self.queue: JobQueue[ReadyCard] = JobQueue(name, limits.slot_queue, monotonic)
         self.slots = [
-            Slot(seid, self.queue, connect, limits, metrics, on_state=self._slot_changed, monotonic=monotonic)
+            Slot(
+                seid,
+                self.queue,
+                connect,
+                limits,
+                metrics,
+                on_state=self._slot_changed,
+                admit=admit,
+                monotonic=monotonic,
+            )
             for seid, connect in cards
         ]
         if not self.slots:

@@ -37,6 +37,15 @@ class CardUnavailableError(SlotError):
         self.retry_after = retry_after
 
 
+class CardNotAdmittedError(SlotError):
+    """The card answers, and must not be used: what it holds is not what the registry says, or was revoked."""
+
+    def __init__(self, seid: str, cause: str) -> None:
+        super().__init__(cause)
+        self.seid = seid
+        self.cause = cause
+
+
 class SlotClosedError(SlotError):
     """The grid shuts down."""
 

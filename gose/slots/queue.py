@@ -79,6 +79,13 @@ class JobQueue(Generic[Card]):
         self._wake()
         return job.result
 
+    def give_back(self, job: Job[Card]) -> None:
+        """A worker cannot do what it has taken, and has not begun: it is the next one's again."""
+        self._jobs.appendleft(job)
+        if self._refusal is not None:
+            self.refuse(self._refusal)
+        self._wake()
+
     def expected_wait(self) -> float:
         """Seconds until half of what waits now is done: a hint for callers that were refused."""
         return max(0.01, len(self._jobs) * self._seconds_per_job / 2)

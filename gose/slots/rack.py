@@ -9,7 +9,7 @@ from gose.metrics import Metrics
 from gose.settings import GoseSettings
 from gose.slots.bank import Bank
 from gose.slots.connect import CardConnector
-from gose.slots.slot import Slot
+from gose.slots.slot import Admit, Slot, admit_any
 
 SERVER_CARDS = "server cards"
 
@@ -17,12 +17,18 @@ SERVER_CARDS = "server cards"
 class Rack:
     """Fairness is by card: no VM's operations wait behind another VM's."""
 
-    def __init__(self, settings: GoseSettings, metrics: Metrics) -> None:
+    def __init__(self, settings: GoseSettings, metrics: Metrics, *, admit: Admit = admit_any) -> None:
         limits = settings.limits
 
         def bank(name: str, *seids: str) -> Bank:
             elements = [element for element in settings.secure_elements if element.seid in seids]
-            return Bank(name, [(element.seid, CardConnector(element, limits)) for element in elements], limits, metrics)
+            return Bank(
+                name,
+                [(element.seid, CardConnector(element, limits)) for element in elements],
+                limits,
+                metrics,
+                admit=admit,
+            )
 
         self._vms = {
             element.seid: bank(element.seid, element.seid)
@@ -38,6 +44,10 @@ class Rack:
     def vm(self, seid: str) -> Bank | None:
         """The queue of a VM's card, or None if the grid has no such card."""
         return self._vms.get(seid)
+
+    def queues(self) -> dict[str, int]:
+        """How many jobs wait, by SEID (VMs' cards) and under SERVER_CARDS."""
+        return {bank.name: len(bank.queue) for bank in (*self._vms.values(), self.servers)}
 
     def slots(self) -> Iterator[Slot]:
         """Every slot."""

@@ -12,12 +12,23 @@ from enum import Enum
 from gose.metrics import Metrics
 from gose.settings import Limits
 from gose.slots.connect import ConnectCard, PinRefusedError, ReadyCard
-from gose.slots.errors import CardUnavailableError
+from gose.slots.errors import CardNotAdmittedError, CardUnavailableError
 from gose.slots.queue import Job, JobQueue
-from secfunet.card.errors import CardGoneError
+from secfunet.card.errors import CardBusyError, CardGoneError
 from secfunet.errors import SecFuNetError
 
 log = logging.getLogger(__name__)
+
+# A card may not have noticed yet that its last user is gone, such as a grid that was killed and is started again.
+BUSY_PATIENCE = 1.0  # seconds
+BUSY_PAUSE = 0.02
+
+Admit = Callable[[str, bytes], None]
+"""Asked whether the card of this SEID may be used with this certificate (DER); raises CardNotAdmittedError."""
+
+
+def admit_any(seid: str, certificate: bytes) -> None:
+    """For a slot without a registry."""
 
 
 class SlotState(Enum):
@@ -34,6 +45,7 @@ class Slot:
 
     A job is run to its end once it has begun: cancelling or a deadline does not stop a card in the middle of an APDU. A job whose card
     dies fails with CardUnavailableError at once; the others of the queue wait for the first attempt to reconnect, and fail if that fails.
+    ``admit`` is asked when the card was connected and before every job, so it must be quick.
     """
 
     def __init__(
@@ -45,6 +57,7 @@ class Slot:
         metrics: Metrics,
         *,
         on_state: Callable[[Slot], None],
+        admit: Admit = admit_any,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.seid = seid
@@ -57,6 +70,8 @@ class Slot:
         self._limits = limits
         self._metrics = metrics
         self._on_state = on_state
+        self._admit = admit
+        self._certificate = b""
         self._monotonic = monotonic
         self._first_attempt = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -78,6 +93,11 @@ class Slot:
         self._set_state(SlotState.CLOSED)
 
     @property
+    def queue_name(self) -> str:
+        """Of the queue that it works off."""
+        return self._queue.name
+
+    @property
     def retry_after(self) -> float:
         """Seconds until the card is tried again, if it is out of service."""
         return max(0.01, self.next_attempt - self._monotonic())
@@ -86,7 +106,7 @@ class Slot:
         backoff = self._limits.card_backoff
         while True:
             try:
-                card = await self._connect()
+                card = await self._connect_admitted()
             except (SecFuNetError, OSError) as error:  # TimeoutError is an OSError
                 self.next_attempt = self._monotonic() + backoff
                 self._out_of_service(
@@ -105,14 +125,42 @@ class Slot:
                 log.warning("the card is gone; connecting again", extra={"seid": self.seid, "cause": str(error)})
                 self.cause = str(error)
                 self._set_state(SlotState.CONNECTING)
+            except CardNotAdmittedError as error:
+                self._out_of_service(error.cause, locked=True)
             finally:
                 with contextlib.suppress(SecFuNetError, OSError, TimeoutError):
                     async with asyncio.timeout(1.0):
                         await card.port.close()
 
+    async def _connect_admitted(self) -> ReadyCard:
+        card = await self._connect_patiently()
+        try:
+            self._certificate = await card.client.certificate()
+            self._admit(self.seid, self._certificate)
+        except BaseException:
+            await card.port.close()
+            raise
+        return card
+
+    async def _connect_patiently(self) -> ReadyCard:
+        until = self._monotonic() + BUSY_PATIENCE
+        while True:
+            try:
+                return await self._connect()
+            except CardBusyError:
+                if self._monotonic() >= until:
+                    raise
+            await asyncio.sleep(BUSY_PAUSE)
+
     async def _serve(self, card: ReadyCard) -> None:
         while True:
             job = await self._queue.take(idle=self._limits.watchdog_interval)
+            try:
+                self._admit(self.seid, self._certificate)
+            except CardNotAdmittedError:
+                if job is not None:
+                    self._queue.give_back(job)
+                raise
             if job is None:
                 await self._ask_for_life(card)
             else:

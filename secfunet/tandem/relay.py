@@ -50,6 +50,7 @@ class Relay:
         self._max_connections = max_connections
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._far_writers: set[asyncio.StreamWriter] = set()
         self.last_error: Exception | None = None
         """Why the latest connection could not be opened or was lost: the library at the local end only sees it closed."""
 
@@ -75,6 +76,11 @@ class Relay:
             await self._server.wait_closed()
         _unlink(self._path)
 
+    def drop_connections(self) -> None:
+        """Cut what goes through it now, without a word to the far side: whoever comes next is connected anew."""
+        for writer in self._far_writers:
+            writer.transport.abort()
+
     async def __aenter__(self) -> Relay:
         return self
 
@@ -99,6 +105,7 @@ class Relay:
         far_writer: asyncio.StreamWriter | None = None
         try:
             far_reader, far_writer = await self._connect()
+            self._far_writers.add(far_writer)
             async with asyncio.TaskGroup() as group:
                 group.create_task(_pump(reader, far_writer))
                 group.create_task(_pump(far_reader, writer))
@@ -108,6 +115,8 @@ class Relay:
             _log.info("a relayed connection ended: %s", self.last_error)
             writer.transport.abort()
         finally:
+            if far_writer is not None:
+                self._far_writers.discard(far_writer)
             for each in (writer, far_writer):
                 if each is not None:
                     each.close()

@@ -33,8 +33,10 @@ class Place:
         self.connected += 1
         return await asyncio.open_connection("127.0.0.1", self._port)
 
-    def http(self, *, limit: int = 4, idle_timeout: float = 10.0) -> HttpConnections:
-        return HttpConnections({ORIGIN: self.connect}, limit=limit, idle_timeout=idle_timeout)
+    def http(self, *, limit: int = 4, idle_timeout: float = 10.0, answer_timeout: float = 10.0) -> HttpConnections:
+        return HttpConnections(
+            {ORIGIN: self.connect}, limit=limit, idle_timeout=idle_timeout, answer_timeout=answer_timeout
+        )
 
 
 @contextlib.asynccontextmanager
@@ -177,7 +179,9 @@ def test_any_bytes_are_an_answer_or_an_error_of_ours(untrusted: bytes) -> None:
         reader.feed_data(b"HTTP/1.1 " + untrusted)
         reader.feed_eof()
         to_server, from_client = await asyncio.open_connection(sock=socket_pair[0])
-        http = HttpConnections({ORIGIN: lambda: asyncio.sleep(0, (reader, from_client))}, limit=1, idle_timeout=1)
+        http = HttpConnections(
+            {ORIGIN: lambda: asyncio.sleep(0, (reader, from_client))}, limit=1, idle_timeout=1, answer_timeout=5
+        )
         with contextlib.suppress(GoseClientError):
             assert isinstance((await http.request("GET", URL)).status, int)
         from_client.close()
@@ -244,3 +248,14 @@ def test_any_text_is_a_cookie_or_none_and_a_jar_is_bounded(untrusted: list[str])
     assert header.isascii()
     assert "\n" not in header
     assert len(header.split("; ")) <= MAX_COOKIES
+
+
+async def test_a_server_that_says_nothing_is_given_up_and_its_connection_too() -> None:
+    async with place(answering(OK)) as grid:
+        http = grid.http(answer_timeout=0.3)
+        assert (await http.request("GET", URL)).status == 200
+        with pytest.raises(GridUnavailableError, match=r"silent for 0\.3 s"):
+            await http.request("GET", URL)
+        assert (await http.request("GET", URL)).status == 200
+        assert grid.connected == 2
+        await http.close()

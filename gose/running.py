@@ -1,0 +1,142 @@
+"""What a running grid says of itself to its administrator (``gose status``): one JSON object to whoever connects to a Unix socket.
+
+The socket lies in the grid's state folder, mode 0600: who may connect to it may read the state, too. It takes no commands, and no secret
+comes out of it. It is made when all doors are open, so a second grid on the same state, which fails before, does not take its place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gose.errors import GoseError
+
+SOCKET: Final = "status.sock"
+TIMEOUT: Final = 5.0  # seconds for one report, either side
+MAX_REPORT: Final = 64 * 2**20  # bytes
+
+
+class RunningError(GoseError):
+    """A grid runs, and does not say how it is."""
+
+
+class _Report(BaseModel):
+    # A field that is not known is of another version, and no fault.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class RunningCard(_Report):
+    """A slot: ``state`` is connecting, in_service or out_of_service (``cause`` says why); ``queue`` names what it works off."""
+
+    seid: str
+    state: str
+    cause: str
+    queue: str
+    jobs_done: int
+
+
+class RunningSession(_Report):
+    """A session, without its secret: ``name`` is what the grid's log calls it. Times are UTC seconds."""
+
+    name: str
+    vmid: str
+    hvid: str
+    seid: str
+    operations: tuple[str, ...]
+    created_at: float
+    expires_at: float
+
+
+class RunningGrid(_Report):
+    """The whole report. ``queues``: how many jobs wait in each."""
+
+    pid: int
+    version: str
+    started_at: float
+    streams: int
+    cards: tuple[RunningCard, ...]
+    queues: dict[str, int]
+    sessions: tuple[RunningSession, ...]
+
+
+@contextlib.asynccontextmanager
+async def reporting(folder: Path, report: Callable[[], RunningGrid]) -> AsyncIterator[None]:
+    """Answers whoever connects, as long as the context lives. Raises OSError."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(TIMEOUT):
+                writer.write(report().model_dump_json().encode())
+                await writer.drain()
+                writer.close()
+                await writer.wait_closed()
+        if not writer.transport.is_closing():
+            writer.transport.abort()
+
+    with _address(folder) as address:
+        server = await asyncio.start_unix_server(answer, sock=_listen(address), backlog=8)
+        try:
+            yield
+        finally:
+            server.close()
+            _remove(address)
+            await server.wait_closed()
+
+
+async def ask_running_grid(folder: Path) -> RunningGrid | None:
+    """How the grid on this state folder is; None if none runs. Raises RunningError."""
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            with _address(folder) as address:
+                reader, writer = await asyncio.open_unix_connection(address)
+            try:
+                untrusted = await reader.read(MAX_REPORT)
+                while chunk := await reader.read(MAX_REPORT):
+                    untrusted += chunk
+                    if len(untrusted) > MAX_REPORT:
+                        raise RunningError("the running grid says too much")
+            finally:
+                writer.close()
+    except (FileNotFoundError, ConnectionRefusedError):
+        return None
+    except TimeoutError:
+        raise RunningError(f"a grid runs on {folder}, and does not answer within {TIMEOUT:g} s") from None
+    except OSError as error:
+        raise RunningError(f"a grid runs on {folder}, and cannot be asked: {error}") from None
+    try:
+        return RunningGrid.model_validate_json(untrusted)
+    except ValidationError:
+        raise RunningError(f"a grid runs on {folder}, and its report cannot be read (another version?)") from None
+
+
+def _listen(address: str) -> socket.socket:
+    _remove(address)  # of a grid that was killed
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(address)
+        Path(address).chmod(0o600)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove(address: str) -> None:
+    Path(address).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _address(folder: Path) -> Iterator[str]:
+    """A path to the socket that is short enough for any folder: a Unix socket's address has 107 bytes at most (unix(7))."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{SOCKET}"
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,256 @@
+"""``gose serve`` as a process: what ``gose status`` learns of it, and cards that are enrolled while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import stat
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from gose.running import SOCKET, RunningError, ask_running_grid
+from secfunet.identity import Role, load_certificate, pem_of
+from tests.gose.grid import TestGrid, new_grid, sign_operation
+from tests.support.cards import CardProcess, running_card
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.e2e]
+
+
+class Served:
+    """A grid whose settings lie in a file, ``gose serve`` on it, and a blank card in its settings."""
+
+    def __init__(self, grid: TestGrid, blank: CardProcess, config: Path) -> None:
+        self.grid = grid
+        self.blank = blank
+        self.config = config
+        self.process: asyncio.subprocess.Process | None = None
+
+    async def gose(self, *arguments: str) -> tuple[int, str, str]:
+        """One command: exit code, standard output, standard error."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "gose.cli", *arguments, "--config", str(self.config)),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        output, errors = await process.communicate()
+        assert process.returncode is not None
+        return process.returncode, output.decode(), errors.decode()
+
+    async def status(self) -> Any:
+        code, output, errors = await self.gose("status", "--json")
+        assert code == 0, errors
+        return json.loads(output)
+
+    async def start(self) -> None:
+        log_path = self.config.with_suffix(".log")
+        with log_path.open("wb") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "gose.cli", "serve", "--config", str(self.config), stderr=log
+            )
+        deadline = time.monotonic() + 30
+        while "the grid is ready" not in log_path.read_text():
+            assert self.process.returncode is None, log_path.read_text()
+            assert time.monotonic() < deadline, log_path.read_text()
+            await asyncio.sleep(0.05)
+
+    async def kill(self) -> None:
+        assert self.process is not None
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+
+    async def sign(self, vm: str) -> None:
+        """A login and a signature by the VM's key."""
+        granted = await self.grid.session(vm, "hv-a")
+        async with self.grid.channel("hv-a") as channel:
+            from secfunet.gose.v1 import service_provider_pb2 as pb
+
+            operation = sign_operation()
+            answer = await self.grid.stub(channel).Execute(
+                pb.ExecuteRequest(operations=[operation]),
+                metadata=(("secfunet-session", granted["session"]),),
+                timeout=20,
+            )
+        (container,) = answer.containers
+        (result,) = self.grid.open("hv-a", container).results
+        assert result.request_id == operation.request_id
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def served(short_folder: Path) -> AsyncIterator[Served]:
+    async with new_grid(short_folder, servers=1) as grid, running_card(short_folder, name="blank") as blank:
+        grid.hypervisor("hv-a")
+        settings = grid.settings
+        lines = [
+            'state = "state"',
+            'names = ["localhost", "127.0.0.1"]',
+            f'service_provider = {{ https = "{settings.service_provider.https}", grpc = "{settings.service_provider.grpc}" }}',
+            f'openid_provider = {{ endpoint = "{settings.openid_provider.endpoint}", login = "{settings.openid_provider.login}" }}',
+        ]
+        for seid, role, card in (
+            *((element.seid, element.role, grid.cards[element.seid]) for element in settings.secure_elements),
+            ("se-blank", "vm", blank),
+        ):
+            lines += [
+                "[[secure_elements]]",
+                *(f'seid = "{seid}"', f'socket = "{card.socket}"', f'role = "{role}"'),
+                *(f'user_pin_file = "{card.user_pin_file}"', f'operator_pin_file = "{card.operator_pin_file}"'),
+            ]
+        config = short_folder / "gose.toml"
+        config.write_text("\n".join(lines) + "\n")
+        served = Served(grid, blank, config)
+        await served.start()
+        yield served
+        await served.kill()
+
+
+async def test_status_of_a_running_grid(served: Served) -> None:
+    await served.sign("vm-1")
+    report = await served.status()
+    running = report["running"]
+    assert served.process is not None
+    assert running["pid"] == served.process.pid
+    assert time.time() - 300 < running["started_at"] <= time.time()
+    assert running["queues"] == {"se-vm-1": 0, "se-blank": 0, "server cards": 0}
+    (session,) = running["sessions"]
+    assert session["vmid"] == served.grid.vms["vm-1"].thumbprint
+    assert session["hvid"] == served.grid.hypervisor("hv-a").hvid
+    assert session["operations"] == ["decrypt", "encrypt", "sign"]
+    cards = {card["seid"]: card for card in report["secure_elements"]}
+    assert (cards["se-vm-1"]["state"], cards["se-vm-1"]["waiting"], cards["se-vm-1"]["jobs_done"]) == (
+        "in service",
+        0,
+        1,
+    )
+    assert cards["server-0"]["state"] == "in service"
+    assert cards["se-blank"]["state"] == "out of service"
+    assert cards["se-blank"]["cause"]
+    code, text, _ = await served.gose("status")
+    assert code == 0
+    assert "grid: running since" in text
+    assert "1 sessions" in text
+    assert session["name"] in text
+    mode = (served.grid.settings.state / SOCKET).stat().st_mode
+    assert stat.S_ISSOCK(mode)
+    assert stat.S_IMODE(mode) == 0o600
+
+
+async def test_a_report_has_no_secret(served: Served) -> None:
+    granted = await served.grid.session("vm-1", "hv-a")
+    _, output, _ = await served.gose("status", "--json")
+    assert granted["session"] not in output
+
+
+async def test_a_card_that_is_in_use_is_not_taken_away(served: Served, tmp_path: Path) -> None:
+    """--replace says what to do, and nothing has happened to the card."""
+    code, _, errors = await served.gose(
+        "enrol-vm", "vm-1", "--seid", "se-vm-1", "--replace", "--out", str(tmp_path / "vm.pem")
+    )
+    assert code == 1, errors
+    assert "revoke its holder first ('gose revoke'; the grid lets go of the card then)" in errors
+    assert not (tmp_path / "vm.pem").exists()
+    await served.sign("vm-1")
+
+
+async def test_a_new_card_is_enrolled_and_used_while_the_grid_runs(served: Served, tmp_path: Path) -> None:
+    out = tmp_path / "vm.pem"
+    code, _, errors = await served.gose("enrol-vm", "vm-new", "--seid", "se-blank", "--out", str(out))
+    assert code == 0, errors
+    with served.grid.registry() as registry:
+        identity = registry.in_secure_element("se-blank")
+    assert identity is not None
+    assert pem_of(identity.certificate) == out.read_bytes()
+    assert load_certificate(out.read_bytes())
+    served.grid.vms["vm-new"] = identity
+    deadline = time.monotonic() + 8  # a slot looks after its card every 5 seconds at least
+    while {card["seid"]: card["state"] for card in (await served.status())["secure_elements"]}[
+        "se-blank"
+    ] != "in service":
+        assert time.monotonic() < deadline
+    await served.sign("vm-new")
+
+
+async def test_a_new_hypervisor_logs_in_at_a_running_grid(served: Served) -> None:
+    served.grid.hypervisor("hv-new")
+    granted = await served.grid.session("vm-1", "hv-new")
+    assert granted["hvid"] == served.grid.hypervisor("hv-new").hvid
+
+
+async def test_a_revoked_server_card_serves_no_longer(served: Served) -> None:
+    """And an enrolled one in its place does again, without a restart of the grid."""
+    code, _, errors = await served.gose("revoke", "server", "server-0")
+    assert code == 0, errors
+    with pytest.raises(Exception, match=r"Cannot connect|ssl|SSL|reset"):
+        async with served.grid.browser("hv-a") as browser:
+            await browser.get(f"{served.grid.login}/login")
+    card = next(card for card in (await served.status())["secure_elements"] if card["seid"] == "server-0")
+    assert (card["state"], card["cause"]) == ("out of service", "the server 'server-0' was revoked")
+    code, _, errors = await served.gose("enrol-server", "server-0", "--seid", "server-0", "--replace", "--key", "p-256")
+    assert code == 0, errors
+    deadline = time.monotonic() + 8
+    while {one["seid"]: one["state"] for one in (await served.status())["secure_elements"]}["server-0"] != "in service":
+        assert time.monotonic() < deadline
+    await served.sign("vm-1")
+
+
+async def test_a_revoked_vm_gets_a_new_key_while_the_grid_runs(served: Served, tmp_path: Path) -> None:
+    old = served.grid.vms["vm-1"]
+    code, _, errors = await served.gose("revoke", "vm", "vm-1")
+    assert code == 0, errors
+    code, _, errors = await served.gose(
+        "enrol-vm", "vm-1", "--seid", "se-vm-1", "--replace", "--out", str(tmp_path / "vm.pem")
+    )
+    assert code == 0, errors
+    with served.grid.registry() as registry:
+        served.grid.vms["vm-1"] = registry.named(Role.VM, "vm-1")
+    assert served.grid.vms["vm-1"].thumbprint != old.thumbprint
+    deadline = time.monotonic() + 8
+    while {one["seid"]: one["state"] for one in (await served.status())["secure_elements"]}["se-vm-1"] != "in service":
+        assert time.monotonic() < deadline
+    await served.sign("vm-1")
+
+
+async def test_a_killed_grid_leaves_a_socket_and_no_report(served: Served) -> None:
+    await served.kill()
+    assert (served.grid.settings.state / SOCKET).exists()
+    report = await served.status()
+    assert report["running"] is None
+    states = {card["seid"]: card["state"] for card in report["secure_elements"]}
+    assert states == {"se-vm-1": "answers", "server-0": "answers", "se-blank": "answers"}
+    assert "grid: not running" in (await served.gose("status"))[1]
+    await served.start()
+    assert (await served.status())["running"] is not None
+
+
+async def test_a_second_grid_does_not_take_the_socket(served: Served) -> None:
+    code, _, errors = await served.gose("serve")
+    assert code != 0, errors
+    running = (await served.status())["running"]
+    assert served.process is not None
+    assert running["pid"] == served.process.pid
+
+
+@pytest.mark.parametrize("answer", [b"", b"{}", b"x" * 70_000, b'{"pid": "no number"}'])
+async def test_what_is_no_report(tmp_path: Path, answer: bytes) -> None:
+    deep = tmp_path / ("a-folder-whose-name-is-long-" * 5)
+    deep.mkdir()
+    assert await ask_running_grid(deep) is None
+
+    async def lie(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+        writer.close()
+
+    folder = os.open(deep, os.O_RDONLY)
+    try:
+        async with await asyncio.start_unix_server(lie, f"/proc/self/fd/{folder}/{SOCKET}"):
+            with pytest.raises(RunningError):
+                await ask_running_grid(deep)
+    finally:
+        os.close(folder)
