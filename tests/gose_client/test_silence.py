@@ -90,64 +90,74 @@ async def wire(port: int) -> AsyncIterator[Wire]:
 
 async def test_a_grid_whose_machine_is_gone_in_the_middle_of_a_stream(host: Host) -> None:
     """TCP_USER_TIMEOUT: what is not acknowledged for so long ends the connection."""
-    async with host.grid.running(), wire(host.grid.settings.service_provider.grpc.port) as between:
-        async with host.client(operations=f"localhost:{between.port}", dead_peer_timeout=1.0) as client:
-            session = await host.session(client)
-            await sign(host, client, session)
-            assert between.connections == 1
-            between.cut()
-            begun = time.monotonic()
-            await asyncio.gather(*(sign(host, client, session, timeout=20) for _ in range(3)))
-            assert 0.5 < time.monotonic() - begun < 8
-            assert between.connections == 2
-            assert session._generation == 0, "a dead connection needs no login"
+    async with (
+        host.grid.running(),
+        wire(host.grid.settings.service_provider.grpc.port) as between,
+        host.client(operations=f"localhost:{between.port}", dead_peer_timeout=1.0) as client,
+    ):
+        session = await host.session(client)
+        await sign(host, client, session)
+        assert between.connections == 1
+        between.cut()
+        begun = time.monotonic()
+        await asyncio.gather(*(sign(host, client, session, timeout=20) for _ in range(3)))
+        assert 0.5 < time.monotonic() - begun < 8
+        assert between.connections == 2
+        assert session._generation == 0, "a dead connection needs no login"
 
 
 async def test_an_idle_connection_to_a_machine_that_is_gone(host: Host) -> None:
     """Keep-alive finds out before anybody needs the connection."""
-    async with host.grid.running(), wire(host.grid.settings.service_provider.grpc.port) as between:
-        async with host.client(operations=f"localhost:{between.port}", dead_peer_timeout=1.0) as client:
-            session = await host.session(client)
-            await sign(host, client, session)
-            between.cut()
-            await asyncio.sleep(4)
-            begun = time.monotonic()
-            await sign(host, client, session, timeout=20)
-            assert time.monotonic() - begun < 2
-            assert between.connections >= 2
+    async with (
+        host.grid.running(),
+        wire(host.grid.settings.service_provider.grpc.port) as between,
+        host.client(operations=f"localhost:{between.port}", dead_peer_timeout=1.0) as client,
+    ):
+        session = await host.session(client)
+        await sign(host, client, session)
+        between.cut()
+        await asyncio.sleep(4)
+        begun = time.monotonic()
+        await sign(host, client, session, timeout=20)
+        assert time.monotonic() - begun < 2
+        assert between.connections >= 2
 
 
 async def test_a_stream_that_leads_nowhere(host: Host) -> None:
     """Something on the way acknowledges all and delivers nothing: the stream is given up, and its connection with it."""
-    async with host.grid.running(), wire(host.grid.settings.service_provider.grpc.port) as between:
-        async with host.client(operations=f"localhost:{between.port}", stall_timeout=1.0) as client:
-            session = await host.session(client)
-            await sign(host, client, session)
-            between.stall()
-            begun = time.monotonic()
-            await sign(host, client, session, timeout=20)
-            assert 0.9 < time.monotonic() - begun < 6
-            assert between.connections == 2
+    async with (
+        host.grid.running(),
+        wire(host.grid.settings.service_provider.grpc.port) as between,
+        host.client(operations=f"localhost:{between.port}", stall_timeout=1.0) as client,
+    ):
+        session = await host.session(client)
+        await sign(host, client, session)
+        between.stall()
+        begun = time.monotonic()
+        await sign(host, client, session, timeout=20)
+        assert 0.9 < time.monotonic() - begun < 6
+        assert between.connections == 2
 
 
 async def test_a_login_that_leads_nowhere(host: Host) -> None:
     """The provider's endpoint is silent in the middle of a login: another connection, within the caller's time."""
-    async with host.grid.running(), wire(host.grid.settings.openid_provider.endpoint.port) as between:
+    async with (
+        host.grid.running(),
+        wire(host.grid.settings.openid_provider.endpoint.port) as between,
+        host.client(answer_timeout=1.0) as client,
+    ):
         # The grid's URLs have the endpoint's own port, so only the way there is another one.
-        async with host.client(answer_timeout=1.0) as client:
-            http = client._http
+        http = client._http
 
-            async def through() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-                context = host.grid.browser(None)._context
-                return await asyncio.open_connection(
-                    "127.0.0.1", between.port, ssl=context, server_hostname="localhost"
-                )
+        async def through() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            context = host.grid.browser(None)._context
+            return await asyncio.open_connection("127.0.0.1", between.port, ssl=context, server_hostname="localhost")
 
-            http._connectors[host.grid.op] = through
-            await host.session(client)
-            between.stall()
-            client._logins.forget()
-            begun = time.monotonic()
-            await host.session(client, timeout=20)
-            assert 0.9 < time.monotonic() - begun < 6
-            assert between.connections == 2
+        http._connectors[host.grid.op] = through
+        await host.session(client)
+        between.stall()
+        client._logins.forget()
+        begun = time.monotonic()
+        await host.session(client, timeout=20)
+        assert 0.9 < time.monotonic() - begun < 6
+        assert between.connections == 2
