@@ -31,6 +31,7 @@ from secfunet.apdu import PinError, StatusError
 from secfunet.card.client import CardClient
 from secfunet.card.errors import CardBusyError, CardFormatError
 from secfunet.card.parameters import KeyAlgorithm, PinRole
+from secfunet.card.ready import PinWithheldError, verify_carefully
 from secfunet.card.unix import connect_unix
 from secfunet.identity import Holder, der_of, thumbprint
 
@@ -40,8 +41,6 @@ BUSY_PATIENCE: Final = 8.0
 RETRY_PAUSE: Final = 0.1
 ENROLMENT_TIMEOUT: Final = 180.0
 """Seconds for a whole enrolment: a card may take tens of them to make an RSA-4096 key pair."""
-MIN_PIN_ATTEMPTS: Final = 2
-"""The last attempt at a PIN is never spent by a machine."""
 
 _SW_IDENTITY_IS_COMPLETE: Final = 0x6A89
 
@@ -182,13 +181,11 @@ async def _personalisation(card: CardAccess) -> AsyncIterator[CardClient]:
 
 
 async def _verify_pin(client: CardClient, pin: bytes, role: PinRole, card: CardAccess) -> None:
-    whose = "operator" if role is PinRole.OPERATOR else "user"
-    if await client.pin_attempts(role) < MIN_PIN_ATTEMPTS:
-        raise EnrolmentError(
-            f"only the last attempt at the {whose}'s PIN of {card.where} is left: it is not spent here"
-        )
+    whose = role.name.lower()
     try:
-        await client.verify_pin(pin, role)
+        await verify_carefully(client, pin, role)
+    except PinWithheldError as error:
+        raise EnrolmentError(f"{card.where}: {error}") from None
     except PinError as error:
         raise EnrolmentError(
             f"{card.where} refuses the {whose}'s PIN; {error.attempts_remaining} attempts are left"

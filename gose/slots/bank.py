@@ -12,11 +12,11 @@ from gose.metrics import Metrics
 from gose.settings import Limits
 from gose.slots.connect import ConnectCard, ReadyCard
 from gose.slots.errors import CardUnavailableError, SlotDeadlineError, SlotError
-from gose.slots.port import LeasedPort
 from gose.slots.queue import JobQueue
 from gose.slots.slot import Admit, Slot, SlotState, admit_any
 from secfunet.card.client import CardClient
 from secfunet.card.errors import CardBusyError, CardGoneError
+from secfunet.card.lease import Lease
 
 Result = TypeVar("Result")
 
@@ -84,16 +84,19 @@ class Bank:
         async def lend(card: ReadyCard) -> None:
             if lent.done():
                 return
-            port = LeasedPort(card.port)
-            lent.set_result(CardClient(port, segmentation=card.client.segmentation))
+            lease = Lease(card.client)
+            lent.set_result(lease.client)
+            is_returned = False
             try:
                 async with asyncio.timeout(self._limits.longest_lease):
                     await given_back
+                is_returned = True
             except TimeoutError:
-                # Whoever holds a card this long has forgotten it; the next lease starts from a fresh connection.
-                card.port.is_lost = True
+                pass  # whoever holds a card this long has forgotten it
             finally:
-                port.end()
+                # What a borrower kept or left half done ends with its connection; the next lease starts from a fresh one.
+                card.port.is_lost |= not is_returned
+                card.port.is_lost |= not await lease.end()
 
         try:
             job = self.queue.put(lend, deadline=self._monotonic() + timeout)

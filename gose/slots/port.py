@@ -1,10 +1,10 @@
-"""The slot's own hand on a card: every command is timed, and a lease can be taken back."""
+"""The slot's own hand on a card: every command is timed."""
 
 from __future__ import annotations
 
 import asyncio
 
-from secfunet.card.errors import CardGoneError, LeaseEndedError
+from secfunet.card.errors import CardGoneError
 from secfunet.card.ports import CardPort
 
 
@@ -43,33 +43,3 @@ class GuardedPort:
         """Gives the card back."""
         self.is_lost = True
         await self._port.close()
-
-
-class LeasedPort:
-    """What a borrower sees of a GuardedPort: it works until ``end``."""
-
-    def __init__(self, port: GuardedPort) -> None:
-        self._port = port
-        self._ended = False
-
-    def end(self) -> None:
-        """From now on every use raises LeaseEndedError."""
-        self._ended = True
-
-    async def transmit(self, command: bytes) -> bytes:
-        """See CardPort.transmit."""
-        self._check()
-        return await self._port.transmit(command)
-
-    async def reset(self) -> bytes:
-        """See CardPort.reset."""
-        self._check()
-        return await self._port.reset()
-
-    async def close(self) -> None:
-        """Ends the lease for this borrower; the card stays connected."""
-        self._ended = True
-
-    def _check(self) -> None:
-        if self._ended:
-            raise LeaseEndedError("the lease of this card has ended")

@@ -20,7 +20,7 @@ from gose.slots.slot import SlotState
 from secfunet.apdu import StatusError
 from secfunet.card.client import CardClient
 from secfunet.card.errors import CardBusyError, CardGoneError, LeaseEndedError
-from secfunet.card.parameters import KeyAlgorithm
+from secfunet.card.parameters import TLS_1_2, KeyAlgorithm, TlsParameters
 from secfunet.card.unix import connect_unix
 from secfunet.gose.v1 import operation_pb2
 from tests.gose.grid import restart
@@ -371,3 +371,25 @@ async def test_a_grid_without_server_cards() -> None:
         async with bank.lease(timeout=1):
             pass
     await bank.close()
+
+
+async def test_a_lent_card_keeps_nothing_of_its_borrower(cards: list[CardProcess]) -> None:
+    """A borrower that ends in the middle of a handshake, or takes another identity: the next one sees neither."""
+    bank = bank_of(cards[:1])
+    await bank.start()
+    try:
+        async with bank.lease(timeout=5) as card:
+            await card.set_tls_parameters(TlsParameters(server_name="victim.example", max_version=TLS_1_2))
+            await card.reset_state()
+            assert b"victim.example" in await card.process_eap(bytes.fromhex("010000060D20"))
+        async with bank.lease(timeout=5) as card:
+            await card.reset_state()
+            assert b"victim.example" not in await card.process_eap(bytes.fromhex("010000060D20"))
+        done = bank.slots[0].jobs_done
+        async with bank.lease(timeout=5) as card:
+            await card.select()  # nobody is verified any more
+        async with bank.lease(timeout=5) as card:
+            await card.state()
+        assert bank.slots[0].jobs_done > done
+    finally:
+        await bank.close()
