@@ -112,7 +112,11 @@ class FolderChannel:
     def reopen(self, uuid: str) -> ChannelAddresses:
         path = private_folder(self._path(uuid))
         for socket in path.glob("*.sock"):
-            socket.unlink()
+            # The guest can write here, too.
+            if socket.is_dir() and not socket.is_symlink():
+                shutil.rmtree(socket)
+            else:
+                socket.unlink()
         return self._addresses(uuid)
 
     def folder(self, uuid: str) -> str:

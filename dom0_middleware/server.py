@@ -31,6 +31,7 @@ from dom0_middleware.libvirt_hypervisor import LibvirtHypervisor
 from dom0_middleware.metrics import Metrics
 from dom0_middleware.orchestrator_authority import OrchestratorAuthority
 from dom0_middleware.policy import Policy
+from dom0_middleware.runs import Runs
 from dom0_middleware.sessions import Grid, VmSessions
 from dom0_middleware.settings import MiddlewareSettings
 from dom0_middleware.state import StateStore
@@ -92,16 +93,24 @@ class MiddlewareService:
             concurrent_calls=settings.limits.concurrent_calls,
             reflection=settings.reflection,
         )
-        self.vms = Vms(
+        hypervisor = hypervisor or _libvirt(settings)
+        runs = Runs(
             store=self._store,
-            hypervisor=hypervisor or _libvirt(settings),
+            hypervisor=hypervisor,
             channel=channel or FolderChannel(state / "guests"),
             servers=servers,
             sessions=self.sessions,
             secrets=secrets,
             authority=authority,
-            events=self.events,
             metrics=self.metrics,
+            clock=clock,
+        )
+        self.vms = Vms(
+            store=self._store,
+            hypervisor=hypervisor,
+            runs=runs,
+            sessions=self.sessions,
+            events=self.events,
             clock=clock,
         )
         servers.on_enrolled = self.vms.enrolled

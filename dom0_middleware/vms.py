@@ -1,8 +1,7 @@
 """The life of VMs: what orchestrators ask for and what libvirt says happened, brought together in one place.
 
-For each VM one lock orders requests and events. A domain gets its channel before it boots; whatever way it stops (our API, another program,
-a crash), the end of its run is the same: nothing permitted any more, serials and join secret forgotten, session ended, servers
-stopped, channel removed.
+For each VM one lock orders requests and events. What was begun goes to its end, also if the caller hangs up: half an act is worse than one
+that nobody waited for. A domain gets its channel before it boots (``runs``).
 """
 
 from __future__ import annotations
@@ -12,24 +11,22 @@ import logging
 import re
 import uuid as uuids
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from dom0_middleware.authority import SERVER_NAME
-from dom0_middleware.enrolment import JoinSecrets
 from dom0_middleware.errors import MiddlewareError, Reason, Refused, Unavailable
 from dom0_middleware.events import EventHub
 from dom0_middleware.guest import GuestDomain, Phase
-from dom0_middleware.guest_authority import GuestAuthority
-from dom0_middleware.guest_channel import ChannelAddresses, GuestChannel, JoinInformation
 from dom0_middleware.hypervisor import DomainEvent, DomainEventKind, DomainInfo, DomainSpec, DomainState, Hypervisor
-from dom0_middleware.metrics import Metrics
+from dom0_middleware.runs import Runs
 from dom0_middleware.sessions import VmSessions
-from dom0_middleware.state import RunRecord, StateStore, VmRecord
+from dom0_middleware.state import StateStore, VmRecord
 from secfunet.identity import IdentityError, check_validity, der_of, load_certificate, thumbprint
 from secfunet.middleware.v1 import orchestrator_pb2 as pb
 from secfunet.vm_auth_token import TokenError, unverified_claims, unverified_expiry
 
 log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 
 DEFAULT_MEMORY_MIB, DEFAULT_VCPUS = 512, 1
 MAX_MEMORY_MIB, MAX_VCPUS = 1 << 20, 256
@@ -46,13 +43,7 @@ _EVENTS = {
     DomainEventKind.STOPPED: pb.VM_EVENT_KIND_STOPPED,
 }
 _STOP_POLL = 0.05  # seconds
-
-
-class GuestServers(Protocol):
-    """The servers of each domain's channel."""
-
-    async def open(self, guest: GuestDomain, addresses: ChannelAddresses) -> None: ...
-    async def close(self, uuid: str) -> None: ...
+_CLOSE_TIMEOUT = 10.0  # seconds that what orchestrators asked for may still take when the daemon stops
 
 
 class Vms:
@@ -63,28 +54,20 @@ class Vms:
         *,
         store: StateStore,
         hypervisor: Hypervisor,
-        channel: GuestChannel,
-        servers: GuestServers,
+        runs: Runs,
         sessions: VmSessions,
-        secrets: JoinSecrets,
-        authority: GuestAuthority,
         events: EventHub,
-        metrics: Metrics,
         clock: Callable[[], float],
     ) -> None:
         self._store = store
         self._hypervisor = hypervisor
-        self._channel = channel
-        self._servers = servers
+        self._runs = runs
         self._sessions = sessions
-        self._secrets = secrets
-        self._authority = authority
         self._events = events
-        self._metrics = metrics
         self._clock = clock
-        self._guests: dict[str, GuestDomain] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._acts: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
         """Connects to the hypervisor and makes true again what the state file says.
@@ -99,22 +82,25 @@ class Vms:
                 await self._define_again(record)
             elif not _bound(record, info):
                 log.warning("a domain has the UUID of a VM but is another one", extra={"vm": record.uuid})
-        runs = {run.uuid: run for run in self._store.runs()}
-        for uuid, run in runs.items():
+        for run in self._store.runs():
+            uuid = run.uuid
             async with self._lock(uuid):
-                await self._resume_run(run)
-        self._channel.sweep(self._guests)
+                record, info = self._store.vm(uuid), await self._hypervisor.info(uuid)
+                await self._runs.resume(run, record, info if info is not None and _bound(record, info) else None)
+        self._runs.sweep()
 
     async def close(self) -> None:
-        for task in list(self._tasks):
+        if self._acts:
+            await asyncio.wait(set(self._acts), timeout=_CLOSE_TIMEOUT)
+        tasks = (*self._tasks, *self._acts)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for uuid in list(self._guests):
-            await self._servers.close(uuid)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._runs.close()
         await self._hypervisor.close()
 
     def guests(self) -> tuple[GuestDomain, ...]:
-        return tuple(self._guests.values())
+        return self._runs.guests()
 
     # What orchestrators ask for. Each raises Refused or Unavailable.
 
@@ -143,16 +129,29 @@ class Vms:
         )
         if vm_auth_token:
             self._check_token(record, vm_auth_token)
+        return await self._to_its_end(self._create(record))
+
+    async def _create(self, record: VmRecord) -> pb.Vm:
         # The record first: a crash in between leaves a VM whose domain start() defines.
         self._store.add_vm(record)
         try:
             info = await self._hypervisor.define(_spec(record))
         except MiddlewareError:
-            self._store.delete_vm(record.uuid)
+            await self._forget(record)
             raise
         vm = self._describe(record, info)
         self._events.tell(pb.VM_EVENT_KIND_CREATED, vm)
         return vm
+
+    async def _forget(self, record: VmRecord) -> None:
+        """Undoes a creation that failed. As long as the domain may be there, the record stays: what is listed can be deleted."""
+        try:
+            info = await self._hypervisor.info(record.uuid)
+            if info is not None:
+                await self._hypervisor.undefine(record.uuid)
+            self._store.delete_vm(record.uuid)
+        except MiddlewareError as error:
+            log.warning("a VM whose creation failed stays on file: %s", error, extra={"vm": record.uuid})
 
     async def start_vm(self, uuid: str, *, vm_auth_token: str) -> tuple[pb.Vm, str]:
         """The VM, and the folder of its channel ("" where it travels through the hypervisor).
@@ -160,6 +159,9 @@ class Vms:
         A VM that runs already only takes the new token, in the place of the one before: a token ends earlier than many a VM. Without
         one, Refused (VM_STATE_WRONG).
         """
+        return await self._to_its_end(self._start(uuid, vm_auth_token))
+
+    async def _start(self, uuid: str, vm_auth_token: str) -> tuple[pb.Vm, str]:
         async with self._lock(uuid):
             record = self._store.vm(uuid)
             if vm_auth_token:
@@ -171,21 +173,33 @@ class Vms:
                 raise Refused(
                     Reason.BINDING_MISMATCH, "the domain with this UUID is not the one that was bound to this VMID"
                 )
-            guest = self._guests.get(uuid)
+            guest = self._runs.guest(uuid)
             if info.state is not DomainState.STOPPED and guest is not None and vm_auth_token:
-                return self._replace_token(guest, info, vm_auth_token), self._channel.folder(uuid)
+                return self._replace_token(guest, info, vm_auth_token), self._runs.folder(uuid)
             if info.state is not DomainState.STOPPED:
-                raise Refused(Reason.VM_STATE_WRONG, "this VM runs already")
-            await self._end_run(uuid)
+                how = "already" if guest is not None else "without a channel, as it was not started here; stop it first"
+                raise Refused(Reason.VM_STATE_WRONG, f"this VM runs {how}")
+            await self._runs.end(uuid)
             if vm_auth_token:
                 self._store.set_token(uuid, vm_auth_token)
-            return await self._begin_run(self._store.vm(uuid))
+            guest, info = await self._runs.begin(self._store.vm(uuid))
+            return self._describe(guest.record, info), self._runs.folder(uuid)
+
+    def _replace_token(self, guest: GuestDomain, info: DomainInfo, vm_auth_token: str) -> pb.Vm:
+        self._store.set_token(guest.uuid, vm_auth_token)
+        guest.record = self._store.vm(guest.uuid)
+        self._sessions.renew(guest.uuid)
+        guest.identity_changed()
+        return self._describe(guest.record, info)
 
     async def stop_vm(self, uuid: str, *, force: bool, timeout: float) -> pb.Vm:
         """Ends the run at once; then the domain, which has until the deadline to shut down."""
+        return await self._to_its_end(self._stop(uuid, force, timeout))
+
+    async def _stop(self, uuid: str, force: bool, timeout: float) -> pb.Vm:
         async with self._lock(uuid):
             record = self._store.vm(uuid)
-            await self._end_run(uuid)
+            await self._runs.end(uuid)
             info = await self._require_domain(record)
             if info.state is not DomainState.STOPPED:
                 if force:
@@ -196,6 +210,10 @@ class Vms:
             return self._describe(record, info)
 
     async def delete_vm(self, uuid: str) -> None:
+        """Of a stopped VM: its domain, then its binding."""
+        await self._to_its_end(self._delete(uuid))
+
+    async def _delete(self, uuid: str) -> None:
         async with self._lock(uuid):
             record = self._store.vm(uuid)
             info = await self._hypervisor.info(uuid)
@@ -203,23 +221,24 @@ class Vms:
                 if info.state is not DomainState.STOPPED:
                     raise Refused(Reason.VM_STATE_WRONG, "this VM runs; stop it first")
                 await self._hypervisor.undefine(uuid)
-            await self._end_run(uuid)
-            self._sessions.end(uuid)
+            await self._runs.end(uuid)
             self._store.delete_vm(uuid)
         self._locks.pop(uuid, None)
         self._events.tell(pb.VM_EVENT_KIND_DELETED, pb.Vm(uuid=uuid, name=record.name, vmid=record.vmid))
 
     async def revoke_vm(self, uuid: str) -> pb.Vm:
-        """At once and for good. Waits for no lock: a VM that is just being started is revoked all the same."""
-        self._store.vm(uuid)
-        self._store.revoke(uuid)
-        record = self._store.vm(uuid)
-        guest = self._guests.get(uuid)
+        """At once and for good. Waits for no lock: a VM that is just being started is revoked all the same.
+
+        Where the disk does not take it, this run of the VM is revoked all the same; Unavailable (STATE_UNAVAILABLE) says that only it is.
+        """
+        record = replace(self._store.vm(uuid), revoked=True, vm_auth_token="")
+        guest = self._runs.guest(uuid)
         if guest is not None:
             guest.record = record
         self._sessions.end(uuid)
         if guest is not None:
             guest.identity_changed()
+        self._store.revoke(uuid)
         try:
             vm = self._describe(record, await self._hypervisor.info(uuid))
         except Unavailable:
@@ -238,91 +257,10 @@ class Vms:
         return [self._describe(record, domains.get(record.uuid)) for record in self._store.vms()]
 
     def enrolled(self, guest: GuestDomain) -> None:
-        """An agent of this run got its first certificate: the join information has done its work."""
-        self._channel.erase_join(guest.uuid)
+        """An agent of this run got its first certificate."""
+        self._runs.enrolled(guest)
         info = DomainInfo(guest.uuid, guest.record.name, DomainState.RUNNING, guest.domain_id, guest.record.vmid)
         self._events.tell(pb.VM_EVENT_KIND_ENROLLED, self._describe(guest.record, info))
-
-    # Runs. The VM's lock is held.
-
-    async def _begin_run(self, record: VmRecord) -> tuple[pb.Vm, str]:
-        secret = self._secrets.begin_run(record.uuid)
-        guest = self._new_guest(record)
-        try:
-            addresses = self._channel.open(record.uuid)
-            await self._servers.open(guest, addresses)
-            self._channel.hand_over(
-                JoinInformation(
-                    uuid=record.uuid,
-                    join_secret=secret,
-                    guest_authority=self._authority.certificate_pem.decode("ascii"),
-                    enrol=addresses.enrol,
-                    agent=addresses.agent,
-                    server_name=SERVER_NAME,
-                )
-            )
-            info = await self._hypervisor.create(record.uuid)
-            if info.domain_id is None:
-                raise Refused(Reason.HYPERVISOR_REFUSED, "the domain stopped as soon as it was started")
-            self._store.set_domain_id(record.uuid, info.domain_id)
-            guest.domain_id = info.domain_id
-            guest.set_state(info.state)
-        except BaseException:
-            await self._end_run(record.uuid)
-            raise
-        return self._describe(guest.record, info), addresses.folder
-
-    def _replace_token(self, guest: GuestDomain, info: DomainInfo, vm_auth_token: str) -> pb.Vm:
-        self._store.set_token(guest.uuid, vm_auth_token)
-        guest.record = self._store.vm(guest.uuid)
-        self._sessions.renew(guest.uuid)
-        guest.identity_changed()
-        return self._describe(guest.record, info)
-
-    async def _resume_run(self, run: RunRecord) -> None:
-        """After a restart of this daemon."""
-        info = await self._hypervisor.info(run.uuid)
-        record = self._store.vm(run.uuid)
-        if (
-            info is None
-            or info.state is DomainState.STOPPED
-            or info.domain_id is None
-            or info.domain_id != run.domain_id
-            or not _bound(record, info)
-        ):
-            await self._end_run(run.uuid)
-            return
-        guest = self._new_guest(record, run)
-        guest.domain_id = run.domain_id
-        try:
-            await self._servers.open(guest, self._channel.reopen(run.uuid))
-            guest.set_state(info.state)
-        except MiddlewareError:
-            log.exception("the channel of a running domain cannot be made again", extra={"vm": run.uuid})
-            await self._end_run(run.uuid)
-
-    async def _end_run(self, uuid: str) -> None:
-        """Idempotent. First what takes effect at once and cannot fail, then what has to be waited for."""
-        guest = self._guests.pop(uuid, None)
-        if guest is not None:
-            guest.end()
-        self._sessions.end(uuid)
-        self._store.end_run(uuid)
-        await self._servers.close(uuid)
-        self._channel.close(uuid)
-        self._metrics.guests.set(len(self._guests))
-
-    def _new_guest(self, record: VmRecord, run: RunRecord | None = None) -> GuestDomain:
-        guest = GuestDomain(
-            record,
-            self._store,
-            clock=self._clock,
-            hypervisor_answers=lambda: self._hypervisor.connected,
-            serials=run.serials if run is not None else None,
-        )
-        self._guests[record.uuid] = guest
-        self._metrics.guests.set(len(self._guests))
-        return guest
 
     # What the hypervisor says.
 
@@ -333,8 +271,8 @@ class Vms:
     def _on_connection(self, connected: bool) -> None:
         # While it is lost, GuestDomain.require_running refuses. Events of that time are lost, so each run is looked at again.
         if connected:
-            for uuid in list(self._guests):
-                self._spawn(self._look_again(uuid))
+            for guest in self._runs.guests():
+                self._spawn(self._look_again(guest.uuid))
 
     async def _follow(self, event: DomainEvent) -> None:
         try:
@@ -350,14 +288,26 @@ class Vms:
         """Brings the run in line with what the hypervisor says now: an event may be old when it comes to its turn."""
         async with self._lock(uuid):
             info = await self._hypervisor.info(uuid)
-            guest = self._guests.get(uuid)
+            guest = self._runs.guest(uuid)
             if guest is not None:
                 if info is None or info.state is DomainState.STOPPED or info.domain_id != guest.domain_id:
-                    await self._end_run(uuid)
+                    await self._runs.end(uuid)
                     log.info("a domain stopped; its channel is gone", extra={"vm": uuid})
                 else:
                     guest.set_state(info.state)
             return info
+
+    async def _to_its_end(self, act: Coroutine[Any, Any, Answer]) -> Answer:
+        """The answer of an act that a caller who hangs up does not stop."""
+        task = asyncio.ensure_future(act)
+        self._acts.add(task)
+        task.add_done_callback(self._acted)
+        return await asyncio.shield(task)
+
+    def _acted(self, task: asyncio.Task[Any]) -> None:
+        self._acts.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.info("an orchestrator's request ended with: %s", task.exception())
 
     def _spawn(self, work: Coroutine[Any, Any, object]) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(self._logged(work))
@@ -422,7 +372,7 @@ class Vms:
             raise Refused(Reason.TOKEN_EXPIRED, "this VM-Auth-Token has ended")
 
     def _describe(self, record: VmRecord, info: DomainInfo | None) -> pb.Vm:
-        guest = self._guests.get(record.uuid)
+        guest = self._runs.guest(record.uuid)
         return pb.Vm(
             uuid=record.uuid,
             name=record.name,

@@ -73,7 +73,7 @@ def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredenti
 
 
 class GuestServerPairs:
-    """See ``vms.GuestServers``. ``on_enrolled`` is told of each first certificate of a run."""
+    """See ``runs.GuestServers``. ``on_enrolled`` is told of each first certificate of a run."""
 
     def __init__(
         self,

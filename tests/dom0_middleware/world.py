@@ -318,6 +318,8 @@ class World:
         self.policy = folder / "policy.toml"
         self.policy.write_text(POLICY)
         self.extra: dict[str, object] = {}
+        # More of what MiddlewareService takes.
+        self.parts: dict[str, object] = {}
         state = folder / "s"
         state.mkdir(mode=0o700)
         GuestAuthority.create(state, clock=time.time)
@@ -360,6 +362,7 @@ class World:
             grid=self.grid,
             hypervisor_identity=HypervisorDouble(),
             clock=lambda: time.time() + self.clock_offset,
+            **self.parts,  # type: ignore[arg-type]
         )
         await self._service.__aenter__()
 

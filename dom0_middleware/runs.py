@@ -1,0 +1,174 @@
+"""Runs: what a domain has of us from the moment it is started until it stops, and how that begins and ends.
+
+A run is a channel with its servers, a join secret, the certificates that were issued in it, and a session with the grid. Whatever way a
+domain stops (our API, another program, a crash), the end of its run is the same, and is complete whatever fails on the way: nothing is
+permitted any more, serials and join secret are forgotten, the session is ended, the servers stopped, the channel removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from dom0_middleware.authority import SERVER_NAME
+from dom0_middleware.enrolment import JoinSecrets
+from dom0_middleware.errors import MiddlewareError, Reason, Refused
+from dom0_middleware.guest import GuestDomain
+from dom0_middleware.guest_authority import GuestAuthority
+from dom0_middleware.guest_channel import ChannelAddresses, GuestChannel, JoinInformation
+from dom0_middleware.hypervisor import DomainInfo, DomainState, Hypervisor
+from dom0_middleware.metrics import Metrics
+from dom0_middleware.sessions import VmSessions
+from dom0_middleware.state import RunRecord, StateStore, VmRecord
+
+log = logging.getLogger(__name__)
+
+
+class GuestServers(Protocol):
+    """The servers of each domain's channel."""
+
+    async def open(self, guest: GuestDomain, addresses: ChannelAddresses) -> None: ...
+    async def close(self, uuid: str) -> None: ...
+
+
+class Runs:
+    """The present runs. Whoever calls ``begin``, ``resume`` or ``end`` holds the VM's lock."""
+
+    def __init__(
+        self,
+        *,
+        store: StateStore,
+        hypervisor: Hypervisor,
+        channel: GuestChannel,
+        servers: GuestServers,
+        sessions: VmSessions,
+        secrets: JoinSecrets,
+        authority: GuestAuthority,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._hypervisor = hypervisor
+        self._channel = channel
+        self._servers = servers
+        self._sessions = sessions
+        self._secrets = secrets
+        self._authority = authority
+        self._metrics = metrics
+        self._clock = clock
+        self._guests: dict[str, GuestDomain] = {}
+
+    def guest(self, uuid: str) -> GuestDomain | None:
+        return self._guests.get(uuid)
+
+    def guests(self) -> tuple[GuestDomain, ...]:
+        return tuple(self._guests.values())
+
+    def folder(self, uuid: str) -> str:
+        """The folder of a run's channel ("" where it travels through the hypervisor)."""
+        return self._channel.folder(uuid)
+
+    async def begin(self, record: VmRecord) -> tuple[GuestDomain, DomainInfo]:
+        """Makes the channel of a stopped domain, then boots it. A domain that cannot have all of its run does not stay up."""
+        uuid = record.uuid
+        secret = self._secrets.begin_run(uuid)
+        guest = self._new_guest(record)
+        try:
+            addresses = self._channel.open(uuid)
+            await self._servers.open(guest, addresses)
+            self._channel.hand_over(
+                JoinInformation(
+                    uuid=uuid,
+                    join_secret=secret,
+                    guest_authority=self._authority.certificate_pem.decode("ascii"),
+                    enrol=addresses.enrol,
+                    agent=addresses.agent,
+                    server_name=SERVER_NAME,
+                )
+            )
+            info = await self._hypervisor.create(uuid)
+            if info.domain_id is None:
+                raise Refused(Reason.HYPERVISOR_REFUSED, "the domain stopped as soon as it was started")
+            self._store.set_domain_id(uuid, info.domain_id)
+            guest.domain_id = info.domain_id
+            guest.set_state(info.state)
+        except BaseException:
+            await self.end(uuid)
+            await self._pull_plug(uuid)
+            raise
+        return guest, info
+
+    async def resume(self, run: RunRecord, record: VmRecord, info: DomainInfo | None) -> None:
+        """After a restart of this daemon: the run goes on if its very domain (``info``) still runs, else it is over."""
+        if (
+            info is None
+            or info.state is DomainState.STOPPED
+            or info.domain_id is None
+            or info.domain_id != run.domain_id
+        ):
+            await self.end(run.uuid)
+            return
+        guest = self._new_guest(record, run)
+        guest.domain_id = run.domain_id
+        try:
+            await self._servers.open(guest, self._channel.reopen(run.uuid))
+            guest.set_state(info.state)
+        except (MiddlewareError, OSError):
+            # One guest's folder must not keep the others from their keys.
+            log.exception("the channel of a running domain cannot be made again", extra={"vm": run.uuid})
+            await self.end(run.uuid)
+
+    async def end(self, uuid: str) -> None:
+        """Idempotent. First what takes effect at once and cannot fail, then what has to be waited for."""
+        guest = self._guests.pop(uuid, None)
+        if guest is not None:
+            guest.end()
+        self._sessions.end(uuid)
+        try:
+            self._store.end_run(uuid)
+        except MiddlewareError:
+            # On file it lives until the next start, of the VM or of this daemon, which sees that its domain is another or gone.
+            log.warning("the end of a run could not be written", extra={"vm": uuid})
+        try:
+            await self._servers.close(uuid)
+        finally:
+            try:
+                self._channel.close(uuid)
+            except OSError:
+                log.exception("a channel could not be removed", extra={"vm": uuid})
+            self._metrics.guests.set(len(self._guests))
+
+    async def close(self) -> None:
+        """Stops every server; the runs go on when the daemon does."""
+        for uuid in list(self._guests):
+            await self._servers.close(uuid)
+
+    def sweep(self) -> None:
+        """Removes channels that belong to no run."""
+        self._channel.sweep(self._guests)
+
+    def enrolled(self, guest: GuestDomain) -> None:
+        """The join information has done its work."""
+        self._channel.erase_join(guest.uuid)
+
+    async def _pull_plug(self, uuid: str) -> None:
+        """Of what may have booted although booting failed. Where that fails too, the VM is shown as running and not enrolled."""
+        with contextlib.suppress(MiddlewareError):
+            info = await self._hypervisor.info(uuid)
+            if info is not None and info.state is not DomainState.STOPPED:
+                log.warning("a domain without a run is destroyed", extra={"vm": uuid})
+                await self._hypervisor.destroy(uuid)
+
+    def _new_guest(self, record: VmRecord, run: RunRecord | None = None) -> GuestDomain:
+        guest = GuestDomain(
+            record,
+            self._store,
+            clock=self._clock,
+            hypervisor_answers=lambda: self._hypervisor.connected,
+            serials=run.serials if run is not None else None,
+        )
+        self._guests[record.uuid] = guest
+        self._metrics.guests.set(len(self._guests))
+        return guest
