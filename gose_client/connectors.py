@@ -20,7 +20,7 @@ from secfunet.card.errors import CardError
 from secfunet.openid.realm import WebUrl, parse_url
 from secfunet.tandem.aio import open_tandem_connection
 from secfunet.tandem.errors import HandshakeRefusedError
-from secfunet.tandem.parameters import TandemParameters
+from secfunet.tandem.parameters import DEFAULT_PATIENCE, TandemParameters
 from secfunet.tls.errors import PeerAlertError, ServerNameError, UnsupportedSuiteError
 
 # Alerts by which a server says that it does not want this client (RFC 8446, 6.2): bad, unsupported, revoked, expired and unknown
@@ -75,7 +75,10 @@ class Connectors:
         settings = self._settings
         return {
             settings.openid_provider: partial(self._ordinary, parse_url(settings.openid_provider)),
-            settings.openid_login: partial(self._tandem, parse_url(settings.openid_login), ("http/1.1",)),
+            # The login waits for a card of the grid, which may take as long as we are ready to wait at all.
+            settings.openid_login: partial(
+                self._tandem, parse_url(settings.openid_login), ("http/1.1",), patience=settings.connect_timeout
+            ),
             settings.service_provider: partial(self._tandem, parse_url(settings.service_provider), ("http/1.1",)),
         }
 
@@ -87,14 +90,14 @@ class Connectors:
             raise GridUntrustedError(f"{self._settings.operations} does not speak HTTP/2")
         return streams
 
-    async def _tandem(self, url: WebUrl, alpn: tuple[str, ...]) -> Streams:
+    async def _tandem(self, url: WebUrl, alpn: tuple[str, ...], *, patience: float = DEFAULT_PATIENCE) -> Streams:
         try:
             streams = await open_tandem_connection(
                 self._cards,
                 url.host,
                 url.port,
                 server_name=url.host,
-                parameters=TandemParameters(alpn=alpn),
+                parameters=TandemParameters(alpn=alpn, patience=patience),
                 timeout=self._settings.connect_timeout,
                 limit=_READ_LIMIT,
             )

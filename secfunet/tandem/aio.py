@@ -1,8 +1,9 @@
 """TLS-Tandem over asyncio: open a connection, and listen.
 
 The card is leased as late and given back as early as can be: a client leases it when its socket is connected, a server when a
-whole ClientHello has come; both give it back when they have the keys. A TLS 1.3 client keeps it a little longer, in the background, to
-bring it the server's first tickets: until they or data have come, at most two round trips.
+whole ClientHello has come; both give it back when they have the keys, or when the peer has let it wait for too long. A TLS 1.3 client
+keeps it a little longer, in the background, to bring it the server's first tickets: until they or data have come, at most two round
+trips.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from secfunet.card.pool import CardPool
 from secfunet.errors import SecFuNetError
 from secfunet.tandem.card_link import CardLink, EapCardLink
 from secfunet.tandem.connection import AskCard, AskState, Command, StartCard, TakeKeys, TandemConnection, TandemState
-from secfunet.tandem.errors import HandshakeTimeoutError
+from secfunet.tandem.errors import HandshakeTimeoutError, PeerStalledError
 from secfunet.tandem.parameters import TandemParameters
 from secfunet.tandem.transport import TandemTransport
 from secfunet.tls.alerts import AlertDescription
@@ -52,8 +53,9 @@ async def create_tandem_connection(
     ``server_name`` (DNS name or IP address) goes into SNI and must be in the server's certificate (RFC 9525). ``sock`` may be a connected
     socket in place of host and port.
 
-    Raises HandshakeTimeoutError, OSError from connecting, CardError and ApduError from the card, HandshakeRefusedError when the card
-    does not accept the server, ServerNameError, PeerAlertError, TlsProtocolError, TruncatedStreamError.
+    Raises HandshakeTimeoutError (PeerStalledError), OSError from connecting, CardError and ApduError from the card,
+    HandshakeRefusedError when the card does not accept the server, ServerNameError, PeerAlertError, TlsProtocolError,
+    TruncatedStreamError.
     """
     loop = asyncio.get_running_loop()
     core = TandemConnection("client", parameters, server_name=server_name)
@@ -234,8 +236,10 @@ class TandemServer:
         except asyncio.CancelledError:
             _give_up(transport)
             raise
-        except TimeoutError:
-            self._failed(transport, HandshakeTimeoutError(self._timeout))
+        except TimeoutError as error:
+            self._failed(
+                transport, error if isinstance(error, HandshakeTimeoutError) else HandshakeTimeoutError(self._timeout)
+            )
         except (SecFuNetError, OSError) as error:
             self._failed(transport, error)
         except Exception as error:  # noqa: BLE001 - one connection's fault must not be the server's
@@ -266,11 +270,28 @@ def _give_up(transport: TandemTransport) -> None:
 
 
 class _TimedLink:
-    """The card of a handshake, and how long the peer took to answer: a measure for how long tickets need."""
+    """The card of a handshake, and how long it waited for the peer: in all, which is bounded, and for one answer at most, which is a
+    measure for how long tickets need."""
 
     def __init__(self, link: CardLink) -> None:
         self.link = link
         self.round_trip = 0.0
+        self._waited = 0.0
+
+    async def wait_for(self, transport: TandemTransport, patience: float) -> None:
+        """Wait until the peer has sent something. Raises PeerStalledError when all these waits together take too long."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            async with asyncio.timeout(patience - self._waited) as bound:
+                await transport.wait_for_peer()
+        except TimeoutError:
+            if not bound.expired():
+                raise  # the network's own
+            raise PeerStalledError(patience) from None
+        took = loop.time() - began
+        self._waited += took
+        self.round_trip = max(self.round_trip, took)
 
 
 async def _shake_hands(
@@ -285,10 +306,10 @@ async def _shake_hands(
     while core.state is not TandemState.OPEN:
         command = core.next_command()
         if command is None:
-            waited_from = loop.time()
-            await transport.wait_for_peer()
-            if timed is not None:
-                timed.round_trip = max(timed.round_trip, loop.time() - waited_from)
+            if timed is None:
+                await transport.wait_for_peer()
+            else:
+                await timed.wait_for(transport, core.parameters.patience)
             continue
         if timed is None:
             # A little less than what is left, so that a busy card is reported as such.

@@ -25,6 +25,14 @@ class HandshakeTimeoutError(TandemError, TimeoutError):
         self.seconds = seconds
 
 
+class PeerStalledError(HandshakeTimeoutError):
+    """The peer let a leased card wait for more than ``seconds`` in all."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.args = (f"the peer let the card wait for more than {seconds:g} s in the TLS handshake",)
+
+
 class WrongTurnError(TandemError):
     """The caller of a TandemConnection did something that its state does not allow: a fault of this program."""
 

@@ -6,11 +6,14 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Callable
+from typing import Final
 
 from secfunet.card.parameters import TlsParameters
 from secfunet.tls.cipher_suites import SUITES, TLS_1_2, TLS_1_3
 from secfunet.tls.errors import UnsupportedSuiteError
 from secfunet.tls.flights import Role
+
+DEFAULT_PATIENCE: Final = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,9 @@ class TandemParameters:
     randbytes: Callable[[int], bytes] = secrets.token_bytes
     record_limit: int | None = None
     """Records under one key before a KeyUpdate; None for the limits of RFC 8446, 5.5."""
+    patience: float = DEFAULT_PATIENCE
+    """Seconds, in all, that a leased card waits for the peer: a peer that stalls does not keep the card for the whole deadline. Of a
+    server that itself waits for a free card a client should expect a little more than that wait."""
 
     def __post_init__(self) -> None:
         """Raises UnsupportedSuiteError for a suite that is unknown, or legacy and not allowed."""

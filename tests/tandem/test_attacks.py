@@ -1,0 +1,256 @@
+"""TLS-Tandem between a malicious peer and a broken card: who stalls, lies or leaves keeps nobody else from the card."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import ssl
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from secfunet.card import CardClient, CardGoneError, CardPort, KeyAlgorithm, PinRole, SingleCard, ready_card
+from secfunet.errors import SecFuNetError
+from secfunet.tandem.aio import TandemServer, close_writer, open_tandem_connection, start_tandem_server
+from secfunet.tandem.errors import HandshakeTimeoutError, PeerStalledError
+from secfunet.tandem.parameters import TandemParameters
+from secfunet.tls.records import ContentType, encode_record
+from secure_element.card_os import CardOs
+from tests.support.local_card import OPERATOR_PIN, USER_PIN, LocalPort, new_store
+from tests.support.pki import CertificateAuthority
+from tests.tandem.conftest import NAMES
+from tests.tandem.test_both_ends import VERSIONS, Echo, only, port_of
+
+IMPATIENT = TandemParameters(patience=0.4)
+
+
+def client_hello() -> bytes:
+    """A good one, as any program sends it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    outgoing = ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), outgoing).do_handshake()
+    return outgoing.read()
+
+
+class Ends:
+    """Cards of a client and of a server in this process, and pools in front of them."""
+
+    def __init__(self, client: CardOs, server: CardOs) -> None:
+        self.cards = {"client": client, "server": server}
+        self.wrap: Callable[[CardPort], CardPort] = lambda port: port
+        self.client = SingleCard(lambda: self._connect("client", lambda port: self.wrap(port)))
+        self.server = SingleCard(lambda: self._connect("server", lambda port: port))
+
+    async def _connect(self, name: str, wrap: Callable[[CardPort], CardPort]) -> CardClient:
+        return await ready_card(wrap(LocalPort(self.cards[name])), pin=USER_PIN, identity=name)
+
+    async def listen(self, parameters: TandemParameters = IMPATIENT) -> TandemServer:
+        return await start_tandem_server(
+            Echo, self.server, host="127.0.0.1", parameters=parameters, handshake_timeout=20
+        )
+
+    async def talk(self, port: int, *, parameters: TandemParameters = IMPATIENT, timeout: float = 5) -> None:
+        reader, writer = await open_tandem_connection(
+            self.client, "127.0.0.1", port, server_name="localhost", parameters=parameters, timeout=timeout
+        )
+        try:
+            writer.write(b"hello")
+            assert await reader.readexactly(5) == b"HELLO"
+        finally:
+            await close_writer(writer)
+
+
+@pytest_asyncio.fixture
+async def ends(tmp_path: Path) -> AsyncIterator[Ends]:
+    authority = CertificateAuthority("CA")
+    made = []
+    for name in ("client", "server"):
+        folder = tmp_path / name
+        folder.mkdir()
+        card = CardOs(new_store(folder))
+        operator = await ready_card(LocalPort(card), pin=OPERATOR_PIN, role=PinRole.OPERATOR)
+        await operator.generate_key(name, KeyAlgorithm.P_256)
+        request = await operator.certificate_signing_request(name, name)
+        certificate = authority.issue_for_request(request, names=NAMES)
+        await operator.load_identity(name, name.encode(), certificate, (authority.der,))
+        await operator.close()
+        made.append(card)
+    ends = Ends(*made)
+    yield ends
+    await ends.client.close()
+    await ends.server.close()
+
+
+@pytest.mark.parametrize("drips", [False, True], ids=["silent", "dripping"])
+async def test_a_client_that_stalls_behind_its_hello_does_not_keep_the_card(ends: Ends, drips: bool) -> None:
+    async with await ends.listen() as listener:
+        stalled = [await asyncio.open_connection("127.0.0.1", port_of(listener)) for _ in range(3)]
+
+        async def drip(writer: asyncio.StreamWriter) -> None:
+            # The head of a record, then its body byte by byte: something always comes, and never enough.
+            for byte in encode_record(ContentType.APPLICATION_DATA, bytes(4000)):
+                writer.write(bytes((byte,)))
+                await asyncio.sleep(0.02)
+
+        dripping = []
+        for _, writer in stalled:
+            writer.write(client_hello())
+            if drips:
+                dripping.append(asyncio.create_task(drip(writer)))
+        await asyncio.sleep(0.1)
+        began = asyncio.get_running_loop().time()
+        # The honest client waits for the card behind all three of them.
+        await ends.talk(port_of(listener), parameters=TandemParameters(patience=10), timeout=10)
+        assert asyncio.get_running_loop().time() - began < 5
+        for task in dripping:
+            task.cancel()
+        for reader, writer in stalled:
+            with contextlib.suppress(ConnectionError):
+                await asyncio.wait_for(reader.read(), 5)
+            writer.close()
+        assert listener.handshakes_failed == 3
+
+
+async def test_a_server_that_stalls_does_not_keep_the_card(ends: Ends) -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(PeerStalledError) as stalled:
+        await ends.talk(server.sockets[0].getsockname()[1], timeout=30)
+    assert isinstance(stalled.value, HandshakeTimeoutError)
+    assert asyncio.get_running_loop().time() - began < 3
+    server.close()
+    async with await ends.listen() as listener:
+        await ends.talk(port_of(listener))
+
+
+class StoppingPort:
+    """A card whose borrower is cancelled during the command of number ``stop``."""
+
+    def __init__(self, port: CardPort, stop: int) -> None:
+        self._port = port
+        self._stop = stop
+        self._borrower = asyncio.current_task()
+        self.commands = 0
+
+    async def transmit(self, command: bytes) -> bytes:
+        self.commands += 1
+        # Tickets are brought, and the card is tidied, by tasks of their own: those are nobody's to cancel.
+        if self.commands == self._stop and self._borrower is not None and asyncio.current_task() is self._borrower:
+            self._borrower.cancel()
+            await asyncio.sleep(10)
+        return await self._port.transmit(command)
+
+    async def reset(self) -> bytes:
+        return await self._port.reset()
+
+    async def close(self) -> None:
+        await self._port.close()
+
+
+@VERSIONS
+async def test_cancelled_in_any_command(ends: Ends, version: int) -> None:
+    """From select and PIN to the last command of the lease: the card is free at once, and works for the next borrower."""
+    ports: list[StoppingPort] = []
+    stop = 0
+
+    def wrap(port: CardPort) -> CardPort:
+        ports.append(StoppingPort(port, stop))
+        return ports[-1]
+
+    ends.wrap = wrap
+    was_cancelled = 0
+    async with await ends.listen(only(version)) as listener:
+        await ends.talk(port_of(listener), parameters=only(version))
+        await ends.client.close()
+        for stop in range(1, ports[0].commands + 1):
+            task = asyncio.create_task(ends.talk(port_of(listener), parameters=only(version)))
+            await asyncio.gather(task, return_exceptions=True)
+            was_cancelled += task.cancelled()
+            assert task.cancelled() or task.exception() is None
+            stop = 0
+            async with asyncio.timeout(5):
+                await ends.talk(port_of(listener), parameters=only(version))
+                await ends.client.close()
+    assert was_cancelled >= 9
+
+
+class LyingPort:
+    """A card that changes what it answers to one command."""
+
+    def __init__(self, port: CardPort, number: int, change: Callable[[bytes], bytes]) -> None:
+        self._port = port
+        self._number = number
+        self._change = change
+        self._commands = 0
+
+    async def transmit(self, command: bytes) -> bytes:
+        response = await self._port.transmit(command)
+        self._commands += 1
+        if self._commands == self._number:
+            return self._change(response)
+        return response
+
+    async def reset(self) -> bytes:
+        return await self._port.reset()
+
+    async def close(self) -> None:
+        await self._port.close()
+
+
+@VERSIONS
+async def test_a_card_that_lies(ends: Ends, version: int) -> None:
+    """Whatever one answer becomes, the host fails with a documented error or speaks TLS; and it recovers with a good card."""
+    chance = random.Random(6101)  # noqa: S311 - noise
+
+    def flipped(response: bytes) -> bytes:
+        changed = bytearray(response)
+        changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
+        return bytes(changed)
+
+    changes: list[Callable[[bytes], bytes]] = [
+        flipped,
+        flipped,
+        lambda response: response[: len(response) // 2],
+        lambda response: response[:-2] + bytes.fromhex("61FF"),
+        lambda response: response[:-2] + bytes.fromhex("6700"),
+        lambda response: chance.randbytes(len(response)) + bytes.fromhex("9000"),
+        lambda response: bytes.fromhex("9000"),
+        lambda response: chance.randbytes(65534) + bytes.fromhex("9000"),
+    ]
+    outcomes = set()
+    async with await ends.listen(only(version)) as listener:
+        for number in range(1, 16):
+            for change in changes:
+                ends.wrap = lambda port, number=number, change=change: LyingPort(port, number, change)  # type: ignore[misc]
+                try:
+                    await ends.talk(port_of(listener), parameters=only(version), timeout=2)
+                    outcomes.add("spoke")
+                except (SecFuNetError, ConnectionError, asyncio.IncompleteReadError) as error:
+                    outcomes.add(type(error).__name__)
+                await ends.client.close()
+        ends.wrap = lambda port: port
+        await ends.talk(port_of(listener), parameters=only(version))
+    assert len(outcomes) > 3
+
+
+async def test_a_card_that_is_gone_in_any_command(ends: Ends) -> None:
+    def gone(_: bytes) -> bytes:
+        raise CardGoneError("pulled out")
+
+    async with await ends.listen() as listener:
+        for number in range(1, 12):
+            ends.wrap = lambda port, number=number: LyingPort(port, number, gone)  # type: ignore[misc]
+            with contextlib.suppress(CardGoneError):
+                await ends.talk(port_of(listener))
+            ends.wrap = lambda port: port
+            await ends.talk(port_of(listener))
+            await ends.client.close()
