@@ -123,6 +123,7 @@ class Limits(Settings):
     server_card_timeout: Seconds = 10.0  # a handshake waits this long for a free card
     handshake_timeout: Seconds = 15.0
     handshakes: Count = 256  # at the same time, waiting for a card included
+    peer_patience: Seconds = 5.0  # a handshake that has a card waits this long for its client, in all
     longest_lease: Seconds = 30.0  # whoever holds a card longer loses it
     # --- HTTP
     http_body: Annotated[int, Field(ge=1024, le=2**24)] = 65536

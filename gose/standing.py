@@ -9,7 +9,7 @@ from gose.errors import Reason, Refusal
 from gose.registry import Identity, Registry, RevocationKind
 from gose.slots.errors import CardNotAdmittedError
 from gose.state import open_database
-from secfunet.identity import thumbprint
+from secfunet.identity import Role, thumbprint
 
 _MAX_REMEMBERED = 10_000
 
@@ -80,16 +80,15 @@ class RegistryStanding:
 
     def hypervisor(self, hvid: str) -> Identity:
         """The enrolled hypervisor. Raises Refusal HYPERVISOR_REFUSED."""
-        identity = self._registry.find_hypervisor(hvid)
-        if identity is None or identity.is_revoked:
-            detail = "revoked" if identity is not None else "not enrolled"
-            raise Refusal(Reason.HYPERVISOR_REFUSED, "this hypervisor is not admitted", detail=f"{detail}: {hvid}")
-        return identity
+        return self._admitted(Role.HYPERVISOR, hvid, Reason.HYPERVISOR_REFUSED, "this hypervisor is not admitted")
 
     def vm(self, vmid: str) -> Identity:
         """The enrolled VM. Raises Refusal VM_REFUSED."""
-        identity = self._registry.find_vm(vmid)
+        return self._admitted(Role.VM, vmid, Reason.VM_REFUSED, "this VM is not admitted")
+
+    def _admitted(self, role: Role, thumbprint: str, reason: Reason, message: str) -> Identity:
+        identity = self._registry.find(role, thumbprint)
         if identity is None or identity.is_revoked:
             detail = "revoked" if identity is not None else "not enrolled"
-            raise Refusal(Reason.VM_REFUSED, "this VM is not admitted", detail=f"{detail}: {vmid}")
+            raise Refusal(reason, message, detail=f"{detail}: {thumbprint}")
         return identity

@@ -24,6 +24,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 # A unary batch of which nothing was done for one of these reasons ends with that status instead of listing it for each operation.
 _WHOLE_BATCH = {
+    Reason.STATE_UNAVAILABLE,
     Reason.SLOT_BUSY,
     Reason.CARD_UNAVAILABLE,
     Reason.DEADLINE_EXCEEDED,

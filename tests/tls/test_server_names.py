@@ -22,6 +22,7 @@ def certificate(*names: x509.GeneralName, common_name: str = "grid.example") -> 
 
 
 GRID = x509.DNSName("grid.example")
+URN = x509.UniformResourceIdentifier("urn:secfunet:server:web")
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,13 @@ GRID = x509.DNSName("grid.example")
         ((GRID,), "GRID.example"),
         ((GRID, x509.DNSName("other.example")), "other.example"),
         ((x509.DNSName("*.grid.example"),), "a.grid.example"),
+        # What stands beside the name, such as the role of a grid's certificate, is no obstacle.
+        ((URN, GRID), "grid.example"),
+        (
+            (GRID, URN, x509.RFC822Name("a@grid.example"), x509.RegisteredID(x509.ObjectIdentifier("1.2.3"))),
+            "grid.example",
+        ),
+        ((URN, x509.IPAddress(ipaddress.ip_address("192.0.2.1"))), "192.0.2.1"),
         ((x509.IPAddress(ipaddress.ip_address("192.0.2.1")),), "192.0.2.1"),
         ((x509.IPAddress(ipaddress.ip_address("2001:db8::1")),), "2001:db8:0::1"),
     ],
@@ -50,6 +58,11 @@ def test_right_names(names: tuple[x509.GeneralName, ...], expected: str) -> None
         ((x509.DNSName("*.grid.example"),), "a.b.grid.example"),
         ((x509.DNSName("*.grid.example"),), "grid.example"),
         ((GRID,), "192.0.2.1"),
+        ((URN,), "grid.example"),
+        ((x509.UniformResourceIdentifier("https://grid.example/"),), "grid.example"),
+        ((x509.DNSName("*"),), "grid"),
+        ((x509.DNSName("*.example"), x509.DNSName("gr*d.example")), "grid.example.com"),
+        ((x509.DNSName("a.*.example"),), "a.grid.example"),
         ((x509.DNSName("192.0.2.1"),), "192.0.2.1"),
         ((x509.IPAddress(ipaddress.ip_address("192.0.2.2")),), "192.0.2.1"),
     ],
