@@ -204,7 +204,7 @@ class GridService:
                 self.rack.servers,
                 host=settings.openid_provider.login.host,
                 port=settings.openid_provider.login.port,
-                parameters=TandemParameters(alpn=("http/1.1",), clock=self._clock),
+                parameters=TandemParameters(alpn=("http/1.1",), clock=self._clock, patience=limits.peer_patience),
                 handshake_timeout=limits.handshake_timeout,
                 max_handshakes=limits.handshakes,
             )
