@@ -48,6 +48,7 @@ class _Session(asyncio.Protocol):
         self._decoder = FrameDecoder()
         self._waiting: deque[bytes] = deque()
         self._work: asyncio.Task[None] | None = None
+        self._answers: list[bytes] | None = None  # those to the frames of one read leave together
         self._is_powered = False
         self._is_lost = False
         self.transport: asyncio.Transport | None = None
@@ -63,11 +64,14 @@ class _Session(asyncio.Protocol):
             self.transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
+        self._answers = []
         try:
             for body in self._decoder.feed(data):
                 self._take(body)
         except CardFormatError:
             self._drop("no frame")
+        finally:
+            self._send_answers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_lost = True
@@ -116,12 +120,24 @@ class _Session(asyncio.Protocol):
     def _write(self, body: bytes) -> None:
         if self.transport is None or self.transport.is_closing():
             return
-        self.transport.write(encode_frame(body))
+        frame = encode_frame(body)
+        if self._answers is not None:
+            self._answers.append(frame)
+            return
+        self.transport.write(frame)
         if self.transport.get_write_buffer_size() > MAX_UNREAD:
             self._drop("answers are not read")
 
+    def _send_answers(self) -> None:
+        answers, self._answers = self._answers, None
+        if answers and self.transport is not None and not self.transport.is_closing():
+            self.transport.write(b"".join(answers))
+            if self.transport.get_write_buffer_size() > MAX_UNREAD:
+                self._drop("answers are not read")
+
     def _drop(self, reason: str) -> None:
         log.warning("client dropped", extra={"reason": reason})
+        self._send_answers()
         self._waiting.clear()
         if self.transport is not None:
             self.transport.abort()

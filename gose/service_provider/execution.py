@@ -31,13 +31,19 @@ from gose.slots.rack import Rack
 from gose.standing import RegistryStanding
 from gose.state import state_unavailable
 from secfunet.apdu import ApduError
+from secfunet.card.client import KeyRequest
 from secfunet.card.errors import CardError, CardGoneError
+from secfunet.card.instructions import KeyOperation
 from secfunet.container import ContainerSealer
 from secfunet.gose.v1 import operation_pb2
 from secfunet.identity import load_certificate, rsa_key_of
 from secfunet.operation import REQUEST_ID_SIZE, OperationError, request_digest, validate_operation
 
 log = logging.getLogger(__name__)
+
+HANDFUL = (
+    8  # operations that a card is given at once: it need not wait for us after each, and a deadline is still looked at
+)
 
 
 @dataclass(slots=True)
@@ -224,21 +230,24 @@ class Executor:
     async def _work(
         self, card: ReadyCard, flight: _Flight, deadline: float, outputs: list[tuple[_Task, bytes]]
     ) -> None:
-        """In the slot, the card for ourselves. Ends between two operations when the deadline has passed."""
-        for index, one in enumerate(flight.tasks):
+        """In the slot, the card for ourselves. Ends between two handfuls when the deadline has passed."""
+        for begin in range(0, len(flight.tasks), HANDFUL):
             if self._monotonic() >= deadline:
                 return
-            try:
-                outputs.append((one, await _perform(card, one)))
-            except (CardGoneError, OSError) as error:
-                # What is done is done: it gets its container. The slot sees by the port that it must connect again.
-                card.port.is_lost = True
-                gone = refusal_of(error)
-                for rest in flight.tasks[index:]:
-                    flight.outcomes[rest.question.request_id] = gone
-                return
-            except (ApduError, CardError) as error:
-                refusal = refusal_of(error)
+            handful = flight.tasks[begin : begin + HANDFUL]
+            # Fewer outcomes than operations: the card was lost, which is the last of them.
+            for index, outcome in enumerate(await card.client.operate([_request_of(one) for one in handful]), begin):
+                one = flight.tasks[index]
+                if isinstance(outcome, bytes):
+                    outputs.append((one, outcome))
+                    continue
+                refusal = refusal_of(outcome)
+                if isinstance(outcome, CardGoneError):
+                    # What is done is done: it gets its container. The slot sees by the port that it must connect again.
+                    card.port.is_lost = True
+                    for rest in flight.tasks[index:]:
+                        flight.outcomes[rest.question.request_id] = refusal
+                    return
                 if refusal.reason is Reason.CARD_UNAVAILABLE:
                     card.port.is_lost = True
                 flight.outcomes[one.question.request_id] = refusal
@@ -318,15 +327,15 @@ class Executor:
             )
 
 
-async def _perform(card: ReadyCard, one: _Task) -> bytes:
+def _request_of(one: _Task) -> KeyRequest:
     operation = one.operation
     match one.name:
         case "sign":
-            return await card.client.sign(operation.sign.scheme, operation.sign.digest)
+            return KeyOperation.SIGN, operation.sign.scheme, operation.sign.digest
         case "decrypt":
-            return await card.client.decrypt(operation.decrypt.scheme, operation.decrypt.ciphertext)
+            return KeyOperation.DECRYPT, operation.decrypt.scheme, operation.decrypt.ciphertext
         case "encrypt":
-            return await card.client.encrypt(operation.encrypt.scheme, operation.encrypt.plaintext)
+            return KeyOperation.ENCRYPT, operation.encrypt.scheme, operation.encrypt.plaintext
         case other:
             raise AssertionError(f"validated, but unknown: {other}")
 

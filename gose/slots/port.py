@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
 
 from secfunet.card.errors import CardGoneError
-from secfunet.card.ports import CardPort
+from secfunet.card.ports import CardPort, PipeliningPort
+
+Answer = TypeVar("Answer")
 
 
 class GuardedPort:
-    """A CardPort whose commands take ``timeout`` seconds at most: a card that is silent for longer counts as gone.
+    """A PipeliningPort whose commands take ``timeout`` seconds at most: a card that is silent for longer counts as gone.
 
     ``is_lost`` says that the connection must be made anew.
     """
@@ -21,15 +25,38 @@ class GuardedPort:
 
     async def transmit(self, command: bytes) -> bytes:
         """See CardPort.transmit; raises CardGoneError after ``timeout`` seconds, too."""
+        return await self._in_time(self._port.transmit(command))
+
+    async def transmit_many(self, commands: Sequence[bytes]) -> list[bytes]:
+        """See PipeliningPort.transmit_many. All of them together have the time of one, unless the port below sends them one by one."""
+        if isinstance(self._port, PipeliningPort):
+            responses = await self._in_time(self._port.transmit_many(commands))
+            self.is_lost = self.is_lost or len(responses) < len(commands)
+            return responses
+        responses = []
+        for command in commands:
+            try:
+                responses.append(await self.transmit(command))
+            except CardGoneError:
+                if not responses:
+                    raise
+                break
+        return responses
+
+    async def _in_time(self, exchange: Coroutine[Any, Any, Answer]) -> Answer:
         if self.is_lost:
+            exchange.close()
             raise CardGoneError("the connection to the card was lost")
         try:
             async with asyncio.timeout(self._timeout):
-                return await self._port.transmit(command)
+                return await exchange
         except TimeoutError:
             self.is_lost = True
             raise CardGoneError(f"the card did not answer within {self._timeout:g} s") from None
-        except (CardGoneError, OSError):
+        except OSError as error:
+            self.is_lost = True
+            raise CardGoneError(str(error)) from error
+        except CardGoneError:
             self.is_lost = True
             raise
 

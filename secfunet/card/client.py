@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from secfunet.apdu import MAX_RESPONSE, CommandApdu, ResponseApdu, status_error
-from secfunet.card.errors import CardFormatError
+from secfunet.apdu import MAX_RESPONSE, ApduError, CommandApdu, ResponseApdu, status_error
+from secfunet.card.errors import CardError, CardFormatError, CardGoneError
 from secfunet.card.instructions import (
     AID,
     CHAINING,
@@ -28,8 +28,14 @@ from secfunet.card.parameters import (
     TlsParameters,
     decode_certificates,
 )
-from secfunet.card.ports import CardPort
+from secfunet.card.ports import CardPort, PipeliningPort
 from secfunet.card.tlv import encode_tlv
+
+KeyRequest = tuple[KeyOperation, int, bytes]
+"""An operation with the key: what to do, the number of the scheme, and with which bytes."""
+
+KeyOutcome = bytes | CardError | ApduError
+"""What became of it."""
 
 _MAX_IDENTITIES = 256
 _SW_OK = 0x9000
@@ -171,6 +177,20 @@ class CardClient:
         """Encrypts to the RSA key; ``scheme`` is a number of EncryptionScheme."""
         return await self._operate(KeyOperation.ENCRYPT, scheme, plaintext)
 
+    async def operate(self, operations: Sequence[KeyRequest]) -> list[KeyOutcome]:
+        """Several operations, one after another: the output of each, or why it has none. The list ends where the card was lost.
+
+        Where port and segmentation allow it they are sent at once.
+        """
+        if isinstance(self.port, PipeliningPort) and self.segmentation is Segmentation.EXTENDED and len(operations) > 1:
+            return await self._operate_at_once(self.port, operations)
+        outcomes: list[KeyOutcome] = []
+        for operation in operations:
+            outcomes.append(await self._outcome_of(operation))
+            if isinstance(outcomes[-1], CardGoneError):
+                break
+        return outcomes
+
     async def unwrap_key(self, profile: int, header: bytes) -> bytes:
         """The 32-byte content key in a container's header. Raises StatusError 6A80 whatever is wrong with the header."""
         key = await self._operate(KeyOperation.UNWRAP_KEY, profile, header)
@@ -211,6 +231,33 @@ class CardClient:
 
     async def _operate(self, operation: KeyOperation, number: int, data: bytes) -> bytes:
         return await self._send(Cla.KEYS, KeyIns.OPERATE, operation, number, data)
+
+    async def _outcome_of(self, operation: KeyRequest) -> KeyOutcome:
+        try:
+            return await self._operate(*operation)
+        except (CardError, ApduError) as error:
+            return error
+
+    async def _operate_at_once(self, port: PipeliningPort, operations: Sequence[KeyRequest]) -> list[KeyOutcome]:
+        commands = [CommandApdu(Cla.KEYS, KeyIns.OPERATE, *operation, self._le()) for operation in operations]
+        try:
+            responses = await port.transmit_many([command.encode() for command in commands])
+        except CardGoneError as error:
+            return [error]
+        outcomes: list[KeyOutcome] = []
+        for operation, untrusted in zip(operations, responses, strict=False):
+            try:
+                response = ResponseApdu.decode(untrusted)
+                if response.sw1 in (0x61, 0x6C, 0x9F):
+                    # A card that gives its answers in pieces has dropped the rest of this one at the next command.
+                    outcomes.append(await self._outcome_of(operation))
+                else:
+                    outcomes.append(_data_of(response, KeyIns.OPERATE))
+            except ApduError as error:
+                outcomes.append(error)
+        if len(responses) < len(operations):
+            outcomes.append(CardGoneError("the connection to the card was lost"))
+        return outcomes
 
     async def _send_function(self, function: MethodFunction, data: bytes = b"") -> bytes:
         return await self._send(Cla.EAP, Ins.METHOD_FUNCTION, function, 0x00, data)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 
 class CardPort(Protocol):
@@ -22,4 +23,16 @@ class CardPort(Protocol):
 
     async def close(self) -> None:
         """Powers the card off and gives it back. Does nothing if that has already happened."""
+        ...
+
+
+@runtime_checkable
+class PipeliningPort(CardPort, Protocol):
+    """A port to a card that may be sent its next commands before it has answered the first: no round trip between two of them."""
+
+    async def transmit_many(self, commands: Sequence[bytes]) -> list[bytes]:
+        """Sends all of them at once; the card takes them one after another. The answers are in the order of the commands.
+
+        They are fewer than the commands if the connection was lost after the first of them came.
+        """
         ...

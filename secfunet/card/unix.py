@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, cast
 
@@ -16,14 +17,16 @@ ANSWER_TIMEOUT: Final = 120.0
 
 
 class _UnixCard(asyncio.Protocol):
-    """Implements CardPort. At most one request is out; the next one waits for its answer, wanted or not."""
+    """Implements PipeliningPort. At most one request is out; the next one waits for its answers, wanted or not."""
 
     def __init__(self, path: Path, answer_timeout: float) -> None:
         self._path = path
         self._answer_timeout = answer_timeout
         self._decoder = FrameDecoder()
         self._turn = asyncio.Lock()
-        self._answer: asyncio.Future[bytes] | None = None
+        self._answer: asyncio.Future[list[bytes]] | None = None
+        self._bodies: list[bytes] = []
+        self._missing = 0  # answers to the request that is out
         self._transport: asyncio.Transport | None = None
         self.is_powered = False
         self._lost = asyncio.get_running_loop().create_future()
@@ -40,32 +43,48 @@ class _UnixCard(asyncio.Protocol):
             self.abort()
             return
         for body in bodies:
-            answer, self._answer = self._answer, None
-            if answer is None:
+            if not self._missing:
                 self.abort()  # an answer that nobody asked for: we no longer know what answers what
                 return
-            if not answer.done():
-                answer.set_result(body)
+            self._bodies.append(body)
+            self._missing -= 1
+            if not self._missing:
+                self._settle_answer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        answer, self._answer = self._answer, None
-        if answer is not None and not answer.done():
-            answer.set_exception(self._gone())
+        self._missing = 0
+        self._settle_answer()
         if not self._lost.done():
             self._lost.set_result(None)
+
+    def _settle_answer(self) -> None:
+        """The request is over: it has the answers that came, or it fails if none did."""
+        answer, self._answer = self._answer, None
+        bodies, self._bodies = self._bodies, []
+        if answer is None or answer.done():
+            return
+        if bodies:
+            answer.set_result(bodies)
+        else:
+            answer.set_exception(self._gone())
 
     # CardPort
 
     async def transmit(self, command: bytes) -> bytes:
-        response = await self._request(encode_frame(command))
-        if len(response) < 2:
-            self.abort()
-            raise self._gone()
+        (response,) = await self.transmit_many((command,))
         return response
 
+    async def transmit_many(self, commands: Sequence[bytes]) -> list[bytes]:
+        responses = await self._request(b"".join(map(encode_frame, commands)), len(commands))
+        if any(len(response) < 2 for response in responses):
+            self.abort()
+            raise self._gone()
+        return responses
+
     async def reset(self) -> bytes:
-        return await self._request(encode_control(Control.RESET) + encode_control(Control.GET_ATR))
+        (answer,) = await self._request(encode_control(Control.RESET) + encode_control(Control.GET_ATR))
+        return answer
 
     async def power_on(self) -> None:
         """Cold start; returns when the card has answered with its ATR. A card that is never powered on so is dropped."""
@@ -79,12 +98,13 @@ class _UnixCard(asyncio.Protocol):
             self._transport.close()
         await asyncio.shield(self._lost)
 
-    async def _request(self, frames: bytes) -> bytes:
+    async def _request(self, frames: bytes, answers: int = 1) -> list[bytes]:
         async with self._turn:
             await self._settle()
             if self._transport is None:
                 raise self._gone()
             self._answer = answer = asyncio.get_running_loop().create_future()
+            self._missing = answers
             self._transport.write(frames)
             return await self._wait_for(answer)
 
@@ -95,7 +115,7 @@ class _UnixCard(asyncio.Protocol):
                 self._answer = answer = asyncio.get_running_loop().create_future()
             await self._wait_for(answer)
 
-    async def _wait_for(self, answer: asyncio.Future[bytes]) -> bytes:
+    async def _wait_for(self, answer: asyncio.Future[list[bytes]]) -> list[bytes]:
         try:
             async with asyncio.timeout(self._answer_timeout):
                 return await answer
