@@ -4,7 +4,7 @@
 | --- | --- |
 | the connection broke, or the grid went away | connect again, with pauses; the same operations with the same request ids |
 | the grid does not know the session any more, or it ended | one new login, however many callers found out; then the same operations |
-| the grid shuts down or cannot write its state, or the VM's card is out of service | what it hit, again, as the grid advises |
+| the grid shuts down or cannot write its state, the VM's card is out of service or slow | what it hit, again, as the grid advises |
 | anything else | the caller is told |
 
 A retry has the request ids of the first attempt, so the grid gives its first answer, and no operation is executed twice.
@@ -41,7 +41,8 @@ _log = logging.getLogger(__name__)
 
 BATCH: Final = 64  # operations
 _SESSION_GONE: Final = frozenset({"SESSION_UNKNOWN", "SESSION_EXPIRED"})
-_WORTH_RETRYING: Final = frozenset({"SHUTTING_DOWN", "CARD_UNAVAILABLE", "STATE_UNAVAILABLE"})
+# DEADLINE_EXCEEDED is the grid's own bound for a batch: whose time is longer asks again, and gets what was done meanwhile.
+_WORTH_RETRYING: Final = frozenset({"SHUTTING_DOWN", "CARD_UNAVAILABLE", "STATE_UNAVAILABLE", "DEADLINE_EXCEEDED"})
 _MAX_LOGINS = 3  # in one call: a grid that forgets sessions faster than that is beyond healing
 
 

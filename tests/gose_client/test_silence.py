@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import signal
 import socket
 import struct
 import time
@@ -104,6 +105,26 @@ async def test_a_grid_whose_machine_is_gone_in_the_middle_of_a_stream(host: Host
         assert 0.5 < time.monotonic() - begun < 8
         assert between.connections == 2
         assert session._generation == 0, "a dead connection needs no login"
+
+
+async def test_a_card_that_takes_longer_than_the_grid_waits(host: Host) -> None:
+    """The grid's bound for a batch is not the caller's time: the retry joins what is in work, and nothing is executed twice."""
+    card = host.grid.cards["se-vm-1"].process
+    assert card is not None
+    async with host.grid.running(batch_timeout=0.3, operation_timeout=10.0) as service, host.client() as client:
+        session = await host.session(client)
+        await sign(host, client, session)
+        slot = next(slot for slot in service.rack.slots() if slot.seid == "se-vm-1")
+        done = slot.jobs_done
+        card.send_signal(signal.SIGSTOP)
+        try:
+            waiting = asyncio.create_task(sign(host, client, session, timeout=20))
+            await asyncio.sleep(1.5)
+            assert not waiting.done()
+        finally:
+            card.send_signal(signal.SIGCONT)
+        await waiting
+        assert slot.jobs_done - done == 1
 
 
 async def test_an_idle_connection_to_a_machine_that_is_gone(host: Host) -> None:
