@@ -106,7 +106,7 @@ class CardOs:
 
     def reset(self) -> None:
         """Everything volatile is forgotten: selection, PINs, EAP, sessions to resume."""
-        self._engine = EapEngine(randbytes=self._randbytes, legacy_tls=self._options.legacy_tls)
+        self._forget_tls()
         self._is_selected = False
         self._forget_session()
 
@@ -390,20 +390,22 @@ class CardOs:
 
     def _load_identity(self, command: CommandApdu) -> bytes:
         _expect(command, 0x00, 0x00)
-        self._deselect(self._identities.load(command.data))
+        self._identities.load(command.data)
+        self._forget_tls()
         log.info("identity loaded")
         return b""
 
     def _delete_identity(self, command: CommandApdu) -> bytes:
         _expect(command, 0x00, 0x00)
-        self._deselect(self._identities.delete(command.data))
+        self._identities.delete(command.data)
+        self._forget_tls()
         log.info("identity deleted")
         return b""
 
-    def _deselect(self, name: str) -> None:
-        if self._chosen == name:
-            self._chosen = None
-            self._engine.select_identity(None)
+    def _forget_tls(self) -> None:
+        """An identity was changed: no identity is set, and whatever TLS kept of one (its key in Contexts, its sessions) is gone."""
+        self._chosen = None
+        self._engine = EapEngine(randbytes=self._randbytes, legacy_tls=self._options.legacy_tls)
 
 
 def _expect(command: CommandApdu, p1: int, p2: int) -> None:

@@ -103,7 +103,6 @@ class Identities:
         """Destroys an identity and its key; returns the name."""
         record = self._existing(untrusted_name)
         self._write(tuple(other for other in self.records if other is not record))
-        self._keys.pop(record.private_key, None)
         return record.name
 
     def _existing(self, untrusted_name: bytes) -> IdentityRecord:
@@ -114,6 +113,9 @@ class Identities:
 
     def _write(self, records: tuple[IdentityRecord, ...]) -> None:
         self._store.replace(replace(self._store.contents, identities=records))
+        # A key that the store no longer has is none of memory's, either.
+        kept = {record.private_key for record in records}
+        self._keys = {encoded: key for encoded, key in self._keys.items() if encoded in kept}
 
 
 def _name(untrusted: bytes) -> str:

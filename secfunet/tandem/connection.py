@@ -197,6 +197,10 @@ class TandemConnection:
                 stream.stop_collecting_tickets()
             # From here on an alert must be encrypted: the stream sends it.
             self._stream = stream
+            if negotiated.alpn and negotiated.alpn not in self.parameters.alpn:
+                raise TlsProtocolError(
+                    "an application protocol that nobody offered", AlertDescription.ILLEGAL_PARAMETER
+                )
             self._check_peer(peer_certificates)
         self.negotiated, self.suite, self.peer_certificates = negotiated, suite, peer_certificates
         self.state = TandemState.OPEN

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from secfunet.card import NegotiatedTls
 from secfunet.tandem.connection import AskCard, StartCard, TandemConnection, TandemState
 from secfunet.tandem.errors import HandshakeRefusedError, WrongTurnError
 from secfunet.tandem.parameters import TandemParameters
@@ -178,3 +180,17 @@ def test_any_bytes_in_place_of_a_hello(role, untrusted: bytes) -> None:
         assert core.state is TandemState.FAILED
     except TlsError:
         assert core.state is TandemState.FAILED
+
+
+def test_an_application_protocol_that_was_not_offered() -> None:
+    """RFC 7301, 3.1: a server chooses among what the client offers; a card that says otherwise is not believed."""
+
+    class OtherProtocol(EngineCard):
+        async def cipher_suite(self) -> NegotiatedTls:
+            return dataclasses.replace(await super().cipher_suite(), alpn="smtp")
+
+    client, server = hosts(TandemParameters(alpn=("h2",)), OtherProtocol(AUTHORITY))
+    with pytest.raises(TlsProtocolError, match="nobody offered"):
+        shake(client, server, lambda: 100_000)
+    assert client.core.state is TandemState.FAILED
+    assert client.core.take_output(), "the server is told, under the keys of the connection"
