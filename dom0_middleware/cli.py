@@ -157,11 +157,12 @@ def vm_start(
 ) -> None:
     """Make the domain's channel, hand it a join secret, and boot it. A VM that runs already only takes a new token."""
 
-    async def start(stub: Stub) -> pb.StartVmResponse:
-        uuid = await _uuid(stub, vm, timeout)
-        return await stub.StartVm(pb.StartVmRequest(uuid=uuid, vm_auth_token=_token(token_file)), timeout=timeout)
+    token = _token(token_file)
 
-    response = _call(config, orchestrator, start)
+    def start(stub: Stub, uuid: str) -> Awaitable[pb.StartVmResponse]:
+        return stub.StartVm(pb.StartVmRequest(uuid=uuid, vm_auth_token=token), timeout=timeout)
+
+    response = _call_for(vm, config, orchestrator, timeout, start)
     if as_json:
         typer.echo(json.dumps({**_fields(response.vm), "guest_channel": response.guest_channel}, indent=2))
         return
@@ -181,11 +182,10 @@ def vm_stop(
 ) -> None:
     """Stop the domain; its agent's certificate and its session end at once."""
 
-    async def stop(stub: Stub) -> pb.StopVmResponse:
-        uuid = await _uuid(stub, vm, timeout)
-        return await stub.StopVm(pb.StopVmRequest(uuid=uuid, force=force), timeout=timeout)
+    def stop(stub: Stub, uuid: str) -> Awaitable[pb.StopVmResponse]:
+        return stub.StopVm(pb.StopVmRequest(uuid=uuid, force=force), timeout=timeout)
 
-    _show([_call(config, orchestrator, stop).vm], as_json=as_json)
+    _show([_call_for(vm, config, orchestrator, timeout, stop).vm], as_json=as_json)
 
 
 @vm_app.command("list")
@@ -210,10 +210,10 @@ def vm_show(
 ) -> None:
     """One VM."""
 
-    async def show(stub: Stub) -> pb.GetVmResponse:
-        return await stub.GetVm(pb.GetVmRequest(uuid=await _uuid(stub, vm, timeout)), timeout=timeout)
+    def show(stub: Stub, uuid: str) -> Awaitable[pb.GetVmResponse]:
+        return stub.GetVm(pb.GetVmRequest(uuid=uuid), timeout=timeout)
 
-    found = _call(config, orchestrator, show).vm
+    found = _call_for(vm, config, orchestrator, timeout, show).vm
     if as_json:
         typer.echo(json.dumps(_fields(found), indent=2))
     else:
@@ -227,10 +227,10 @@ def vm_delete(
 ) -> None:
     """Undefine a stopped VM and forget its binding."""
 
-    async def delete(stub: Stub) -> pb.DeleteVmResponse:
-        return await stub.DeleteVm(pb.DeleteVmRequest(uuid=await _uuid(stub, vm, timeout)), timeout=timeout)
+    def delete(stub: Stub, uuid: str) -> Awaitable[pb.DeleteVmResponse]:
+        return stub.DeleteVm(pb.DeleteVmRequest(uuid=uuid), timeout=timeout)
 
-    _call(config, orchestrator, delete)
+    _call_for(vm, config, orchestrator, timeout, delete)
 
 
 @vm_app.command("revoke")
@@ -243,10 +243,10 @@ def vm_revoke(
 ) -> None:
     """Take the VM's right to its key on this hypervisor, at once and for good."""
 
-    async def revoke(stub: Stub) -> pb.RevokeVmResponse:
-        return await stub.RevokeVm(pb.RevokeVmRequest(uuid=await _uuid(stub, vm, timeout)), timeout=timeout)
+    def revoke(stub: Stub, uuid: str) -> Awaitable[pb.RevokeVmResponse]:
+        return stub.RevokeVm(pb.RevokeVmRequest(uuid=uuid), timeout=timeout)
 
-    _show([_call(config, orchestrator, revoke).vm], as_json=as_json)
+    _show([_call_for(vm, config, orchestrator, timeout, revoke).vm], as_json=as_json)
 
 
 @vm_app.command("watch")
@@ -327,6 +327,17 @@ def _call(config: Path, orchestrator: str, act: Callable[[Stub], Awaitable[Answe
             return await act(stub)
 
     return asyncio.run(call())
+
+
+def _call_for(
+    vm: str, config: Path, orchestrator: str, timeout: float, act: Callable[[Stub, str], Awaitable[Answer]]
+) -> Answer:
+    """``act`` with the UUID of the VM that was named."""
+
+    async def call(stub: Stub) -> Answer:
+        return await act(stub, await _uuid(stub, vm, timeout))
+
+    return _call(config, orchestrator, call)
 
 
 async def _uuid(stub: Stub, vm: str, timeout: float) -> str:

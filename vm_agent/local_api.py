@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections import Counter
+from collections.abc import AsyncIterator
 from typing import Any, NoReturn, Protocol
 
 import grpc
@@ -18,9 +19,9 @@ import grpc.aio
 from secfunet.agent.v1 import local_pb2, local_pb2_grpc
 from secfunet.gose.v1 import operation_pb2
 from secfunet.operation import OperationError, validate_operation
-from vm_agent.errors import AgentError, RequestError, status_details
+from vm_agent.errors import AgentError, OverloadedError, RequestError, status_details
 from vm_agent.identity import VmIdentity
-from vm_agent.local_socket import caller_uid
+from vm_agent.local_socket import caller_uid, share_of
 from vm_agent.options import LimitOptions
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
     def __init__(self, core: AgentCore, limits: LimitOptions) -> None:
         self._core = core
         self._limits = limits
+        self._waiting: Counter[int | None] = Counter()  # operations, by the uid of who waits
 
     async def GetIdentity(  # noqa: N802 - named by the protocol
         self, request: local_pb2.GetIdentityRequest, context: Context
@@ -96,8 +98,10 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
         places = asyncio.Semaphore(self._limits.per_stream)
         running: set[asyncio.Task[None]] = set()
 
+        uid = caller_uid(context.peer())
+
         async def execute(request: local_pb2.OperateRequest) -> None:
-            answers.put_nowait(await self._one_of_stream(request))
+            answers.put_nowait(await self._one_of_stream(request, uid))
 
         async def read() -> None:
             try:
@@ -122,7 +126,7 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
 
     async def _one(self, operation: operation_pb2.Operation, context: Context) -> bytes:
         try:
-            return await self._execute(operation, self._timeout(context))
+            return await self._execute(operation, self._timeout(context), caller_uid(context.peer()))
         except AgentError as error:
             log.info("refused: %s", error, extra={"reason": error.reason, "uid": caller_uid(context.peer())})
             await refuse(context, error)
@@ -134,7 +138,7 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
         # A little earlier than the caller gives up, so that it still learns why.
         return min(remaining - min(remaining * 0.1, ANSWER_MARGIN), self._limits.max_timeout)
 
-    async def _one_of_stream(self, request: local_pb2.OperateRequest) -> local_pb2.OperateResponse:
+    async def _one_of_stream(self, request: local_pb2.OperateRequest, uid: int | None) -> local_pb2.OperateResponse:
         match request.WhichOneof("kind"):
             case "sign":
                 operation = operation_pb2.Operation(sign=request.sign)
@@ -145,7 +149,7 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
             case _:
                 operation = operation_pb2.Operation()
         try:
-            output = await self._execute(operation, self._limits.default_timeout)
+            output = await self._execute(operation, self._limits.default_timeout, uid)
         except AgentError as error:
             failure = operation_pb2.OperationFailure(
                 code=error.code.value[0],
@@ -156,13 +160,21 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
             return local_pb2.OperateResponse(id=request.id, failure=failure)
         return local_pb2.OperateResponse(id=request.id, output=output)
 
-    def _execute(self, operation: operation_pb2.Operation, timeout: float) -> Awaitable[bytes]:
+    async def _execute(self, operation: operation_pb2.Operation, timeout: float, uid: int | None) -> bytes:
         operation.request_id = _PLACEHOLDER_ID
         try:
             validate_operation(operation)
         except OperationError as error:
             raise RequestError(str(error)) from error
-        return self._core.operate(operation, timeout=timeout)
+        if self._waiting[uid] >= share_of(self._limits.waiting):
+            raise OverloadedError("this user has as many operations waiting as one user may have")
+        self._waiting[uid] += 1
+        try:
+            return await self._core.operate(operation, timeout=timeout)
+        finally:
+            self._waiting[uid] -= 1
+            if not self._waiting[uid]:
+                del self._waiting[uid]
 
 
 async def refuse(context: Context, error: AgentError) -> NoReturn:

@@ -2,8 +2,9 @@
 
 gRPC does not tell who is at the other end of a Unix socket. So the agent listens itself, with the socket's owner, group and mode set
 before the first connection can be made, asks the kernel for each caller's uid and pid (SO_PEERCRED, unix(7)), logs them, holds the
-number of connections within its limit, and passes the bytes on to the gRPC server on an inner socket in a folder that only the agent
-can enter. The inner connection is bound to a name that carries the uid, so that a handler can read it (``caller_uid``).
+number of connections within its limit (a part of which is kept free of any one user: ``share_of``), and passes the bytes on to the gRPC
+server on an inner socket in a folder that only the agent can enter. The inner connection is bound to a name that carries the uid, so
+that a handler can read it (``caller_uid``).
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class _Outer(_Half):
     def __init__(self, door: LocalDoor) -> None:
         super().__init__()
         self._door = door
+        self.uid = -1  # once it is admitted
         self._task: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -141,10 +143,12 @@ class LocalDoor:
             return
         caller = peer_of(outer.transport.get_extra_info("socket"))
         facts = {"uid": caller.uid, "pid": caller.pid}
-        if len(self._inside) >= self._limit:
+        theirs = sum(other.uid == caller.uid for other in self._inside)
+        if len(self._inside) >= self._limit or theirs >= share_of(self._limit):
             log.warning("a local program was turned away: too many connections", extra=facts)
             outer.transport.abort()
             return
+        outer.uid = caller.uid
         self._inside.add(outer)
         log.info("a local program connected", extra=facts)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
@@ -169,6 +173,11 @@ class LocalDoor:
     def left(self, outer: _Outer) -> None:
         """The connection is over."""
         self._inside.discard(outer)
+
+
+def share_of(limit: int) -> int:
+    """How much of what there is for all users of this VM one of them may take: a quarter is left to the others."""
+    return max(1, limit - limit // 4)
 
 
 def peer_of(connection: socket.socket) -> Caller:
