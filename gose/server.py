@@ -38,7 +38,7 @@ from gose.service_provider.operations import ServiceProvider
 from gose.service_provider.sessions_http import RETURN_PATH, SessionDoor
 from gose.sessions import SessionStore
 from gose.settings import GoseSettings, origin
-from gose.single_use import SingleUse
+from gose.single_use import RateLimit, SingleUse
 from gose.slots.rack import Rack
 from gose.slots.slot import SlotState
 from gose.standing import RegistryStanding
@@ -177,6 +177,7 @@ class GridService:
             sign_ons=sign_ons,
             standing=standing,
             login_lifetime=limits.login_lifetime,
+            association_rate=RateLimit(limit=limits.associations_per_minute, window=60.0),
         )
         endpoint.door = Door("openid endpoint", endpoint.routes(), limits, self.metrics)
         stack.push_async_callback(endpoint.door.close)

@@ -119,6 +119,7 @@ class Limits(Settings):
     logins_per_minute: Count = 600  # a hypervisor (certificate) may begin
     sso_lifetime: Seconds = 300.0  # one login may serve later sessions this long
     association_lifetime: Seconds = 3600.0
+    associations_per_minute: Count = 120  # that one address may ask for
     # --- server cards
     server_card_timeout: Seconds = 10.0  # a handshake waits this long for a free card
     handshake_timeout: Seconds = 15.0

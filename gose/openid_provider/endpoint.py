@@ -10,7 +10,7 @@ from gose.errors import Reason, Refusal
 from gose.http import Door, see_other
 from gose.openid_provider.pages import identity_page, login_page, problem_page
 from gose.openid_provider.sign_on import SignOns
-from gose.single_use import SingleUse
+from gose.single_use import RateLimit, SingleUse
 from gose.standing import RegistryStanding
 from secfunet.identity import IdentityError, check_thumbprint
 from secfunet.openid.discovery import SERVICE_SERVER, SERVICE_SIGNON, XRDS_CONTENT_TYPE, XRDS_LOCATION, xrds_document
@@ -36,6 +36,7 @@ class Endpoint:
         sign_ons: SignOns,
         standing: RegistryStanding,
         login_lifetime: float,
+        association_rate: RateLimit,
     ) -> None:
         self._provider = provider
         self._origin = origin
@@ -44,6 +45,7 @@ class Endpoint:
         self._sign_ons = sign_ons
         self._standing = standing
         self._login_lifetime = login_lifetime
+        self._association_rate = association_rate
         self.door: Door | None = None
 
     def routes(self) -> list[web.RouteDef]:
@@ -120,6 +122,9 @@ class Endpoint:
         params = _decode(await self.door.body(untrusted))
         if params.get("openid.mode", "").startswith("checkid_"):
             return self._checkid(untrusted, params)
+        if params.get("openid.mode") == "associate":
+            # It costs an exponentiation, and nobody has said who he is. A relying party without one asks about each assertion.
+            self._association_rate.spend(untrusted.remote or "")
         answer = self._provider.direct(params, over_tls=True)
         return web.Response(status=answer.status, body=answer.body, headers={hdrs.CONTENT_TYPE: answer.content_type})
 

@@ -319,6 +319,23 @@ async def test_a_flood_of_associations_does_not_stop_logins(grid: TestGrid, serv
         assert query((await begin(grid, browser)).location)["openid.assoc_handle"] != first
 
 
+async def test_one_address_does_not_get_associations_without_end(grid: TestGrid) -> None:
+    """Not even the service provider at that address needs one: it asks the provider about the assertion instead."""
+    async with grid.running(associations_per_minute=2):
+        for _ in range(2):
+            await an_association(grid)
+        with sqlite3.connect(grid.settings.state / "service.sqlite") as database:
+            database.execute("DELETE FROM associations")
+        async with grid.browser("hv-a") as browser:
+            answer = await browser.request(
+                "POST", f"{grid.op}/openid", data={"openid.ns": NAMESPACE, "openid.mode": "associate"}
+            )
+            assert (answer.status, answer.reason) == (429, "TOO_MANY_LOGINS")
+            begun = await begin(grid, browser)
+            assert "openid.assoc_handle" not in query(begun.location)
+            assert (await browser.follow("GET", begun.location)).status == 200
+
+
 # --- who connects and says nothing
 
 
