@@ -8,27 +8,22 @@ stream that ends without close_notify ends with TruncatedStreamError, never with
 from __future__ import annotations
 
 import asyncio
-import collections
 import logging
 from collections.abc import Iterable
 from typing import Any
 
 from secfunet.tandem.connection import TandemConnection, TandemState
 from secfunet.tandem.wire import Wire
+from secfunet.tandem.write_queue import CHUNK, Data, WriteQueue
 from secfunet.tls.cipher_suites import TLS_1_3
 from secfunet.tls.errors import PeerAlertError, TlsError, TlsProtocolError, TruncatedStreamError
 
 _log = logging.getLogger(__name__)
 
-_CHUNK = 256 * 1024
-"""Most plaintext that is protected for one socket write."""
 _HIGH_WATER = 512 * 1024
 _LOW_WATER = 128 * 1024
-_MAX_RECEIVE = 256 * 1024
 CLOSE_TIMEOUT = 2.0
 """Seconds that a closed connection waits for the peer's close_notify before the socket is closed."""
-
-Data = bytes | bytearray | memoryview
 
 
 class TandemTransport(asyncio.Transport):
@@ -45,8 +40,7 @@ class TandemTransport(asyncio.Transport):
         self._handshake_wake = asyncio.Event()
         self._handshake_error: Exception | None = None
         self._tickets_wake: asyncio.Event | None = None
-        self._pending: collections.deque[memoryview] = collections.deque()
-        self._pending_size = 0
+        self._pending = WriteQueue()
         self._protocol_paused = False
         self._reading_paused = False
         self._delivering = False
@@ -166,7 +160,6 @@ class TandemTransport(asyncio.Transport):
         self._closing = True
         self._wake()
         self._pending.clear()
-        self._pending_size = 0
         if self._socket is not None:
             self._socket.abort()
 
@@ -209,14 +202,11 @@ class TandemTransport(asyncio.Transport):
             data = bytes(data)
         if not data:
             return
-        if not self._pending and not self._wire.is_write_paused and len(data) <= _CHUNK:
+        if not self._pending and not self._wire.is_write_paused and len(data) <= CHUNK:
             # The usual case: nothing waits, nothing is copied.
             self._seal_and_send(data)
             return
-        # A bytearray may change after this call.
-        view = memoryview(data if isinstance(data, bytes) else bytes(data))
-        self._pending.append(view)
-        self._pending_size += len(view)
+        self._pending.append(data)
         self._pump()
 
     def writelines(self, list_of_data: Iterable[Data]) -> None:
@@ -239,7 +229,7 @@ class TandemTransport(asyncio.Transport):
     def get_write_buffer_size(self) -> int:
         """Bytes that have not left yet."""
         below = 0 if self._socket is None else self._socket.get_write_buffer_size()
-        return self._pending_size + below
+        return len(self._pending) + below
 
     def get_write_buffer_limits(self) -> tuple[int, int]:
         """Low and high water."""
@@ -298,7 +288,6 @@ class TandemTransport(asyncio.Transport):
         if self._close_timer is not None:
             self._close_timer.cancel()
         self._pending.clear()
-        self._pending_size = 0
         error = self._error
         if error is None and not self._closing and not (self._eof_told and exc is None):
             error = exc or TruncatedStreamError("in the middle of the stream")
@@ -431,7 +420,6 @@ class TandemTransport(asyncio.Transport):
             return
         self._error = error
         self._pending.clear()
-        self._pending_size = 0
         was_closing = self._closing
         self._closing = True
         if was_closing and isinstance(error, (PeerAlertError, TruncatedStreamError)):
@@ -459,14 +447,7 @@ class TandemTransport(asyncio.Transport):
     def _pump(self) -> None:
         """Protect and send what waits, as long as the socket takes it; then the end, if it is due."""
         while self._pending and not self._wire.is_write_paused and not self._lost:
-            head = self._pending.popleft()
-            if len(head) > _CHUNK:
-                self._pending.appendleft(head[_CHUNK:])
-                head = head[:_CHUNK]
-            elif self._pending and len(head) < _CHUNK // 16:
-                head = memoryview(self._join(head))
-            self._pending_size -= len(head)
-            self._seal_and_send(head)
+            self._seal_and_send(self._pending.take())
         if self._pending or self._lost:
             return
         if (self._eof_due or self._closing) and self.core.state is TandemState.OPEN:
@@ -474,15 +455,6 @@ class TandemTransport(asyncio.Transport):
             self._flush_stream()
         if self._closing:
             self._begin_close()
-
-    def _join(self, head: memoryview) -> bytes:
-        """Small writes that waited leave in common records."""
-        pieces, size = [head], len(head)
-        while self._pending and size + len(self._pending[0]) <= _CHUNK:
-            piece = self._pending.popleft()
-            pieces.append(piece)
-            size += len(piece)
-        return b"".join(pieces)
 
     def _begin_close(self) -> None:
         """Our close_notify is on its way: wait for the peer's, so that nothing in flight is reset away."""
