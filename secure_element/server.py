@@ -31,6 +31,8 @@ GRACE: Final = 0.1
 
 MAX_WAITING_FRAMES: Final = 16
 MAX_UNREAD: Final = 1024 * 1024
+MAX_TOGETHER: Final = 64 * 1024
+"""Bytes of answers that are gathered for one write."""
 
 Observer = Callable[[str, int, float], None]
 """Told of every command: its name, the status word, and how long it took (seconds)."""
@@ -49,7 +51,9 @@ class _Session(asyncio.Protocol):
         self._waiting: deque[bytes] = deque()
         self._work: asyncio.Task[None] | None = None
         self._answers: list[bytes] | None = None  # those to the frames of one read leave together
+        self._answers_size = 0
         self._is_powered = False
+        self._is_dropped = False
         self._is_lost = False
         self.transport: asyncio.Transport | None = None
 
@@ -80,6 +84,8 @@ class _Session(asyncio.Protocol):
             self._server.release(self)
 
     def _take(self, body: bytes) -> None:
+        if self._is_dropped:
+            return  # what came in the same read as the reason is not obeyed any more
         if body == bytes((Control.GET_ATR,)):
             self._write(CardOs.atr)
         elif self._work is None:
@@ -123,19 +129,26 @@ class _Session(asyncio.Protocol):
         frame = encode_frame(body)
         if self._answers is not None:
             self._answers.append(frame)
+            self._answers_size += len(frame)
+            if self._answers_size > MAX_TOGETHER:
+                self._send_answers()
+                self._answers = []
             return
         self.transport.write(frame)
         if self.transport.get_write_buffer_size() > MAX_UNREAD:
             self._drop("answers are not read")
 
     def _send_answers(self) -> None:
-        answers, self._answers = self._answers, None
+        answers, self._answers, self._answers_size = self._answers, None, 0
         if answers and self.transport is not None and not self.transport.is_closing():
             self.transport.write(b"".join(answers))
             if self.transport.get_write_buffer_size() > MAX_UNREAD:
                 self._drop("answers are not read")
 
     def _drop(self, reason: str) -> None:
+        if self._is_dropped:
+            return
+        self._is_dropped = True
         log.warning("client dropped", extra={"reason": reason})
         self._send_answers()
         self._waiting.clear()

@@ -27,7 +27,8 @@ from secfunet.card import (
 )
 from secure_element.card_os import ATR, CardOs
 from secure_element.server import CardServer, SocketInUseError
-from tests.support.local_card import OPERATOR_PIN, USER_PIN, new_store
+from tests.support.local_card import OPERATOR_PIN, USER_PIN, new_store, personalised
+from tests.support.pki import CertificateAuthority
 
 
 @pytest.fixture
@@ -148,6 +149,43 @@ async def test_too_many_commands_at_once_end_the_connection(served: Path) -> Non
     with contextlib.suppress(ConnectionResetError):
         assert len(await reader.read()) <= 8
     writer.close()
+
+
+async def test_what_follows_a_reason_to_drop_is_not_obeyed(served: Path) -> None:
+    reader, writer = await raw(served)
+    wrong = bytes.fromhex("A020000008") + b"99999999"
+    writer.write(frame(b"\1") + frame(SELECT) + frame(b"\7") + frame(b"\1") + frame(SELECT) + frame(wrong) * 3)
+    with contextlib.suppress(ConnectionResetError):
+        await reader.read()
+    writer.close()
+    client = await until_free(served)
+    await client.select()
+    assert await client.pin_attempts() == 3
+    await client.close()
+
+
+async def test_answers_that_nobody_reads_do_not_pile_up(tmp_path: Path) -> None:
+    """A burst of short commands with long answers ends the connection after about a megabyte of them."""
+    card = await personalised(new_store(tmp_path), CertificateAuthority("CA"), ("vm", KeyAlgorithm.RSA_2048))
+    path, sizes = tmp_path / "burst.sock", []
+    pin = bytes.fromhex("A020000008") + USER_PIN + b"\xff" * 4
+    get_profile = bytes.fromhex("A01A00000000") + b"\0"
+    async with CardServer(card, path, observe=lambda name, sw, took: sizes.append((name, sw))):
+        reader, writer = await raw(path)
+        assert isinstance(writer.transport, asyncio.Transport)
+        writer.transport.pause_reading()
+        writer.write(frame(b"\1") + frame(SELECT) + frame(pin) + frame(get_profile) * 20_000)
+        with contextlib.suppress(ConnectionError):
+            async with asyncio.timeout(20):
+                await writer.drain()
+                await writer.wait_closed() if writer.is_closing() else await asyncio.sleep(0.5)
+        done = sizes.count(("get-profile-data", 0x9000))
+        assert 0 < done < 4000
+        writer.transport.abort()
+        client = await until_free(path)
+        await client.select()
+        await client.close()
+        del reader
 
 
 def mode_of(path: Path) -> int:
