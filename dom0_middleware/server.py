@@ -43,6 +43,7 @@ from secfunet.service.settings import SettingsError
 log = logging.getLogger(__name__)
 
 MAX_SOCKET_PATH = 107  # bytes
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 STOP_GRACE = 1.0  # seconds that an orchestrator's call gets to end
 
 
@@ -52,6 +53,7 @@ class MiddlewareService:
     ``grid`` and ``hypervisor_identity``: how the grid is reached and who this hypervisor is; both are opened and closed by the caller
     (``grid.run_middleware`` makes the real ones). ``hypervisor`` and ``channel`` None: libvirt, and folders with Unix sockets.
     ``allowed_again`` reads which orchestrators are allowed now (raises SettingsError); None: those of ``settings`` for good.
+    ``boot_id``: names this boot of the host; None: the kernel's.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class MiddlewareService:
         hypervisor: Hypervisor | None = None,
         channel: GuestChannel | None = None,
         allowed_again: Callable[[], tuple[str, ...]] | None = None,
+        boot_id: str | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
         randbytes: Callable[[int], bytes] = os.urandom,
@@ -112,6 +115,7 @@ class MiddlewareService:
             sessions=self.sessions,
             events=self.events,
             clock=clock,
+            boot=boot_id or BOOT_ID.read_text(encoding="ascii").strip(),
         )
         servers.on_enrolled = self.vms.enrolled
         self.metrics.sessions.set_function(lambda: len(self.sessions))

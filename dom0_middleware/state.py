@@ -38,6 +38,7 @@ CREATE TABLE IF NOT EXISTS runs (
   secret_used INTEGER NOT NULL DEFAULT 0,
   serials TEXT NOT NULL DEFAULT '{}'
 ) STRICT;
+CREATE TABLE IF NOT EXISTS host (one INTEGER PRIMARY KEY CHECK (one = 1), boot TEXT NOT NULL) STRICT;
 """
 _VERSION = 1
 
@@ -167,6 +168,14 @@ class StateStore:
             "INSERT OR REPLACE INTO runs (uuid, secret_hash, attempts_left) VALUES (?,?,?)",
             (uuid, secret_hash, attempts),
         )
+
+    def end_runs_before(self, boot: str) -> None:
+        """Ends every run of an earlier boot of this host: the number of a domain counts anew from there, so it says nothing any more."""
+        row = self._execute("SELECT boot FROM host").fetchone()
+        if row is None or row[0] != boot:
+            # In this order: a crash in between ends them again.
+            self._execute("DELETE FROM runs")
+            self._execute("INSERT OR REPLACE INTO host VALUES (1, ?)", (boot,))
 
     def set_domain_id(self, uuid: str, domain_id: int) -> None:
         self._execute("UPDATE runs SET domain_id=? WHERE uuid=?", (domain_id, uuid))

@@ -47,7 +47,8 @@ _CLOSE_TIMEOUT = 10.0  # seconds that what orchestrators asked for may still tak
 
 
 class Vms:
-    """``start`` before anything else; ``close`` stops every server, but leaves the domains and their runs as they are."""
+    """``boot`` names this boot of the host. ``start`` before anything else; ``close`` stops every server, but leaves the domains and their
+    runs as they are."""
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class Vms:
         sessions: VmSessions,
         events: EventHub,
         clock: Callable[[], float],
+        boot: str,
     ) -> None:
         self._store = store
         self._hypervisor = hypervisor
@@ -65,6 +67,7 @@ class Vms:
         self._sessions = sessions
         self._events = events
         self._clock = clock
+        self._boot = boot
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._acts: set[asyncio.Task[Any]] = set()
@@ -82,6 +85,7 @@ class Vms:
                 await self._define_again(record)
             elif not _bound(record, info):
                 log.warning("a domain has the UUID of a VM but is another one", extra={"vm": record.uuid})
+        self._store.end_runs_before(self._boot)
         for run in self._store.runs():
             uuid = run.uuid
             async with self._lock(uuid):

@@ -307,6 +307,23 @@ async def _identity(stub: agent_pb2_grpc.AgentServiceAsyncStub) -> None:
     await stub.GetIdentity(agent_pb2.GetIdentityRequest(), timeout=TIMEOUT)
 
 
+async def test_a_run_of_an_earlier_boot_of_the_host_is_over(world: World) -> None:
+    """After a power cut a domain that the host started by itself may have the number of the run before."""
+    world.hold_hypervisor()
+    guest = await world.enrolled()
+    await world.stop()
+    await world.start()
+    async with guest.agent() as stub:
+        await _identity(stub)
+    await world.stop()
+    world.parts = {"boot_id": "another"}
+    await world.start()
+    nothing_leaked(world, guest.uuid)
+    async with world.orchestrator() as stub:
+        await stub.StopVm(pb.StopVmRequest(uuid=guest.uuid, force=True), timeout=TIMEOUT)
+    await (await world.boot(guest.uuid)).enrol()
+
+
 async def test_who_may_command_is_read_again(world: World) -> None:
     await world.stop()
     names: list[Any] = [("admin",), ("stranger",), SettingsError(Path("c.toml"), ["broken"]), ("admin",)]
