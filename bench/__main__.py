@@ -75,6 +75,8 @@ def main() -> int:
     machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
     print(f"{machine}; medians of {plan.rounds} rounds")
     print(table(rows, problems))
+    for note in plan.notes:
+        print(note)
     if arguments.json is not None:
         arguments.json.write_text(to_json(rows, problems))
     return 1 if problems else 0

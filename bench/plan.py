@@ -11,17 +11,18 @@ from bench.rows import Row
 
 @dataclass(slots=True)
 class Plan:
-    """``rounds`` of ``seconds`` each; ``rows`` are those measured so far in this run, by name."""
+    """``rounds`` of ``seconds`` each; ``rows`` are those measured so far in this run, by name; ``notes`` is the table's legend."""
 
     rounds: int = 5
     seconds: float = 2.0
     bulk_bytes: int = 64 << 20
     rows: dict[str, Row] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def quick(cls) -> Plan:
         """Enough to see that everything runs."""
-        return cls(rounds=3, seconds=0.5, bulk_bytes=8 << 20)
+        return cls(rounds=3, seconds=0.3, bulk_bytes=8 << 20)
 
     def add(self, row: Row) -> Row:
         """Keeps the row for the table and for comparisons."""
