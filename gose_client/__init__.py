@@ -5,21 +5,27 @@ over one call), ``channel`` (gRPC over a private socket) and ``connectors`` (TLS
 session over ``http_connections`` and ``cookies``; ``content_keys`` has the card unwrap what containers are locked with.
 """
 
-from gose_client.client import GoseClient
-from gose_client.errors import (
-    ContainerRefusedError,
-    DeadlineError,
-    GoseClientError,
-    GridRefusedError,
-    GridUnavailableError,
-    GridUntrustedError,
-    HypervisorCardError,
-    ProtocolViolationError,
-    RequestInvalidError,
-    SessionClosedError,
-)
-from gose_client.session import BatchAnswer, VmSession
-from gose_client.settings import GoseClientSettings
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gose_client.client import GoseClient
+    from gose_client.errors import (
+        ContainerRefusedError,
+        DeadlineError,
+        GoseClientError,
+        GridRefusedError,
+        GridUnavailableError,
+        GridUntrustedError,
+        HypervisorCardError,
+        ProtocolViolationError,
+        RequestInvalidError,
+        SessionClosedError,
+    )
+    from gose_client.session import BatchAnswer, VmSession
+    from gose_client.settings import GoseClientSettings
 
 __all__ = [
     "BatchAnswer",
@@ -37,3 +43,18 @@ __all__ = [
     "SessionClosedError",
     "VmSession",
 ]
+
+_ERRORS = "gose_client.errors"
+_PLACES = {
+    "BatchAnswer": "gose_client.session",
+    "GoseClient": "gose_client.client",
+    "GoseClientSettings": "gose_client.settings",
+    "VmSession": "gose_client.session",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Imported when it is asked for: a command that only reads settings does without TLS-Tandem and OpenID (a third of its start)."""
+    if name not in __all__:
+        raise AttributeError(f"module 'gose_client' has no attribute '{name}'")
+    return getattr(importlib.import_module(_PLACES.get(name, _ERRORS)), name)
