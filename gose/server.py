@@ -45,6 +45,7 @@ from gose.standing import RegistryStanding
 from gose.state import SERVING_BUSY_TIMEOUT, open_database
 from secfunet import __version__
 from secfunet.gose.v1 import service_provider_pb2, service_provider_pb2_grpc
+from secfunet.openid.association import AssociationType, SessionType
 from secfunet.openid.effects import FetchPolicy
 from secfunet.openid.provider import CheckidRequest, OpenIdProvider
 from secfunet.openid.relying_party import RelyingParty
@@ -58,6 +59,11 @@ log = logging.getLogger(__name__)
 SERVICE_NAME = service_provider_pb2.DESCRIPTOR.services_by_name["ServiceProviderService"].full_name
 MAINTENANCE_INTERVAL = 10.0  # seconds
 SEALING_THREADS = 2
+# The endpoint is reached by TLS only, which needs no obsolete 1024-bit Diffie-Hellman group inside it.
+ASSOCIATIONS = (
+    (AssociationType.HMAC_SHA256, SessionType.NO_ENCRYPTION),
+    (AssociationType.HMAC_SHA256, SessionType.DH_SHA256),
+)
 DISCOVERY_LIFETIME = 300.0  # seconds that the service provider believes what it discovered about an identifier
 
 
@@ -243,6 +249,7 @@ class GridService:
                 FetchPolicy([provider]),
                 self._clock,
                 discovery_lifetime=DISCOVERY_LIFETIME,
+                preferences=ASSOCIATIONS,
             ),
             http=http,
             authority=keys.ca_certificate,

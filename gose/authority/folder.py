@@ -4,10 +4,11 @@ administrator's commands.
     ca.key, ca.pem                    the CA
     token.key                         the token authority (RSA-2048: PS256, or P-256: ES256)
     containers.key, containers.pem    the container authority (RSA-2048)
-    service-provider.pem              TLS of the service provider (P-256): key and certificate in one file, so that they never
-    differ openid-provider.pem               TLS of the OpenID provider's endpoint (P-256), likewise
+    service-provider.pem              TLS of the service provider (P-256), key and certificate
+    openid-provider.pem               TLS of the OpenID provider's endpoint (P-256), key and certificate
 
-All is PEM, keys are PKCS#8. What holds a key has mode 0600, the folder 0700.
+A server's key and certificate are one file, so that they never differ. All is PEM, keys are PKCS#8. What holds a key has mode 0600,
+the folder 0700.
 """
 
 from __future__ import annotations

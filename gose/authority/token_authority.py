@@ -52,7 +52,7 @@ class TokenAuthority:
         end = int(min(now + valid, the_vm.expires_at, the_hypervisor.expires_at))
         if end <= begin:
             raise TokenNotIssuedError("the certificates end before a token could begin")
-        jti = secrets.token_urlsafe(16)
+        jti = secrets.token_hex(16)  # never begins with a hyphen: it is typed behind commands
         token = issue_token(
             self._key,
             issuer=self.issuer,

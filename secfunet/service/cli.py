@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from enum import IntEnum
@@ -12,6 +13,8 @@ import typer
 from secfunet.errors import SecFuNetError
 from secfunet.service.files import UnsafeFileError
 from secfunet.service.settings import SettingsError
+
+log = logging.getLogger(__name__)
 
 
 class ExitCode(IntEnum):
@@ -56,3 +59,10 @@ def run(app: typer.Typer, exit_codes: Mapping[type[SecFuNetError], ExitCode] | N
             f"error: {error.strerror or error}: {error.filename}" if error.filename else f"error: {error}", err=True
         )
         sys.exit(ExitCode.FAILED)
+    except Exception as error:
+        # A daemon's log gets the whole of it; a person at a terminal gets a sentence.
+        if logging.getLogger().handlers:
+            log.exception("a fault in this program")
+        else:
+            typer.echo(f"error: a fault in this program, please report it: {type(error).__name__}: {error}", err=True)
+        sys.exit(ExitCode.INTERNAL)

@@ -52,16 +52,20 @@ def private_folder(path: Path) -> Path:
 
 
 def read_secret(path: Path, *, limit: int = 65536) -> bytes:
-    """Reads a file that only its owner may read (mode 0600 or 0400; systemd credentials are such files).
+    """Reads a file that only its owner may read (mode 0600 or 0400).
 
-    Raises UnsafeFileError if group or others have any right on it, or if it is larger than ``limit`` bytes.
+    A systemd credential is such a file, too, though its mode may show a right of the group: there it is the mask of an ACL that names this
+    service's user, systemd.exec(5). Raises UnsafeFileError if group or others have any right on it, or if it is larger than
+    ``limit`` bytes.
     """
+    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    forbidden = 0o037 if credentials and path.absolute().parent == Path(credentials) else 0o077
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise UnsafeFileError(path, "is no regular file")
-        if status.st_mode & 0o077:
+        if status.st_mode & forbidden:
             raise UnsafeFileError(
                 path, f"holds a secret but has mode {stat.S_IMODE(status.st_mode):04o}: run chmod 600 on it"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -29,7 +30,8 @@ class Settings(BaseModel):
 
 def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
     folder = (info.context or {}).get("folder")
-    return Path(folder).absolute() / path if folder is not None else path
+    # normpath: "grid/../cards" would be shown to people in every message.
+    return Path(os.path.normpath(Path(folder).absolute() / path)) if folder is not None else path
 
 
 FilePath = Annotated[Path, AfterValidator(_beside_the_file)]

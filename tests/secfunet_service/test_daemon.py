@@ -36,6 +36,10 @@ def fail() -> None:
     raise SecFuNetError("the card is not there: insert it")
 
 @app.command()
+def fault() -> None:
+    1 / 0
+
+@app.command()
 def missing() -> None:
     Path("/nonexistent/file").read_text()
 
@@ -73,6 +77,9 @@ def test_life_of_a_daemon(tmp_path: Path) -> None:
 def test_an_error_is_a_sentence_and_an_exit_code() -> None:
     failed = subprocess.run([sys.executable, "-c", PROGRAM, "fail"], capture_output=True, text=True, check=False)
     assert (failed.returncode, failed.stderr) == (1, "error: the card is not there: insert it\n")
+    fault = subprocess.run([sys.executable, "-c", PROGRAM, "fault"], capture_output=True, text=True, check=False)
+    assert fault.returncode == 70
+    assert fault.stderr == "error: a fault in this program, please report it: ZeroDivisionError: division by zero\n"
     missing = subprocess.run([sys.executable, "-c", PROGRAM, "missing"], capture_output=True, text=True, check=False)
     assert missing.returncode == 1
     assert missing.stderr == "error: No such file or directory: /nonexistent/file\n"

@@ -63,6 +63,19 @@ def test_a_secret_that_others_may_touch_is_refused(tmp_path: Path, mode: int) ->
         read_secret(path)
 
 
+def test_a_credential_of_systemd_may_show_the_mask_of_its_acl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "store.key"
+    write_atomically(path, b"secret", mode=0o440)
+    with pytest.raises(UnsafeFileError):
+        read_secret(path)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert read_secret(path) == b"secret"
+    for mode in (0o444, 0o460, 0o442):
+        path.chmod(mode)
+        with pytest.raises(UnsafeFileError):
+            read_secret(path)
+
+
 def test_bounds_and_kinds(tmp_path: Path) -> None:
     path = tmp_path / "pin"
     write_atomically(path, b"x" * 101)
