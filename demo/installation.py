@@ -114,11 +114,12 @@ def write_card(layout: Layout, name: str, *, user_pin: str | None = None) -> Pat
     return config
 
 
-def write_grid(layout: Layout, ports: Ports, cards: Sequence[tuple[str, str]]) -> Path:
+def write_grid(layout: Layout, ports: Ports, cards: Sequence[tuple[str, str]], profile: str) -> Path:
     """Settings of the grid with its ``cards``: pairs of SEID and role."""
     lines = [
         'state = "state"',
         'names = ["localhost", "127.0.0.1"]',
+        f"container_profile = {toml(profile)}",
         "",
         "[service_provider]",
         f'https = "127.0.0.1:{ports.sp_https}"',
@@ -142,10 +143,10 @@ def write_grid(layout: Layout, ports: Ports, cards: Sequence[tuple[str, str]]) -
     return layout.gose_config
 
 
-def write_agent(layout: Layout, vm: str, join: Path) -> Path:
+def write_agent(layout: Layout, vm: str, join: Path, profile: str) -> Path:
     """Settings of the agent in one VM."""
     private_folder(layout.guest(vm))
-    text = f'join = {toml(join)}\nstate = "state"\nsocket = "agent.sock"\n'
+    text = f'join = {toml(join)}\nstate = "state"\nsocket = "agent.sock"\ncontainer_profile = {toml(profile)}\n'
     write_atomically(layout.agent_config(vm), text.encode())
     return layout.agent_config(vm)
 
@@ -169,7 +170,7 @@ schemes = ["rsassa-*", "ecdsa-*", "rsaes-oaep-*"]
 """
 
 
-def write_middleware(layout: Layout, hypervisor: str, card: str, ports: Ports) -> Path:
+def write_middleware(layout: Layout, hypervisor: str, card: str, ports: Ports, profile: str) -> Path:
     """Settings and policy of the Secure Middleware of one host."""
     folder = private_folder(layout.host(hypervisor))
     text = f"""\
@@ -186,6 +187,7 @@ operations = "localhost:{ports.sp_grpc}"
 openid_provider = "https://localhost:{ports.op_endpoint}"
 openid_login = "https://localhost:{ports.op_login}"
 authority = {toml(layout.grid_authority)}
+container_profile = {toml(profile)}
 """
     write_atomically(layout.middleware_config(hypervisor), text.encode())
     write_atomically(folder / "policy.toml", POLICY.encode())

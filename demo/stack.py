@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from demo import installation
 from demo.installation import (
     Layout,
     Ports,
@@ -41,7 +42,7 @@ class Stack:
     """Cards, grid, hosts and VMs of one installation.
 
     ``vms`` run on the first of ``hypervisors``; the others are hosts of the same grid whose middleware is started only by ``start_host``.
-    ``key`` is the algorithm of the VMs' keys. ``report`` is told each step.
+    ``key`` is the algorithm of the VMs' keys, ``profile`` that of containers. ``report`` is told each step.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Stack:
         hypervisors: Sequence[str] = ("xen-1",),
         server_cards: int = 2,
         key: str = "rsa-2048",
+        profile: str = "oaep-pss-sha256",
         report: Report = lambda _: None,
     ) -> None:
         self.layout = Layout(folder)
@@ -59,6 +61,7 @@ class Stack:
         self.hypervisors = tuple(hypervisors)
         self.servers = tuple(f"op-{number}" for number in range(1, server_cards + 1))
         self.key = key
+        self.profile = profile
         self.daemons: dict[str, Daemon] = {}
         self.made = False
         self._report = report
@@ -137,7 +140,7 @@ class Stack:
         token = self.layout.token(vm, self.host)
         started = json.loads(await self.middleware("vm", "start", vm, "--token-file", token, "--json"))
         # The guest is a process here: dom0 hands it the folder that a domain would find on its channel.
-        config = write_agent(self.layout, vm, Path(started["guest_channel"]) / "join.json")
+        config = write_agent(self.layout, vm, Path(started["guest_channel"]) / "join.json", self.profile)
         await self._start(f"agent-{vm}", "vm-agent", "serve", config)
 
     # Commands, as a user types them
@@ -166,8 +169,9 @@ class Stack:
 
     def _plan(self) -> str:
         """What this installation is to be: another plan needs another installation."""
-        plan = json.dumps([self.vms, self.hypervisors, self.servers, self.key])
-        return hashlib.sha256(plan.encode()).hexdigest()
+        plan = json.dumps([self.vms, self.hypervisors, self.servers, self.key, self.profile])
+        code = Path(installation.__file__).read_bytes()  # what another version made may not fit this one
+        return hashlib.sha256(plan.encode() + code).hexdigest()
 
     async def _prepare(self) -> None:
         folder = self.layout.folder
@@ -182,11 +186,10 @@ class Stack:
         self._report("new installation: settings and secrets")
         await asyncio.gather(*(self._make_card(card) for card in self._cards()))
         ports = Ports.free()
-        write_grid(
-            self.layout, ports, [*((name, "server") for name in self.servers), *((name, "vm") for name in self.vms)]
-        )
+        cards = [*((name, "server") for name in self.servers), *((name, "vm") for name in self.vms)]
+        write_grid(self.layout, ports, cards, self.profile)
         for hypervisor in self.hypervisors:
-            write_middleware(self.layout, hypervisor, hypervisor, ports)
+            write_middleware(self.layout, hypervisor, hypervisor, ports, self.profile)
         save_ports(self.layout, ports)
 
     async def _make_card(self, card: str) -> None:

@@ -44,6 +44,7 @@ from gose.slots.slot import SlotState
 from gose.standing import RegistryStanding
 from gose.state import SERVING_BUSY_TIMEOUT, open_database
 from secfunet import __version__
+from secfunet.container import ContainerProfile
 from secfunet.gose.v1 import service_provider_pb2, service_provider_pb2_grpc
 from secfunet.openid.association import AssociationType, SessionType
 from secfunet.openid.effects import FetchPolicy
@@ -128,7 +129,15 @@ class GridService:
         threads = ThreadPoolExecutor(SEALING_THREADS, thread_name_prefix="seal")
         stack.callback(threads.shutdown)
         executor = Executor(
-            self.rack, answers, standing, keys.container_key, limits, metrics, threads=threads, clock=self._clock
+            self.rack,
+            answers,
+            standing,
+            keys.container_key,
+            limits,
+            metrics,
+            profile=ContainerProfile.named(settings.container_profile),
+            threads=threads,
+            clock=self._clock,
         )
         stack.push_async_callback(executor.close, limits.shutdown_timeout)
         # Doors.

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
+from secfunet.container import ProfileName
 from secfunet.service.settings import FilePath, Settings
 
 
@@ -142,6 +143,8 @@ class GoseSettings(Settings):
     service_provider: ServiceProviderSettings = ServiceProviderSettings()
     openid_provider: OpenIdProviderSettings = OpenIdProviderSettings()
     secure_elements: tuple[SecureElementSettings, ...] = ()
+    # How containers are made; the middleware and the agents must expect the same.
+    container_profile: ProfileName = "oaep-pss-sha256"
     limits: Limits = Limits()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None

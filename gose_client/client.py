@@ -28,6 +28,7 @@ from gose_client.settings import GoseClientSettings
 from secfunet.apdu import ApduError
 from secfunet.card.errors import CardError
 from secfunet.card.pool import CardPool
+from secfunet.container import ContainerProfile
 from secfunet.identity import load_certificate, rsa_key_of
 
 _log = logging.getLogger(__name__)
@@ -64,7 +65,10 @@ class GoseClient:
         self._logins = Logins(settings, self._http, self._cards, authority, clock)
         self._channel = OperationsChannel(settings, connectors)
         self._keys = ContentKeys(
-            self._cards, settings.container_profile, limit=settings.content_keys, card_timeout=settings.card_timeout
+            self._cards,
+            ContainerProfile.named(settings.container_profile),
+            limit=settings.content_keys,
+            card_timeout=settings.card_timeout,
         )
         # Newest last. A session's containers may be opened while another one, of a renewed authority, is already open.
         self._authorities: dict[bytes, rsa.RSAPublicKey] = {}

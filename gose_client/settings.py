@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from secfunet.container import ContainerProfile
+from secfunet.container import ProfileName
 from secfunet.openid.errors import OpenIdFormatError
 from secfunet.openid.realm import parse_url
 from secfunet.service.settings import FilePath, Settings
@@ -41,7 +41,7 @@ class GoseClientSettings(Settings):
     openid_provider: Origin  # HTTPS: the endpoint, reached by ordinary TLS
     openid_login: Origin  # HTTPS: the login page, reached by TLS-Tandem
     authority: FilePath  # the grid's CA, PEM
-    container_profile: ContainerProfile = ContainerProfile.OAEP_PSS_SHA256
+    container_profile: ProfileName = "oaep-pss-sha256"
     # A private folder (0700) for the socket between gRPC and TLS-Tandem; None: a temporary one.
     relay_folder: FilePath | None = None
     connect_timeout: Seconds = 10.0  # one attempt to connect, handshake and wait for the card included

@@ -38,7 +38,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Final
+from typing import Final, Literal
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -61,11 +61,20 @@ class ContainerError(SecFuNetError):
         super().__init__("the container is refused")
 
 
+ProfileName = Literal["oaep-pss-sha256", "pkcs1-v1_5"]
+"""How settings name a profile; the grid, the middleware and the agents of its VMs must have the same."""
+
+
 class ContainerProfile(IntEnum):
     """Which paddings header and trailer have; the number travels in the unwrap command of a card."""
 
     OAEP_PSS_SHA256 = 1
     PKCS1_V1_5 = 2
+
+    @classmethod
+    def named(cls, name: ProfileName) -> ContainerProfile:
+        """The profile of that name in settings."""
+        return cls.PKCS1_V1_5 if name == "pkcs1-v1_5" else cls.OAEP_PSS_SHA256
 
 
 def encryption_padding(profile: ContainerProfile) -> padding.AsymmetricPadding:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from secfunet.container import ContainerError, ContainerProfile, verify_container
 from secfunet.gose.v1 import operation_pb2
@@ -25,11 +25,6 @@ log = logging.getLogger(__name__)
 MAX_CONTAINERS = 64  # of one batch: each may come from another execution
 MAX_CONTAINER_BYTES = 1 << 18
 
-_PROFILES: Mapping[str, ContainerProfile] = {
-    "oaep-pss-sha256": ContainerProfile.OAEP_PSS_SHA256,
-    "pkcs1-v1_5": ContainerProfile.PKCS1_V1_5,
-}
-
 
 class ResultChecker:
     """Checks answers against the identity that dom0 last told."""
@@ -42,7 +37,7 @@ class ResultChecker:
         clock: Callable[[], float] = time.time,
         max_age: float = MAX_AGE,
     ) -> None:
-        self._profile = _PROFILES[profile]
+        self._profile = ContainerProfile.named(profile)
         self._clock = clock
         self._max_age = max_age
         self.identity = identity

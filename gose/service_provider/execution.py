@@ -34,7 +34,7 @@ from secfunet.apdu import ApduError
 from secfunet.card.client import KeyRequest
 from secfunet.card.errors import CardError, CardGoneError
 from secfunet.card.instructions import KeyOperation
-from secfunet.container import ContainerSealer
+from secfunet.container import ContainerProfile, ContainerSealer
 from secfunet.gose.v1 import operation_pb2
 from secfunet.identity import load_certificate, rsa_key_of
 from secfunet.operation import REQUEST_ID_SIZE, OperationError, request_digest, validate_operation
@@ -85,6 +85,7 @@ class Executor:
         limits: Limits,
         metrics: Metrics,
         *,
+        profile: ContainerProfile = ContainerProfile.OAEP_PSS_SHA256,
         threads: ThreadPoolExecutor | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -95,6 +96,7 @@ class Executor:
         self._container_key = container_key
         self._limits = limits
         self._metrics = metrics
+        self._profile = profile
         self._threads = threads
         self._clock = clock
         self._monotonic = monotonic
@@ -285,6 +287,7 @@ class Executor:
             session.scratch = ContainerSealer(
                 rsa_key_of(load_certificate(identity.certificate)),
                 self._container_key,
+                self._profile,
                 max_containers=self._limits.containers_per_key,
                 max_age=self._limits.container_key_age,
                 clock=self._monotonic,
