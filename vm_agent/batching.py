@@ -2,9 +2,10 @@
 
 Rules, in the order of the code:
 
-1. A caller that finds nothing under way has its operation sent at once; nobody waits for company. Callers of the same turn of the event
-   loop go together. While a batch is under way, one that is smaller waits a millisecond for more: without that, callers on a stream, whose
-   answers come one by one, would fall apart into batches of one and batches of the rest.
+1. A caller that comes alone has its operation sent at once, and callers of the same turn of the event loop go together. While others are
+   under way, or have just been answered and are about to come again, a batch that is smaller than an even share (callers / max_in_flight)
+   waits a moment for them: without that, callers whose answers come one by one would fall apart into small batches, and a batch costs
+   much more than an operation.
 2. While ``max_in_flight`` batches are under way, operations gather, and leave together, at most ``max_batch`` in one batch, when an answer
    comes.
 3. A caller that is cancelled or runs out of time is forgotten: not sent if it was not, its answer dropped if it was.
@@ -33,9 +34,7 @@ log = logging.getLogger(__name__)
 
 FIRST_PAUSE = 0.05  # seconds before the second attempt to open a stream
 LONGEST_PAUSE = 2.0
-GATHER_TIME = (
-    0.001  # seconds that a batch smaller than what is under way waits for more; nothing waits if nothing is under way
-)
+GATHER_TIME = 0.003  # seconds that a batch waits for its even share, and that callers who were answered count as about to come again
 EXPIRY_GRACE = 0.5  # seconds that a batch may be late before its place is given back
 MAX_DRAINING = 4  # streams that are left to answer what they were asked
 
@@ -135,6 +134,8 @@ class Batcher(Generic[Request, Answer]):
         self._runner: asyncio.Task[None] | None = None
         self._finishing: set[asyncio.Task[None]] = set()
         self._problem: AgentError | None = None
+        self._callers = 0  # that waited when the last answer came
+        self._answered_at = 0.0
         self._closed = False
         self.counters = BatcherCounters()
 
@@ -160,7 +161,9 @@ class Batcher(Generic[Request, Answer]):
         waiting = _Waiting(ticket, self._loop.time() + timeout, self._loop.create_future())
         self._waiting += 1
         self._queue[ticket.request_id] = waiting
-        self._work.set()
+        # The first one wakes the runner, which then waits for the others; each of them need not wake it.
+        if len(self._queue) == 1 or self._is_enough():
+            self._work.set()
         if self._runner is None or self._runner.done():
             self._runner = asyncio.create_task(self._run(), name="vm-agent-batcher")
         try:
@@ -207,7 +210,7 @@ class Batcher(Generic[Request, Answer]):
 
     async def _run(self) -> None:
         """Sends what gathers; one task, started by the first caller."""
-        gathered = False
+        gather_until: float | None = None
         while not self._closed:
             await self._work.wait()
             if not self._queue or self.in_flight >= self._max_in_flight:
@@ -223,15 +226,29 @@ class Batcher(Generic[Request, Answer]):
                     self._stream_failed(error)
                     self._fail(list(self._queue.values()), error)
                 continue
-            under_way = sum(len(batch.waiting) for batch in self._lane.batches.values())
-            if len(self._queue) < min(under_way, self._max_batch) and not gathered:
-                gathered = True
-                await asyncio.sleep(GATHER_TIME)
-                continue
-            gathered = False
+            if not self._is_enough():
+                gather_until = gather_until or self._loop.time() + GATHER_TIME
+                if self._loop.time() < gather_until:
+                    self._work.clear()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout_at(gather_until):
+                            await self._work.wait()
+                    self._work.set()
+                    continue
+            gather_until = None
             batch = self._take()
             if batch:
                 await self._send(self._lane, batch)
+
+    def _is_enough(self) -> bool:
+        """Whether the queue is worth a batch now, or others are expected."""
+        if self._lane is None:
+            return True
+        if not self._lane.batches and self._loop.time() - self._answered_at >= GATHER_TIME:
+            return True
+        # As many as are under way, and an even share of those who were there a moment ago.
+        share = max(-(-self._waiting // self._max_in_flight), self._callers // self._max_in_flight)
+        return len(self._queue) >= min(share, self._max_batch)
 
     async def _pause(self) -> None:
         """Waits before the next stream if the last ones failed: twice as long each time, less what has passed already."""
@@ -258,7 +275,11 @@ class Batcher(Generic[Request, Answer]):
 
     def _take(self) -> list[_Waiting[Request]]:
         taken: list[_Waiting[Request]] = []
-        while self._queue and len(taken) < self._max_batch:
+        most = self._max_batch
+        if self.in_flight:
+            even = -(-max(self._callers, self._waiting) // self._max_in_flight)
+            most = min(most, max(even, 1))
+        while self._queue and len(taken) < most:
             _, waiting = self._queue.popitem(last=False)
             if not waiting.outcome.done():
                 taken.append(waiting)
@@ -301,6 +322,7 @@ class Batcher(Generic[Request, Answer]):
             return
         if batch.timer is not None:
             batch.timer.cancel()
+        self._callers, self._answered_at = self._waiting, self._loop.time()
         self._work.set()
         live = [waiting for waiting in batch.waiting if not waiting.outcome.done()]
         if not live:

@@ -284,3 +284,26 @@ async def test_a_smaller_batch_waits_a_moment_for_more_while_one_is_under_way() 
     stream.reply(1)
     await asyncio.gather(*first, *second)
     await batcher.close()
+
+
+async def test_callers_who_were_just_answered_are_waited_for_but_not_for_long() -> None:
+    streams = Streams()
+    batcher = Batcher(streams.open, settle)
+    callers = [asyncio.create_task(batcher.submit(ticket(), timeout=5)) for _ in range(8)]
+    await eventually(lambda: bool(streams.opened) and bool(streams.opened[0].sent))
+    stream = streams.opened[0]
+    stream.reply(0)
+    await asyncio.gather(*callers)
+    again = []
+    for _ in range(4):  # half of them are an even share of two batches
+        again.append(asyncio.create_task(batcher.submit(ticket(), timeout=5)))
+        await asyncio.sleep(0)
+    await eventually(lambda: len(stream.sent) == 2)
+    assert len(stream.sent[1][1]) == 4
+    stream.reply(1)
+    await asyncio.gather(*again)
+    alone = asyncio.create_task(batcher.submit(ticket(b"alone"), timeout=5))
+    await eventually(lambda: len(stream.sent) == 3)
+    stream.reply(2)
+    assert await alone == b"done alone"
+    await batcher.close()
