@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Protocol
 
 from dom0_middleware.guest import GuestDomain
@@ -11,6 +12,8 @@ from dom0_middleware.sessions import GridSession, VmSessions
 from secfunet.card.pool import CardPool
 from secfunet.middleware.v1 import agent_pb2
 from secfunet.vm_auth_token import unverified_expiry
+
+log = logging.getLogger(__name__)
 
 
 class HypervisorIdentity(Protocol):
@@ -51,6 +54,19 @@ class Identities:
         self._policy = policy
         self._sessions = sessions
         self._hypervisor = hypervisor
+        self._obstacles: dict[str, str] = {}
+
+    def note(self, guest: GuestDomain, obstacle: str) -> None:
+        """Logs what keeps a VM from its key ("": nothing), once for as long as it stays the same: this is asked every few seconds."""
+        if self._obstacles.get(guest.uuid, "") == obstacle:
+            return
+        facts = {"vm": guest.uuid, "name_of_vm": guest.record.name}
+        if obstacle:
+            self._obstacles[guest.uuid] = obstacle
+            log.warning("the VM cannot use its key: %s", obstacle, extra=facts)
+        else:
+            del self._obstacles[guest.uuid]
+            log.info("the VM can use its key", extra=facts)
 
     async def identity(self, guest: GuestDomain, *, timeout: float, correlation: str = "") -> agent_pb2.Identity:
         """With the grid's word: opens the VM's session if need be. Raises what that raises, Refused (VM_REVOKED, TOKEN_MISSING)."""

@@ -27,6 +27,7 @@ from vm_agent.errors import (
     AgentError,
     IdentityUnusableError,
     NotEnrolledError,
+    OperationFailedError,
     UnavailableError,
     from_rpc_error,
 )
@@ -114,6 +115,14 @@ class MiddlewareConnection:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
         return self.enrolment.renewed(response.certificate, now)
+
+    async def refusal(self) -> AgentError | None:
+        """Why the middleware cannot tell the whole identity; None if it can now."""
+        try:
+            await self._stub.GetIdentity(agent_pb2.GetIdentityRequest(), timeout=CALL_TIMEOUT)
+        except grpc.aio.AioRpcError as error:
+            return from_rpc_error(error)
+        return None
 
     async def watch_identity(self) -> AsyncIterator[agent_pb2.Identity]:
         """The identity now, and again whenever it changes, until the stream is lost (an AgentError) or ended by the middleware."""
@@ -245,7 +254,7 @@ class MiddlewareClient:
 
     async def _open_stream(self) -> OperateStream:
         if self._checker.identity is None:
-            if isinstance(self.problem, IdentityUnusableError):
+            if isinstance(self.problem, IdentityUnusableError | OperationFailedError):
                 raise self.problem
             try:
                 async with asyncio.timeout(LONGEST_PAUSE):
@@ -263,6 +272,7 @@ class MiddlewareClient:
                 async for untrusted in connection.watch_identity():
                     pause = FIRST_PAUSE
                     self._heard(untrusted)
+                    await self._ask_why(connection)
                 problem: AgentError = UnavailableError("the Secure Middleware ended the connection")
             except AgentError as error:
                 problem = error
@@ -293,6 +303,15 @@ class MiddlewareClient:
         self.first_word.set()
         self._connected.set()
         self.changed.set()
+
+    async def _ask_why(self, connection: MiddlewareConnection) -> None:
+        """An identity that misses what only the grid can fill has a cause, and it is the cause that a person needs to know."""
+        if not isinstance(self.problem, IdentityUnusableError):
+            return
+        refusal = await connection.refusal()
+        if refusal is not None:
+            log.error("this VM's key cannot be used: %s", refusal, extra={"reason": refusal.reason})
+            self.problem = refusal
 
     def _lost(self) -> None:
         self._connected.clear()

@@ -88,6 +88,9 @@ class EnrolmentService(agent_pb2_grpc.EnrolmentServiceServicer):
 async def identity_as_known(identities: Identities, guest: GuestDomain, timeout: float) -> pb.Identity:
     """The whole identity if the grid answers in time, else what is known without it."""
     try:
-        return await identities.identity(guest, timeout=timeout, correlation=current_call.get().correlation)
-    except SecFuNetError:
+        identity = await identities.identity(guest, timeout=timeout, correlation=current_call.get().correlation)
+    except SecFuNetError as error:
+        identities.note(guest, str(error))
         return identities.known(guest)
+    identities.note(guest, "")
+    return identity

@@ -164,6 +164,7 @@ class MiddlewareDouble(agent_pb2_grpc.EnrolmentServiceServicer, agent_pb2_grpc.A
         self.batches: list[agent_pb2.OperateRequest] = []
         self.streams = 0
         self.refuse: grpc.StatusCode | None = None  # every stream
+        self.refuse_identity: grpc.StatusCode | None = None  # every stream
         self.only_newest_serial = False
         self.answer: Answerer = self._answer
         self.identity = grid.identity()
@@ -258,6 +259,12 @@ class MiddlewareDouble(agent_pb2_grpc.EnrolmentServiceServicer, agent_pb2_grpc.A
         await self._check(context)
         self.renewals += 1
         return agent_pb2.RenewCertificateResponse(certificate=self.certify(request.certificate_signing_request))
+
+    async def GetIdentity(self, request: Any, context: Any) -> agent_pb2.GetIdentityResponse:  # noqa: N802
+        await self._check(context)
+        if self.refuse_identity is not None:
+            await context.abort(self.refuse_identity, "the VM-Auth-Token is refused")
+        return agent_pb2.GetIdentityResponse(identity=self.identity)
 
     async def WatchIdentity(self, request: Any, context: Any) -> AsyncIterator[agent_pb2.WatchIdentityResponse]:  # noqa: N802
         await self._check(context)

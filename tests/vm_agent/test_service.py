@@ -331,6 +331,21 @@ async def test_a_vm_without_an_identity_is_told_so(middleware: MiddlewareDouble,
     assert reason_of(error) == "IDENTITY_INVALID"
 
 
+async def test_why_there_is_no_identity_is_what_a_program_is_told(
+    middleware: MiddlewareDouble, options: AgentOptions
+) -> None:
+    middleware.identity, whole = agent_pb2.Identity(), middleware.identity
+    middleware.refuse_identity = grpc.StatusCode.PERMISSION_DENIED
+    async with running(options) as (service, stub):
+        await eventually(lambda: "VM-Auth-Token is refused" in service.status().problem)
+        error = await refused(stub)
+        assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+        assert error.details() == "the VM-Auth-Token is refused"
+        middleware.identity = whole
+        middleware.identity_changed.set()
+        await eventually(lambda: not service.status().problem)
+
+
 async def test_two_agents_do_not_share_a_state_folder(middleware: MiddlewareDouble, options: AgentOptions) -> None:
     async with running(options):
         with pytest.raises(DoorError, match="another agent"):
