@@ -5,6 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
+
+from dom0_middleware.settings import MiddlewareSettings
+from gose.settings import GoseSettings
+from secure_element.settings import CardSettings
+from vm_agent.settings import AgentSettings
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -29,6 +35,35 @@ def test_every_decision_is_listed() -> None:
     folder = ROOT / "docs" / "decisions"
     listed = set(re.findall(r"\((\d{4}-[a-z0-9-]+\.md)\)", (folder / "README.md").read_text()))
     assert listed == {path.name for path in folder.glob("0*.md")}
+
+
+def keys_of(model: type[BaseModel]) -> set[str]:
+    """Every key of a settings model and of the tables in it."""
+    found = set()
+    for name, field in model.model_fields.items():
+        found.add(name)
+        for nested in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(nested, type) and issubclass(nested, BaseModel):
+                found |= keys_of(nested)
+    return found
+
+
+@pytest.mark.parametrize("model", [CardSettings, GoseSettings, MiddlewareSettings, AgentSettings])
+def test_every_setting_is_told(model: type[BaseModel]) -> None:
+    told = set(re.findall(r"`(?:[a-z_]+\.)*([a-z_]+)`", (ROOT / "docs" / "operations.md").read_text()))
+    tables = {name for name in keys_of(model) if f"[{name}]" in (ROOT / "docs" / "operations.md").read_text()}
+    headings = {
+        "service_provider",
+        "openid_provider",
+        "store_key",
+        "card",
+        "grid",
+        "libvirt",
+        "orchestrators",
+        "audit",
+        "limits",
+    }
+    assert keys_of(model) - told - tables - headings == set()
 
 
 def attacks() -> list[tuple[str, str, str]]:
