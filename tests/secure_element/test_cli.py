@@ -139,7 +139,7 @@ def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "k").write_bytes(bytes(40))
     (tmp_path / "k").chmod(0o400)
     assert credential.store_key.read().secret == bytes(40)
-    (tmp_path / "k").chmod(0o440)
+    (tmp_path / "k").chmod(0o444)
     with pytest.raises(UnsafeFileError):
         credential.store_key.read()
 
