@@ -433,7 +433,7 @@ async def test_a_card_that_hangs_in_an_operation(grid: TestGrid, service: GridSe
 
 
 async def test_a_full_queue_says_so(grid: TestGrid) -> None:
-    async with grid.running(slot_queue=2, operation_timeout=3.0) as service:
+    async with grid.running(slot_queue=2, operation_timeout=30.0) as service:
         session = await grid.session("vm-1", "hv-a")
         process = grid.cards["se-vm-1"].process
         assert process is not None
@@ -441,15 +441,15 @@ async def test_a_full_queue_says_so(grid: TestGrid) -> None:
             stub = grid.stub(channel)
             process.send_signal(signal.SIGSTOP)
             try:
-                waiting = [asyncio.create_task(_call(stub, session)) for _ in range(3)]
+                waiting = [asyncio.create_task(_call(stub, session, timeout=60)) for _ in range(3)]
                 bank = service.rack.vm("se-vm-1")
                 assert bank is not None
-                for _ in range(200):
+                for _ in range(2000):
                     await asyncio.sleep(0.01)
                     if len(bank.queue) == 2:
                         break
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await stub.Execute(execute(sign_operation()), timeout=8, metadata=under(session))
+                    await stub.Execute(execute(sign_operation()), timeout=60, metadata=under(session))
                 assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
                 assert reason_of(caught.value) == "SLOT_BUSY"
                 assert retry_of(caught.value) > 0
@@ -459,8 +459,8 @@ async def test_a_full_queue_says_so(grid: TestGrid) -> None:
                 assert len(answer.containers) == 1
 
 
-async def _call(stub: Any, session: dict[str, Any]) -> Any:
-    return await stub.Execute(execute(sign_operation()), timeout=8, metadata=under(session))
+async def _call(stub: Any, session: dict[str, Any], timeout: float = 8) -> Any:
+    return await stub.Execute(execute(sign_operation()), timeout=timeout, metadata=under(session))
 
 
 async def test_another_vms_card_is_not_touched(grid: TestGrid) -> None:
