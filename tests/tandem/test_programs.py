@@ -232,7 +232,8 @@ async def test_grpc_through_the_relay(pools: Pools, files: Files, tmp_path: Path
         for _ in range(2):  # the second time with the session of the first
             async with (
                 await start_relay(tmp_path / "relay", connect) as relay,
-                grpc.aio.insecure_channel(relay.target) as channel,
+                # Without a pool of its own the second channel may be given the first one's dying connection: they have one address.
+                grpc.aio.insecure_channel(relay.target, options=[("grpc.use_local_subchannel_pool", 1)]) as channel,
             ):
                 stub = health_pb2_grpc.HealthStub(channel)
                 for _ in range(50):
