@@ -143,6 +143,10 @@ class Stack:
         config = write_agent(self.layout, vm, Path(started["guest_channel"]) / "join.json", self.profile)
         await self._start(f"agent-{vm}", "vm-agent", "serve", config)
 
+    def forget(self) -> None:
+        """The next start makes a new installation in this folder."""
+        (self.layout.folder / "plan").unlink(missing_ok=True)
+
     # Commands, as a user types them
 
     async def middleware(self, *words: str | Path, host: str | None = None) -> bytes:

@@ -134,6 +134,7 @@ async def _attack(stack: Stack, narrator: Narrator) -> None:
 async def _keep(stack: Stack, narrator: Narrator) -> None:
     narrator.chapter("It goes on running: things to try in another terminal (Ctrl-C here ends it)")
     await stack.start_vm(VM)
+    stack.forget()  # whoever tries things may revoke what the next story needs
     layout = stack.layout
     agent = f"--config {layout.agent_config(VM)}"
     middleware = f"--config {layout.middleware_config(HOST)}"
