@@ -433,12 +433,13 @@ async def test_a_card_that_hangs_in_an_operation(grid: TestGrid, service: GridSe
 
 
 async def test_a_full_queue_says_so(grid: TestGrid) -> None:
-    async with grid.running(slot_queue=2, operation_timeout=30.0) as service:
+    async with grid.running(slot_queue=2, operation_timeout=30.0, watchdog_interval=600.0) as service:
         session = await grid.session("vm-1", "hv-a")
         process = grid.cards["se-vm-1"].process
         assert process is not None
         async with grid.channel("hv-a") as channel:
             stub = grid.stub(channel)
+            await _call(stub, session, timeout=60)  # the card is in service before it hangs
             process.send_signal(signal.SIGSTOP)
             try:
                 waiting = [asyncio.create_task(_call(stub, session, timeout=60)) for _ in range(3)]
