@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import uuid as uuids
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -109,7 +108,7 @@ class Vms:
     # What orchestrators ask for. Each raises Refused or Unavailable.
 
     async def create(
-        self, *, name: str, vm_certificate: bytes, vm_auth_token: str, memory_mib: int, vcpus: int
+        self, *, uuid: str, name: str, vm_certificate: bytes, vm_auth_token: str, memory_mib: int, vcpus: int
     ) -> pb.Vm:
         if not _NAME.fullmatch(name):
             raise Refused(Reason.REQUEST_INVALID, "a VM's name is 1 to 64 characters of [A-Za-z0-9._-]")
@@ -120,8 +119,7 @@ class Vms:
             )
         certificate = self._parse_certificate(vm_certificate)
         record = VmRecord(
-            # Ours to choose: nobody can ask for the UUID of another.
-            uuid=str(uuids.uuid4()),
+            uuid=uuid,
             name=name,
             vmid=thumbprint(certificate),
             vm_certificate=certificate,

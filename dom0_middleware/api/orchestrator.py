@@ -39,8 +39,11 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         self._audit = audit
 
     async def CreateVm(self, request: pb.CreateVmRequest, context: Context) -> pb.CreateVmResponse:  # noqa: N802
-        with self._recorded("create", name=request.name):
+        # Ours to choose: nobody can ask for the UUID of another; and on record before the VM is there.
+        uuid = str(uuids.uuid4())
+        with self._recorded("create", uuid, name=request.name):
             vm = await self._vms.create(
+                uuid=uuid,
                 name=request.name,
                 vm_certificate=request.vm_certificate,
                 vm_auth_token=request.vm_auth_token,

@@ -460,3 +460,4 @@ async def test_orchestrators_calls_are_recorded_with_their_name(world: World) ->
         ("vm.delete", "permitted", "admin"),
         ("vm.delete", "failed", "admin"),
     ]
+    assert {r["vm"] for r in records} == {guest.uuid}
