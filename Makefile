@@ -3,10 +3,10 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST_WORKERS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench lock clean
+.PHONY: help setup demo test check format bench lock clean testbed testbed-up testbed-down testbed-clean
 
 help: ## list these targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what the other targets need (each of them does that first by itself)
 	@scripts/setup
@@ -31,6 +31,18 @@ format: setup ## format the code
 
 bench: setup ## measure; one table (JSON=file writes the rows too, QUICK=1 is a short run)
 	@$(BIN)/python -m bench $(if $(JSON),--json $(JSON)) $(if $(QUICK),--quick)
+
+testbed: setup ## build the images of a real Xen host under QEMU (once; docs/testbed.md)
+	@$(BIN)/python -m testbed build
+
+testbed-up: setup ## start it in seconds (NAME=, HOSTS=1|2, GRID=1)
+	@$(BIN)/python -m testbed up $(if $(NAME),--name $(NAME)) $(if $(HOSTS),--hosts $(HOSTS)) $(if $(GRID),--grid)
+
+testbed-down: setup ## end it (NAME=)
+	@$(BIN)/python -m testbed down $(if $(NAME),--name $(NAME))
+
+testbed-clean: setup ## remove images that are out of date
+	@$(BIN)/python -m testbed clean
 
 lock: setup ## compile requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --all-extras --generate-hashes --no-emit-index-url --no-header --upgrade \

@@ -1,0 +1,93 @@
+"""The programs of the machine below, and what is said if they are missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from testbed import places
+from testbed.errors import MissingTools, TestbedError
+
+PACKAGES = places.ROOT / "testbed" / "debian-packages.txt"
+# A program of each package: it may be here in another way than by its package.
+_PROGRAMS = {
+    "cpio": "cpio",
+    "kmod": "depmod",
+    "lz4": "lz4",
+    "mmdebstrap": "mmdebstrap",
+    "openssh-client": "ssh",
+    "qemu-system-x86": "qemu-system-x86_64",
+    "qemu-utils": "qemu-img",
+    "zstd": "zstd",
+}
+
+
+def missing_packages() -> tuple[str, ...]:
+    """Debian packages that ``build`` and ``up`` need and that are not here."""
+    missing = []
+    for package in places.lines(PACKAGES):
+        program = _PROGRAMS.get(package)
+        if program is not None and shutil.which(program, path=_path()):
+            continue
+        query = subprocess.run(
+            ["dpkg-query", "-W", "-f", "${Status}", package], capture_output=True, text=True, check=False
+        )
+        if query.stdout != "install ok installed":
+            missing.append(package)
+    return tuple(missing)
+
+
+def require_tools(*, install: bool = False) -> None:
+    """Raises MissingTools, which names the packages; with ``install`` and the right to do it, installs them first."""
+    missing = missing_packages()
+    if missing and install and os.geteuid() == 0:
+        environment = {"DEBIAN_FRONTEND": "noninteractive"}
+        print(f"testbed: installing Debian packages: {' '.join(missing)}", file=sys.stderr, flush=True)
+        run(["apt-get", "-qq", "update"], environment=environment)
+        run(["apt-get", "-qq", "install", "-y", "--no-install-recommends", *missing], environment=environment)
+        missing = missing_packages()
+    if missing:
+        raise MissingTools(
+            f"the testbed needs Debian packages that are not installed here: {' '.join(missing)}\n"
+            f"run as root: apt-get install --no-install-recommends {' '.join(missing)}"
+        )
+
+
+def run(
+    command: Sequence[str | Path],
+    *,
+    data: bytes | None = None,
+    cwd: Path | None = None,
+    timeout: float = 1800,
+    environment: Mapping[str, str] | None = None,
+) -> bytes:
+    """The output of a program. Raises TestbedError with the end of what it said if it fails."""
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(
+            words,
+            input=data,
+            stdin=subprocess.DEVNULL if data is None else None,
+            capture_output=True,
+            cwd=cwd,
+            timeout=timeout,
+            check=False,
+            env={**os.environ, "PATH": _path(), **(environment or {})},
+        )
+    except FileNotFoundError:
+        raise TestbedError(f"{words[0]} is not installed here") from None
+    except subprocess.TimeoutExpired:
+        raise TestbedError(f"{' '.join(words[:3])} … did not end within {timeout:g} s") from None
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()[-15:]
+        raise TestbedError("\n".join([f"{' '.join(words[:4])} … ended with {done.returncode}", *said]))
+    return done.stdout
+
+
+def _path() -> str:
+    # depmod and mke2fs lie where an ordinary user does not look.
+    return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
