@@ -1,0 +1,167 @@
+"""Shared-memory channels between two domains, through Xen's own library (libxenvchan.h), for asyncio.
+
+A channel is a pair of byte rings in pages that the server grants to one domain, and an event channel that is bound to that domain: Xen
+itself keeps every other domain from it. Setting up and tearing down exchange a few messages with xenstore and run in a thread; reading
+and writing are memory copies, and the event channel's descriptor says when there is more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+from typing import Any, Self
+
+from secfunet.xen.errors import VchanError
+from secfunet.xen.libraries import load
+
+PACKAGE = "libxenmisc4.17"
+RING_SIZE = 16384  # bytes, each way: 9 pages a channel; dom0's xen_gntalloc allows 1024 pages in all unless it is told otherwise
+_OPEN, _NO_CLIENT_YET = 1, 2  # libxenvchan_is_open; all else means closed: after a migration, 255 was seen
+_CHUNK = 65536
+
+
+class Vchan:
+    """One end of a channel. Not for several tasks that read, or that write, at once."""
+
+    def __init__(self, library: ctypes.CDLL, handle: int) -> None:
+        self._library = library
+        self._handle: int | None = handle
+        self._changed = asyncio.Event()
+        self._buffer = ctypes.create_string_buffer(_CHUNK)
+        self._descriptor = int(library.libxenvchan_fd_for_select(handle))
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._descriptor, self._on_event)
+
+    @classmethod
+    async def serve(cls, domain_id: int, path: str, *, ring_size: int = RING_SIZE) -> Self:
+        """Makes a channel for domain ``domain_id``, announced at the absolute xenstore ``path``. Raises VchanError, XenError."""
+        library = _library()
+        return await cls._make(
+            library,
+            lambda: library.libxenvchan_server_init(None, domain_id, path.encode(), ring_size, ring_size),
+            f"no channel can be made for domain {domain_id}",
+        )
+
+    @classmethod
+    async def connect(cls, domain_id: int, path: str) -> Self:
+        """Opens the channel that ``domain_id`` serves at ``path`` (relative: in this domain's home). Raises VchanError, XenError."""
+        library = _library()
+        return await cls._make(
+            library,
+            lambda: library.libxenvchan_client_init(None, domain_id, path.encode()),
+            f"the channel of domain {domain_id} at {path} cannot be opened",
+        )
+
+    @classmethod
+    async def _make(cls, library: ctypes.CDLL, init: Any, what: str) -> Self:
+        def call() -> tuple[int | None, int]:
+            # errno is a thread's own.
+            ctypes.set_errno(0)
+            handle = init()
+            return handle, ctypes.get_errno()
+
+        task = asyncio.ensure_future(asyncio.to_thread(call))
+        try:
+            handle, code = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            # The thread goes on: what it makes must not be left behind.
+            task.add_done_callback(lambda done: _discard(library, done))
+            raise
+        if not handle:
+            raise VchanError(f"{what}: {os.strerror(code) if code else 'refused'}", code)
+        return cls(library, handle)
+
+    @property
+    def is_open(self) -> bool:
+        """Both ends are there."""
+        return self._state() == _OPEN
+
+    async def accepted(self) -> None:
+        """Of a server: returns when a client has come. Raises VchanError if the channel was closed."""
+        while (state := self._state()) == _NO_CLIENT_YET:
+            await self._change()
+        if state != _OPEN and not self._ready():
+            raise VchanError("the channel was closed before a client came")
+
+    async def read(self) -> bytes:
+        """What has come, at least a byte; empty once the peer has closed the channel."""
+        while self._handle is not None:
+            count = self._library.libxenvchan_read(self._handle, self._buffer, _CHUNK)
+            if count > 0:
+                return self._buffer.raw[:count]
+            if count < 0 or self._state() not in (_OPEN, _NO_CLIENT_YET):
+                return b""
+            await self._change()
+        return b""
+
+    async def write(self, data: bytes) -> None:
+        """Raises VchanError once the channel is closed."""
+        view = memoryview(data)
+        while view:
+            if self._handle is None or self._state() != _OPEN:
+                raise VchanError("the channel is closed")
+            chunk = bytes(view[:_CHUNK])
+            count = self._library.libxenvchan_write(self._handle, chunk, len(chunk))
+            if count < 0:
+                raise VchanError("the channel is closed")
+            view = view[count:]
+            if count == 0:
+                await self._change()
+
+    async def close(self) -> None:
+        """Unmaps the rings and tells the peer. Does nothing the second time."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._loop.remove_reader(self._descriptor)
+            self._changed.set()
+            await asyncio.shield(asyncio.to_thread(self._library.libxenvchan_close, handle))
+
+    def _state(self) -> int:
+        return int(self._library.libxenvchan_is_open(self._handle)) if self._handle is not None else 0
+
+    def _ready(self) -> bool:
+        return self._handle is not None and int(self._library.libxenvchan_data_ready(self._handle)) > 0
+
+    def _on_event(self) -> None:
+        # The descriptor is readable, so this takes the event and does not wait.
+        if self._handle is not None:
+            self._library.libxenvchan_wait(self._handle)
+            self._changed.set()
+
+    async def _change(self) -> None:
+        """Returns when something may have changed. Two tasks (a reader and a writer) may wait at once."""
+        if self._changed.is_set():
+            self._changed = asyncio.Event()
+            # Whatever came before the flag was taken down is looked at once more.
+            await asyncio.sleep(0)
+            return
+        with contextlib.suppress(TimeoutError):
+            # A safety net: a peer that dies without a word sends no event.
+            async with asyncio.timeout(1.0):
+                await self._changed.wait()
+
+
+def _discard(library: ctypes.CDLL, done: asyncio.Future[tuple[int | None, int]]) -> None:
+    if not done.cancelled() and done.exception() is None and done.result()[0]:
+        library.libxenvchan_close(done.result()[0])
+
+
+def _library() -> ctypes.CDLL:
+    library = load("xenvchan", PACKAGE)
+    handle, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+    for name, result, arguments in (
+        ("server_init", handle, [ctypes.c_void_p, number, ctypes.c_char_p, size, size]),
+        ("client_init", handle, [ctypes.c_void_p, number, ctypes.c_char_p]),
+        ("read", number, [handle, ctypes.c_void_p, size]),
+        ("write", number, [handle, ctypes.c_void_p, size]),
+        ("wait", number, [handle]),
+        ("is_open", number, [handle]),
+        ("data_ready", number, [handle]),
+        ("fd_for_select", number, [handle]),
+        ("close", None, [handle]),
+    ):
+        function = getattr(library, f"libxenvchan_{name}")
+        function.restype, function.argtypes = result, arguments
+    return library
