@@ -239,6 +239,7 @@ def status(
             "version": found.version,
             "enrolled": found.enrolled,
             "connected": found.connected,
+            "transport": found.transport,
             "certificate_expires_at": found.certificate_expires_at,
             "problem": found.problem,
         }
@@ -247,6 +248,7 @@ def status(
         typer.echo(f"version           {found.version}")
         typer.echo(f"enrolled          {'yes' if found.enrolled else 'no'}")
         typer.echo(f"connected         {'yes' if found.connected else 'no'}")
+        typer.echo(f"transport         {found.transport or 'none yet'}")
         typer.echo(f"certificate until {_time(found.certificate_expires_at)}")
         if found.problem:
             typer.echo(f"problem           {found.problem}")

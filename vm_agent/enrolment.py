@@ -23,6 +23,7 @@ from vm_agent.errors import AgentError, EnrolmentRefusedError, JoinError, NotEnr
 from vm_agent.identity import VmIdentity, parse_identity
 from vm_agent.join import JoinInformation
 from vm_agent.keys import AgentKey
+from vm_agent.transport import options_for
 
 MAX_KEPT_BYTES = 32768
 CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
@@ -45,7 +46,7 @@ class Enrolment:
     key: AgentKey = field(repr=False)
     certificate: x509.Certificate
     guest_authority: bytes  # X.509, DER
-    agent: str  # gRPC target
+    agent: str  # an address: see ``transport``
     server_name: str
     join_digest: str  # which invitation it came from
 
@@ -125,15 +126,19 @@ class EnrolmentStore:
         write_atomically(self._path, enrolment.to_json())
 
 
-async def enrol(join: JoinInformation, *, now: float, timeout: float) -> tuple[Enrolment, VmIdentity | None]:
+async def enrol(
+    join: JoinInformation, *, target: str, now: float, timeout: float
+) -> tuple[Enrolment, VmIdentity | None]:
     """Presents the join secret once, over TLS to whoever holds the guest authority's certificate for ``server_name``.
+
+    ``target``: what ``join.enrol`` is for gRPC.
 
     Returns the enrolment and, if the answer already tells it, who the VM is. Raises EnrolmentRefusedError (this secret will never do) or
     another AgentError (try again).
     """
     key = AgentKey.generate()
     credentials = grpc.ssl_channel_credentials(root_certificates=_pem(join.guest_authority))
-    async with grpc.aio.secure_channel(join.enrol, credentials, channel_options(join.server_name)) as channel:
+    async with grpc.aio.secure_channel(target, credentials, channel_options(join.server_name, target)) as channel:
         stub = agent_pb2_grpc.EnrolmentServiceStub(channel)
         request = agent_pb2.EnrolRequest(join_secret=join.secret, certificate_signing_request=key.signing_request())
         try:
@@ -203,12 +208,13 @@ def check_certificate(
     return certificate
 
 
-def channel_options(server_name: str) -> list[tuple[str, str | int]]:
+def channel_options(server_name: str, target: str) -> list[tuple[str, str | int]]:
     """Options of every channel to the middleware; its certificate must carry ``server_name``."""
     if not server_name:
         raise JoinError("no server name to check the middleware's certificate against")
     return [
         *CHANNEL_OPTIONS,
+        *options_for(target),
         ("grpc.ssl_target_name_override", server_name),
         ("grpc.default_authority", server_name),
     ]

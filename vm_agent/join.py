@@ -1,8 +1,8 @@
 """The join information: what dom0 handed to this domain, and to no other, so that its agent can enrol.
 
 A JSON object (file of mode 0600): ``uuid`` of the domain, ``join_secret`` (base64url, 32 bytes, good for one use), ``guest_authority``
-(PEM), the addresses ``enrol`` and ``agent`` (``unix:PATH``; a relative path is relative to the file's folder) and ``server_name``,
-which the middleware's certificate carries.
+(PEM), the addresses ``enrol`` and ``agent`` and ``server_name``, which the middleware's certificate carries. An address is ``unix:PATH`` (a
+relative path is relative to the file's folder), ``tcp:ADDRESS:PORT`` (an IP address, IPv6 in brackets) or ``vchan:SERVICE``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from uuid import UUID
 
@@ -24,6 +25,8 @@ from secfunet.service.files import UnsafeFileError, read_secret, sync_folder
 from vm_agent.errors import JoinError
 from vm_agent.options import MAX_UNIX_PATH
 
+UNIX, TCP, VCHAN = "unix", "tcp", "vchan"
+SERVICES = ("enrol", "agent")  # what a vchan leads to
 MAX_JOIN_BYTES = 16384
 SECRET_BYTES = 32
 _SERVER_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
@@ -36,8 +39,8 @@ class JoinInformation:
     uuid: str
     secret: bytes = field(repr=False)
     guest_authority: bytes  # X.509, DER
-    enrol: str  # gRPC target
-    agent: str  # gRPC target
+    enrol: str  # an address: see ``transport``
+    agent: str
     server_name: str
 
     @property
@@ -63,8 +66,8 @@ def parse_join(untrusted: bytes, folder: Path) -> JoinInformation:
         uuid=_uuid(_text(fields, "uuid")),
         secret=_secret(_text(fields, "join_secret")),
         guest_authority=_certificate(_text(fields, "guest_authority")),
-        enrol=target(_text(fields, "enrol"), folder),
-        agent=target(_text(fields, "agent"), folder),
+        enrol=address(_text(fields, "enrol"), folder),
+        agent=address(_text(fields, "agent"), folder),
         server_name=server_name,
     )
 
@@ -94,15 +97,31 @@ def erase_join(path: Path) -> bool:
     return True
 
 
-def target(address: str, folder: Path) -> str:
-    """``unix:PATH`` as a gRPC target with an absolute path. Raises JoinError for another scheme or a path that no socket can have."""
-    scheme, _, rest = address.partition(":")
-    if scheme != "unix" or not rest or "\0" in rest:
-        raise JoinError("an address in the join information is not of the form unix:PATH")
+def address(untrusted: str, folder: Path) -> str:
+    """The address in one form: a Unix socket's path is absolute. Raises JoinError for what is none."""
+    scheme, _, rest = untrusted.partition(":")
+    if scheme == VCHAN and rest in SERVICES:
+        return untrusted
+    if scheme == TCP:
+        return f"{TCP}:{_endpoint(rest)}"
+    if scheme != UNIX or not rest or "\0" in rest:
+        raise JoinError("an address in the join information is none of unix:PATH, tcp:ADDRESS:PORT and vchan:SERVICE")
     path = (folder / rest.removeprefix("//")).absolute()
     if len(os.fsencode(path)) > MAX_UNIX_PATH:
         raise JoinError(f"a Unix socket's path has at most {MAX_UNIX_PATH} bytes: {path}")
     return f"unix:{path}"
+
+
+def _endpoint(untrusted: str) -> str:
+    host, _, port = untrusted.rpartition(":")
+    try:
+        if not 0 < int(port) < 65536 or not port.isdecimal():
+            raise ValueError
+        if host.startswith("["):
+            return f"[{IPv6Address(host.removeprefix('[').removesuffix(']'))}]:{int(port)}"
+        return f"{IPv4Address(host)}:{int(port)}"
+    except ValueError:
+        raise JoinError("a TCP address in the join information is not of the form ADDRESS:PORT") from None
 
 
 def _text(fields: dict[str, object], name: str) -> str:

@@ -99,10 +99,10 @@ def _given_up(call: grpc.aio.Call) -> bool:
 class MiddlewareConnection:
     """One channel to the middleware, opened with one certificate. Connects at the first call."""
 
-    def __init__(self, enrolment: Enrolment) -> None:
+    def __init__(self, enrolment: Enrolment, target: str) -> None:
         self.enrolment = enrolment
         self._channel = grpc.aio.secure_channel(
-            enrolment.agent, enrolment.credentials(), channel_options(enrolment.server_name)
+            target, enrolment.credentials(), channel_options(enrolment.server_name, target)
         )
         self._stub = agent_pb2_grpc.AgentServiceStub(self._channel)
         self._watching: grpc.aio.Call | None = None
@@ -156,7 +156,8 @@ class MiddlewareConnection:
 class MiddlewareClient:
     """The agent as a client of the middleware, for one enrolment and its renewals; an async context manager.
 
-    ``save`` keeps each renewed enrolment. ``problem`` is None, or why operations would fail now.
+    ``target``: what ``enrolment.agent`` is for gRPC. ``save`` keeps each renewed enrolment.
+    ``problem``: None, or why operations would fail now.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class MiddlewareClient:
         enrolment: Enrolment,
         options: AgentOptions,
         *,
+        target: str,
         save: Callable[[Enrolment], None],
         identity: VmIdentity | None = None,
         clock: Callable[[], float] = time.time,
@@ -173,7 +175,8 @@ class MiddlewareClient:
         self._save = save
         self._clock = clock
         self._randbytes = randbytes
-        self._connection = MiddlewareConnection(enrolment)
+        self._target = target
+        self._connection = MiddlewareConnection(enrolment, target)
         self._checker = ResultChecker(
             options.container_profile, clock=clock, max_age=options.limits.answer_age, identity=identity
         )
@@ -345,7 +348,7 @@ class MiddlewareClient:
 
     def _replace(self, enrolment: Enrolment) -> None:
         self._save(enrolment)
-        old, self._connection = self._connection, MiddlewareConnection(enrolment)
+        old, self._connection = self._connection, MiddlewareConnection(enrolment, self._target)
         log.info("certificate renewed", extra={"expires_at": enrolment.expires_at})
         self.batcher.renew()
         old.stop_watching()

@@ -15,6 +15,9 @@ from typing import Literal
 ENVIRONMENT = "VM_AGENT_OPTIONS"
 MAX_UNIX_PATH = 107  # bytes; sockaddr_un(7), less the terminating zero
 
+XENSTORE = "xenstore"
+"""In the place of the join information's path: dom0 hands it over through xenstore."""
+
 ProfileName = Literal["oaep-pss-sha256", "pkcs1-v1_5"]
 
 
@@ -36,7 +39,7 @@ class LimitOptions:
 class AgentOptions:
     """See ``settings.AgentSettings``. Paths are absolute."""
 
-    join: Path
+    join: Path | str
     state: Path
     socket: Path
     group: str | None
@@ -53,5 +56,7 @@ class AgentOptions:
     def from_json(cls, text: str) -> AgentOptions:
         """What ``to_json`` gave; anything else is a ValueError, TypeError or KeyError: a fault of whoever starts the daemon."""
         values = json.loads(text)
-        values.update({name: Path(values[name]) for name in ("join", "state", "socket")})
+        values.update({name: Path(values[name]) for name in ("state", "socket")})
+        if values["join"] != XENSTORE:
+            values["join"] = Path(values["join"])
         return cls(**{**values, "limits": LimitOptions(**values["limits"])})

@@ -27,11 +27,13 @@ from secfunet.service.files import private_folder
 from vm_agent.enrolment import Enrolment, EnrolmentStore, enrol
 from vm_agent.errors import AgentError, EnrolmentRefusedError, JoinError, NotEnrolledError, RequestError
 from vm_agent.identity import VmIdentity
-from vm_agent.join import JoinInformation, erase_join, read_join
+from vm_agent.join import JoinInformation
+from vm_agent.join_source import join_source
 from vm_agent.local_api import LocalApi
 from vm_agent.local_socket import DoorError, LocalDoor
 from vm_agent.middleware_client import MiddlewareClient
 from vm_agent.options import AgentOptions
+from vm_agent.transport import Transport
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ class AgentService:
         self._options = options
         self._clock = clock
         self._store = EnrolmentStore(options.state)
+        self._join = join_source(options.join, options.state)
+        self._transport = Transport(options.state)
         self._stack = AsyncExitStack()
         self._client: MiddlewareClient | None = None
         self._problem: AgentError = NotEnrolledError("the agent has not enrolled yet")
@@ -75,6 +79,7 @@ class AgentService:
                 raise DoorError(f"{inner} cannot be listened at: is the path of the state folder too long?") from None
             await server.start()
             # Left in the opposite order: no new callers, then those inside get their answers, then the way to dom0 is closed.
+            await stack.enter_async_context(self._transport)
             life = asyncio.create_task(self._live(), name="vm-agent-life")
             stack.push_async_callback(_cancelled, life)
             self._door = await stack.enter_async_context(LocalDoor(self._options, inner))
@@ -109,6 +114,7 @@ class AgentService:
             connected=client.connected,
             certificate_expires_at=int(client.enrolment.expires_at),
             problem=str(client.problem) if client.problem is not None else "",
+            transport=self._transport.name,
         )
 
     async def operate(self, operation: operation_pb2.Operation, *, timeout: float) -> bytes:
@@ -162,7 +168,14 @@ class AgentService:
             )
 
     async def _serve_enrolled(self, enrolment: Enrolment, identity: VmIdentity | None) -> None:
-        client = MiddlewareClient(enrolment, self._options, save=self._store.save, identity=identity, clock=self._clock)
+        client = MiddlewareClient(
+            enrolment,
+            self._options,
+            target=await self._transport.target(enrolment.agent),
+            save=self._store.save,
+            identity=identity,
+            clock=self._clock,
+        )
         async with client:
             self._client = client
             self._settled.set()
@@ -190,7 +203,7 @@ class AgentService:
         while True:
             await asyncio.sleep(INVITED_PAUSE)
             with contextlib.suppress(JoinError):
-                join = read_join(self._options.join)
+                join = await asyncio.to_thread(self._join.read)
                 if join is not None and join.digest != enrolment.join_digest and not self._was_refused(join):
                     return
 
@@ -198,7 +211,7 @@ class AgentService:
         """The kept enrolment if it still serves, else a new one. Raises an AgentError that says what is missing."""
         kept: Enrolment | None = None
         problem: AgentError = NotEnrolledError(
-            f"there is no join information at {self._options.join}: dom0 puts it there when it starts the domain"
+            f"there is no join information at {self._join.where}: dom0 puts it there when it starts the domain"
         )
         try:
             kept = self._store.load()
@@ -209,7 +222,7 @@ class AgentService:
                 "the agent's certificate has ended: dom0 must hand this domain a new join secret (start the domain again)"
             )
         try:
-            join = read_join(self._options.join)
+            join = await asyncio.to_thread(self._join.read)
             if join is not None and self._refused is not None and self._was_refused(join):
                 problem = self._refused[1]
             elif join is not None and (kept is None or join.digest != kept.join_digest):
@@ -223,13 +236,14 @@ class AgentService:
 
     async def _accept(self, join: JoinInformation) -> tuple[Enrolment, VmIdentity | None]:
         try:
-            enrolment, identity = await enrol(join, now=self._clock(), timeout=ENROL_TIMEOUT)
+            target = await self._transport.target(join.enrol)
+            enrolment, identity = await enrol(join, target=target, now=self._clock(), timeout=ENROL_TIMEOUT)
         except EnrolmentRefusedError as error:
             self._refused = join.digest, error  # attempts are bounded at the other end, and this one will never do
             raise
         self._store.save(enrolment)
-        if not erase_join(self._options.join):
-            log.warning("used join information could not be removed", extra={"path": str(self._options.join)})
+        if not self._join.erase():
+            log.warning("used join information could not be removed", extra={"path": self._join.where})
         log.info("enrolled", extra={"uuid": enrolment.uuid, "expires_at": enrolment.expires_at})
         return enrolment, identity
 

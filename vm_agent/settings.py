@@ -40,8 +40,9 @@ class Limits(Settings):
 class AgentSettings(Settings):
     """The whole file. Every key has a default: an empty file serves a VM whose join information lies beside it."""
 
-    join: FilePath = Field(
-        default=Path("join.json"), description="what dom0 handed to this domain; removed once it is used"
+    join: Annotated[Literal["xenstore"] | FilePath, Field(union_mode="left_to_right")] = Field(
+        default=Path("join.json"),
+        description="file with what dom0 handed to this domain, removed once it is used; or the word xenstore",
     )
     state: FilePath = Field(default=Path("state"), description="folder (0700) of the agent's own key and certificate")
     socket: SocketPath = Field(default=Path("agent.sock"), description="Unix socket for the programs of this VM")

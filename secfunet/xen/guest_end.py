@@ -41,6 +41,7 @@ class GuestEnd:
         self._connect = connect
         self._link: Link | None = None
         self._stack = AsyncExitStack()
+        self._open = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
@@ -67,6 +68,12 @@ class GuestEnd:
     def alive(self) -> bool:
         """dom0's end is connected and speaks."""
         return self._link is not None and self._link.alive
+
+    async def opened(self, *, timeout: float) -> None:
+        """Returns when the channel is open, or after ``timeout`` seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._open.wait()
 
     async def _accept(self, service: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         streams: Streams = (reader, writer)
@@ -98,12 +105,14 @@ class GuestEnd:
                 def note() -> None:
                     nonlocal lived
                     lived = True
+                    self._open.set()
                     log.info("the channel to dom0 is open")
 
                 link.on_alive = note
                 why = await link.run()
             finally:
                 self._link = None
+                self._open.clear()
             log.info("the channel to dom0 ended: %s", why)
             pause = FIRST_PAUSE if lived else min(pause * 2, LONGEST_PAUSE)
             await asyncio.sleep(pause)

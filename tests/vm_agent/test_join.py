@@ -94,6 +94,47 @@ def test_deep_and_long_json_are_join_errors() -> None:
             parse_join(untrusted, FOLDER)
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("unix:a.sock", f"unix:{FOLDER}/a.sock"),
+        ("vchan:enrol", "vchan:enrol"),
+        ("tcp:192.168.77.1:7000", "tcp:192.168.77.1:7000"),
+        ("tcp:[FD00::0001]:7000", "tcp:[fd00::1]:7000"),
+    ],
+)
+def test_addresses_of_every_transport(written: str, meant: str) -> None:
+    assert parse_join(json.dumps({**GOOD, "enrol": written}).encode(), FOLDER).enrol == meant
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *(
+            "vchan:",
+            "vchan:other",
+            "vchan:agent ",
+            "tcp:dom0:7000",
+            "tcp:192.168.77.1",
+            "tcp:192.168.77.1:0",
+            "tcp:1.2.3.4:65536",
+        ),
+        *(
+            "tcp:1.2.3.4:+1",
+            "tcp:[fd00::1:7000",
+            "tcp:[1.2.3.4]:1",
+            "tcp:[fe80::1%eth0]x:1",
+            "dns:///dom0:1",
+            "http://dom0",
+            "tcp:::1",
+        ),
+    ],
+)
+def test_an_address_that_is_none(written: str) -> None:
+    with pytest.raises(JoinError, match="address"):
+        parse_join(json.dumps({**GOOD, "agent": written}).encode(), FOLDER)
+
+
 def test_read_and_erase(folder: Path) -> None:
     path = folder / "join.json"
     assert read_join(path) is None
