@@ -115,10 +115,10 @@ def address(untrusted: str, folder: Path) -> str:
 def _endpoint(untrusted: str) -> str:
     host, _, port = untrusted.rpartition(":")
     try:
-        if not 0 < int(port) < 65536 or not port.isdecimal():
+        if not port.isdecimal() or not 0 < int(port) < 65536:
             raise ValueError
-        if host.startswith("["):
-            return f"[{IPv6Address(host.removeprefix('[').removesuffix(']'))}]:{int(port)}"
+        if host.startswith("[") and host.endswith("]"):
+            return f"[{IPv6Address(host[1:-1])}]:{int(port)}"
         return f"{IPv4Address(host)}:{int(port)}"
     except ValueError:
         raise JoinError("a TCP address in the join information is not of the form ADDRESS:PORT") from None
