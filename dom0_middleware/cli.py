@@ -129,6 +129,9 @@ def vm_create(
     token_file: TokenFile = None,
     memory: Annotated[int, typer.Option("--memory", help="MiB; 0: the default.", min=0)] = 0,
     vcpus: Annotated[int, typer.Option("--vcpus", help="0: the default.", min=0)] = 0,
+    address: Annotated[
+        str, typer.Option("--address", help="The VM's IP address; needed where the channel is tcp.")
+    ] = "",
     config: Config = DEFAULT_CONFIG,
     orchestrator: As = FIRST_ORCHESTRATOR,
     as_json: AsJson = False,
@@ -140,7 +143,12 @@ def vm_create(
     except IdentityError as error:
         raise BadInput(f"{certificate}: {error}") from None
     request = pb.CreateVmRequest(
-        name=name, vm_certificate=vmid, vm_auth_token=_token(token_file), memory_mib=memory, vcpus=vcpus
+        name=name,
+        vm_certificate=vmid,
+        vm_auth_token=_token(token_file),
+        memory_mib=memory,
+        vcpus=vcpus,
+        address=address,
     )
     response = _call(config, orchestrator, lambda stub: stub.CreateVm(request, timeout=timeout))
     _show([response.vm], as_json=as_json)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from string import Template
 from xml.etree import ElementTree
 
 from dom0_middleware.hypervisor import DomainSpec
@@ -19,12 +21,14 @@ def domain_xml(spec: DomainSpec, *, domain_type: str, template: str | None = Non
     """The definition of ``spec`` for libvirt (https://libvirt.org/formatdomain.html).
 
     ``template`` is a domain XML of dom0's administrator (operating system, devices); name, UUID, memory, vcpus and metadata of ``spec``
-    replace what it says of them. Raises ElementTree.ParseError if it is no XML, ValueError if its root is no <domain>.
+    replace what it says of them. In its texts and attributes ``${name}``, ``${uuid}``, ``${vmid}``, ``${mac}`` (``mac_address``) and
+    ``${address}`` stand for the domain's own. Raises ElementTree.ParseError if it is no XML, ValueError if its root is no <domain>.
     """
     # The template is dom0's own file, not a guest's.
     root = ElementTree.fromstring(template) if template else _bare_domain(domain_type)  # noqa: S314
     if root.tag != "domain":
         raise ValueError(f"the template's root is <{root.tag}>, not <domain>")
+    _fill_in(root, spec)
     _set(root, "name", spec.name)
     _set(root, "uuid", spec.uuid)
     for name in ("memory", "currentMemory"):
@@ -38,6 +42,31 @@ def domain_xml(spec: DomainSpec, *, domain_type: str, template: str | None = Non
     vm = ElementTree.SubElement(metadata, f"{{{NAMESPACE}}}vm")
     ElementTree.SubElement(vm, f"{{{NAMESPACE}}}vmid").text = spec.vmid
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def mac_address(uuid: str) -> str:
+    """The MAC address of a domain's first interface: Xen's OUI, and three bytes of its UUID's SHA-256."""
+    return "00:16:3e:" + ":".join(f"{byte:02x}" for byte in hashlib.sha256(uuid.encode("ascii")).digest()[:3])
+
+
+def _fill_in(root: ElementTree.Element, spec: DomainSpec) -> None:
+    """In the parsed tree: no value can become XML."""
+    values = {
+        "name": spec.name,
+        "uuid": spec.uuid,
+        "vmid": spec.vmid,
+        "mac": mac_address(spec.uuid),
+        "address": spec.address,
+    }
+
+    def filled(text: str) -> str:
+        return Template(text).safe_substitute(values)
+
+    for element in root.iter():
+        if element.text:
+            element.text = filled(element.text)
+        for name, value in element.attrib.items():
+            element.set(name, filled(value))
 
 
 def vmid_in(metadata_xml: str) -> str | None:

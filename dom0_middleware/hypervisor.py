@@ -31,6 +31,7 @@ class DomainSpec:
     vmid: str
     memory_mib: int
     vcpus: int
+    address: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Hypervisor(Protocol):
 
     async def define(self, spec: DomainSpec) -> DomainInfo: ...
 
-    async def create(self, uuid: str) -> DomainInfo:
-        """Boots a defined domain."""
+    async def create(self, uuid: str, *, paused: bool = False) -> DomainInfo:
+        """Boots a defined domain; ``paused``: it exists, and waits for ``resume`` before its first instruction."""
         ...
 
     async def suspend(self, uuid: str) -> None: ...

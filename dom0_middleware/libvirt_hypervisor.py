@@ -139,10 +139,13 @@ class LibvirtHypervisor:
 
         return await self._call(act)
 
-    async def create(self, uuid: str) -> DomainInfo:
+    async def create(self, uuid: str, *, paused: bool = False) -> DomainInfo:
         def act(connection: Any) -> DomainInfo:
             domain = connection.lookupByUUIDString(uuid)
-            domain.create()
+            if paused:
+                domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+            else:
+                domain.create()
             return _info(domain)
 
         return await self._call(act)

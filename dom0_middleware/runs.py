@@ -13,11 +13,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 from dom0_middleware.authority import SERVER_NAME
+from dom0_middleware.channels.port import ChannelAddresses, ChannelDomain, GuestChannel, JoinInformation
 from dom0_middleware.enrolment import JoinSecrets
 from dom0_middleware.errors import MiddlewareError, Reason, Refused
 from dom0_middleware.guest import GuestDomain
 from dom0_middleware.guest_authority import GuestAuthority
-from dom0_middleware.guest_channel import ChannelAddresses, GuestChannel, JoinInformation
 from dom0_middleware.hypervisor import DomainInfo, DomainState, Hypervisor
 from dom0_middleware.metrics import Metrics
 from dom0_middleware.sessions import VmSessions
@@ -71,34 +71,69 @@ class Runs:
         return self._channel.folder(uuid)
 
     async def begin(self, record: VmRecord) -> tuple[GuestDomain, DomainInfo]:
-        """Makes the channel of a stopped domain, then boots it. A domain that cannot have all of its run does not stay up."""
+        """Lays the channel of a stopped domain and boots it; nothing of the domain runs before its channel is there.
+
+        A channel through Xen is for a domain with a number: such a domain is made, but paused, and goes on once it has its channel. A
+        domain that cannot have all of its run does not stay up.
+        """
         uuid = record.uuid
         secret = self._secrets.begin_run(uuid)
         guest = self._new_guest(record)
         try:
-            addresses = self._channel.open(uuid)
-            await self._servers.open(guest, addresses)
-            self._channel.hand_over(
-                JoinInformation(
-                    uuid=uuid,
-                    join_secret=secret,
-                    guest_authority=self._authority.certificate_pem.decode("ascii"),
-                    enrol=addresses.enrol,
-                    agent=addresses.agent,
-                    server_name=SERVER_NAME,
-                )
-            )
-            info = await self._hypervisor.create(uuid)
-            if info.domain_id is None:
-                raise Refused(Reason.HYPERVISOR_REFUSED, "the domain stopped as soon as it was started")
-            self._store.set_domain_id(uuid, info.domain_id)
-            guest.domain_id = info.domain_id
-            guest.set_state(info.state)
+            if self._channel.through_xen:
+                info = await self._hypervisor.create(uuid, paused=True)
+                await self._lay(guest, secret, info.domain_id)
+                await self._hypervisor.resume(uuid)
+                info = await self._hypervisor.info(uuid) or info
+            else:
+                await self._lay(guest, secret, None)
+                info = await self._hypervisor.create(uuid)
+            self._have_booted(guest, info)
         except BaseException:
             await self.end(uuid)
             await self._pull_plug(uuid)
             raise
         return guest, info
+
+    async def attach(self, record: VmRecord, info: DomainInfo) -> GuestDomain:
+        """Begins a run of a domain that runs already, because another host sent it or because a migration failed.
+
+        Refused (VM_STATE_WRONG) where channels cannot be handed to a running domain.
+        """
+        if not self._channel.through_xen:
+            raise Refused(Reason.VM_STATE_WRONG, "this host's channels cannot be handed to a domain that runs already")
+        secret = self._secrets.begin_run(record.uuid)
+        guest = self._new_guest(record)
+        try:
+            await self._lay(guest, secret, info.domain_id)
+            self._have_booted(guest, info)
+        except BaseException:
+            await self.end(record.uuid)
+            raise
+        return guest
+
+    async def _lay(self, guest: GuestDomain, secret: str, domain_id: int | None) -> None:
+        """The channel with its servers, and what the domain needs to use them."""
+        addresses = await self._channel.open(ChannelDomain(guest.uuid, domain_id, guest.record.address))
+        await self._servers.open(guest, addresses)
+        await self._channel.hand_over(
+            JoinInformation(
+                uuid=guest.uuid,
+                join_secret=secret,
+                guest_authority=self._authority.certificate_pem.decode("ascii"),
+                enrol=addresses.guest_enrol,
+                agent=addresses.guest_agent,
+                server_name=SERVER_NAME,
+            )
+        )
+
+    def _have_booted(self, guest: GuestDomain, info: DomainInfo) -> None:
+        if info.domain_id is None:
+            raise Refused(Reason.HYPERVISOR_REFUSED, "the domain stopped as soon as it was started")
+        # Only now: a run without a number is one whose start never came to its end.
+        self._store.set_domain_id(guest.uuid, info.domain_id)
+        guest.domain_id = info.domain_id
+        guest.set_state(info.state)
 
     async def resume(self, run: RunRecord, record: VmRecord, info: DomainInfo | None) -> None:
         """After a restart of this daemon: the run goes on if its very domain (``info``) still runs, else it is over."""
@@ -109,19 +144,26 @@ class Runs:
             or info.domain_id != run.domain_id
         ):
             await self.end(run.uuid)
+            if run.domain_id is None and self._channel.through_xen and info is not None:
+                # This daemon died between making the domain and letting it go.
+                await self._pull_plug(run.uuid)
             return
         guest = self._new_guest(record, run)
         guest.domain_id = run.domain_id
         try:
-            await self._servers.open(guest, self._channel.reopen(run.uuid))
+            domain = ChannelDomain(run.uuid, run.domain_id, record.address)
+            await self._servers.open(guest, await self._channel.reopen(domain))
             guest.set_state(info.state)
         except (MiddlewareError, OSError):
             # One guest's folder must not keep the others from their keys.
             log.exception("the channel of a running domain cannot be made again", extra={"vm": run.uuid})
             await self.end(run.uuid)
 
-    async def end(self, uuid: str) -> None:
-        """Idempotent. First what takes effect at once and cannot fail, then what has to be waited for."""
+    async def end(self, uuid: str, *, grace: float = 0.0) -> None:
+        """Idempotent. First what takes effect at once and cannot fail, then what has to be waited for.
+
+        With ``grace``, a guest that runs on is told, and has so many seconds to close its end of the channel.
+        """
         guest = self._guests.pop(uuid, None)
         if guest is not None:
             guest.end()
@@ -135,7 +177,7 @@ class Runs:
             await self._servers.close(uuid)
         finally:
             try:
-                self._channel.close(uuid)
+                await self._channel.close(uuid, grace=grace)
             except OSError:
                 log.exception("a channel could not be removed", extra={"vm": uuid})
             self._metrics.guests.set(len(self._guests))
@@ -144,14 +186,15 @@ class Runs:
         """Stops every server; the runs go on when the daemon does."""
         for uuid in list(self._guests):
             await self._servers.close(uuid)
+        await self._channel.stop()
 
-    def sweep(self) -> None:
+    async def sweep(self) -> None:
         """Removes channels that belong to no run."""
-        self._channel.sweep(self._guests)
+        await self._channel.sweep(self._guests)
 
-    def enrolled(self, guest: GuestDomain) -> None:
+    async def enrolled(self, guest: GuestDomain) -> None:
         """The join information has done its work."""
-        self._channel.erase_join(guest.uuid)
+        await self._channel.erase_join(guest.uuid)
 
     async def _pull_plug(self, uuid: str) -> None:
         """Of what may have booted although booting failed. Where that fails too, the VM is shown as running and not enrolled."""

@@ -20,17 +20,19 @@ from dom0_middleware.api.orchestrator import OrchestratorService, admit_orchestr
 from dom0_middleware.api.servers import MAX_MESSAGE, GuestServerPairs, add_health, add_reflection, bind, make_server
 from dom0_middleware.audit import AuditLog
 from dom0_middleware.authority import SERVER_NAME
+from dom0_middleware.channels.choose import choose_channel
+from dom0_middleware.channels.port import ChannelError, GuestChannel
 from dom0_middleware.enrolment import JoinSecrets
-from dom0_middleware.errors import MiddlewareError
+from dom0_middleware.errors import MiddlewareError, Reason
 from dom0_middleware.events import EventHub
 from dom0_middleware.guest_authority import GuestAuthority
-from dom0_middleware.guest_channel import ChannelError, FolderChannel, GuestChannel
 from dom0_middleware.hypervisor import Hypervisor
 from dom0_middleware.identity import HypervisorIdentity, Identities
 from dom0_middleware.libvirt_hypervisor import LibvirtHypervisor
 from dom0_middleware.metrics import Metrics
 from dom0_middleware.orchestrator_authority import OrchestratorAuthority
 from dom0_middleware.policy import Policy
+from dom0_middleware.refusals import RefusalMeter
 from dom0_middleware.runs import Runs
 from dom0_middleware.sessions import Grid, VmSessions
 from dom0_middleware.settings import MiddlewareSettings
@@ -51,7 +53,7 @@ class MiddlewareService:
     """Async context manager: entering starts the daemon, leaving stops it.
 
     ``grid`` and ``hypervisor_identity``: how the grid is reached and who this hypervisor is; both are opened and closed by the caller
-    (``grid.run_middleware`` makes the real ones). ``hypervisor`` and ``channel`` None: libvirt, and folders with Unix sockets.
+    (``grid.run_middleware`` makes the real ones). ``hypervisor`` and ``channel`` None: libvirt, and what the settings say.
     ``allowed_again`` reads which orchestrators are allowed now (raises SettingsError); None: those of ``settings`` for good.
     ``boot_id``: names this boot of the host; None: the kernel's.
     """
@@ -77,6 +79,7 @@ class MiddlewareService:
         state = private_folder(settings.state)
         authority = GuestAuthority.load(state, clock=clock, agent_lifetime=settings.limits.agent_certificate_lifetime)
         self._orchestrator_authority = OrchestratorAuthority.load(state, clock=clock)
+        self._channel_refusals = RefusalMeter(monotonic)
         self._store = StateStore(state / "state.sqlite")
         self.metrics = Metrics()
         self.audit = AuditLog(settings.audit_file, clock=clock, sync_interval=settings.audit.sync_interval)
@@ -100,7 +103,7 @@ class MiddlewareService:
         runs = Runs(
             store=self._store,
             hypervisor=hypervisor,
-            channel=channel or FolderChannel(state / "guests"),
+            channel=channel or choose_channel(settings.channel, state / "guests", refused=self._channel_refused),
             servers=servers,
             sessions=self.sessions,
             secrets=secrets,
@@ -200,6 +203,17 @@ class MiddlewareService:
             stack.callback(thread.join, 5.0)
             stack.callback(server.server_close)
             stack.callback(server.shutdown)
+
+    def _channel_refused(self, uuid: str, why: str) -> None:
+        """A connection that is not the domain's came to its channel."""
+        self.metrics.refused_calls.labels(reason=str(Reason.CHANNEL_FOREIGN)).inc()
+        note = self._channel_refusals.admit()
+        if note is not None:
+            detail = "; ".join(part for part in (why, note) if part)
+            with contextlib.suppress(MiddlewareError):
+                self.audit.record(
+                    "channel.refused", "refused", vm=uuid, reason=str(Reason.CHANNEL_FOREIGN), detail=detail
+                )
 
     def _note_policy(self) -> None:
         problems = "; ".join(self.policy.problems)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, IPvAnyAddress, field_validator, model_validator
 
 from gose_client.settings import GoseClientSettings
 from secfunet.service.settings import FilePath, Settings
@@ -56,12 +56,49 @@ class LimitSettings(Settings):
     agent_certificate_lifetime: Annotated[float, Field(ge=1, le=86400)] = 3600.0
 
 
+class TcpChannelSettings(Settings):
+    """``address``: dom0's own on ``bridge``. ``ports``: two a running domain, ``first-last``."""
+
+    address: IPvAnyAddress
+    bridge: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] = "xenbr0"
+    ports: Annotated[str, Field(pattern=r"^[0-9]{1,5}-[0-9]{1,5}$")] = "7000-7999"
+
+    @property
+    def port_range(self) -> range:
+        first, _, last = self.ports.partition("-")
+        return range(int(first), int(last) + 1)
+
+    @field_validator("ports")
+    @classmethod
+    def _in_order(cls, ports: str) -> str:
+        first, _, last = (int(word) if word.isdigit() else 0 for word in ports.partition("-"))
+        if not 0 < first < last < 65536:
+            raise ValueError("a range of ports is first-last, within 1 to 65535")
+        return ports
+
+
+class ChannelSettings(Settings):
+    """How domains reach this daemon: a folder that is handed to them, a vchan of Xen's, or TCP on the bridge."""
+
+    kind: Literal["folder", "vchan", "tcp"] = "folder"
+    tcp: TcpChannelSettings | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> ChannelSettings:
+        if self.kind == "tcp" and self.tcp is None:
+            raise ValueError(
+                "channel.kind is tcp: the table [channel.tcp] with dom0's address on the bridge is missing"
+            )
+        return self
+
+
 class MiddlewareSettings(Settings):
     state: FilePath
     policy: FilePath
     card: CardSettings
     grid: GoseClientSettings
     libvirt: LibvirtSettings = LibvirtSettings()
+    channel: ChannelSettings = ChannelSettings()
     orchestrators: OrchestratorSettings = OrchestratorSettings()
     audit: AuditSettings = AuditSettings()
     limits: LimitSettings = LimitSettings()

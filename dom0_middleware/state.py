@@ -28,8 +28,11 @@ CREATE TABLE IF NOT EXISTS vms (
   memory_mib INTEGER NOT NULL,
   vcpus INTEGER NOT NULL,
   revoked INTEGER NOT NULL DEFAULT 0,
-  created_at REAL NOT NULL
+  created_at REAL NOT NULL,
+  address TEXT NOT NULL DEFAULT '',
+  arriving INTEGER NOT NULL DEFAULT 0
 ) STRICT;
+CREATE UNIQUE INDEX IF NOT EXISTS vms_address ON vms (address) WHERE address != '';
 CREATE TABLE IF NOT EXISTS runs (
   uuid TEXT PRIMARY KEY REFERENCES vms (uuid) ON DELETE CASCADE,
   domain_id INTEGER,
@@ -40,7 +43,17 @@ CREATE TABLE IF NOT EXISTS runs (
 ) STRICT;
 CREATE TABLE IF NOT EXISTS host (one INTEGER PRIMARY KEY CHECK (one = 1), boot TEXT NOT NULL) STRICT;
 """
-_VERSION = 1
+# From each earlier version to the next one.
+_UPGRADES = {
+    1: """
+ALTER TABLE vms ADD COLUMN address TEXT NOT NULL DEFAULT '';
+ALTER TABLE vms ADD COLUMN arriving INTEGER NOT NULL DEFAULT 0;
+""",
+}
+_VERSION = 2
+
+
+_UNIQUE = {"vms.vmid": "VMID", "vms.address": "address", "vms_address": "address", "vms.uuid": "UUID"}
 
 
 class StateError(MiddlewareError):
@@ -65,6 +78,10 @@ class VmRecord:
     vcpus: int
     revoked: bool
     created_at: float
+    # IP address, "" if none was given; one VM's only.
+    address: str = ""
+    # Its domain is to come from another host.
+    arriving: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,10 +111,10 @@ class StateStore:
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA foreign_keys=ON")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, _VERSION):
+            if not 0 <= version <= _VERSION:
                 raise StateError(path, f"has version {version}, this program knows {_VERSION}")
-            self._db.executescript(_SCHEMA)
-            self._db.execute(f"PRAGMA user_version={_VERSION}")
+            upgrades = [_UPGRADES[known] for known in range(version, _VERSION)] if version else []
+            self._db.executescript(f"BEGIN;{''.join(upgrades)}{_SCHEMA}PRAGMA user_version={_VERSION};COMMIT;")
         except sqlite3.DatabaseError as error:
             raise StateError(path, f"is no state file: {error}") from error
 
@@ -122,7 +139,7 @@ class StateStore:
         """Raises Refused (VM_EXISTS) if the name, the UUID or the VMID is bound already."""
         try:
             self._execute(
-                "INSERT INTO vms VALUES (?,?,?,?,?,?,?,?,?)",
+                "INSERT INTO vms VALUES (?,?,?,?,?,?,?,?,?,?,?)",
                 (
                     record.uuid,
                     record.name,
@@ -133,10 +150,12 @@ class StateStore:
                     record.vcpus,
                     int(record.revoked),
                     record.created_at,
+                    record.address,
+                    int(record.arriving),
                 ),
             )
         except sqlite3.IntegrityError as error:
-            taken = "VMID" if "vms.vmid" in str(error) else "name"
+            taken = next((word for column, word in _UNIQUE.items() if column in str(error)), "name")
             raise Refused(Reason.VM_EXISTS, f"this {taken} is bound to another VM") from None
 
     def vm(self, uuid: str) -> VmRecord:
@@ -152,6 +171,9 @@ class StateStore:
 
     def set_token(self, uuid: str, vm_auth_token: str) -> None:
         self._execute("UPDATE vms SET vm_auth_token=? WHERE uuid=? AND revoked=0", (vm_auth_token, uuid))
+
+    def set_arriving(self, uuid: str, arriving: bool) -> None:
+        self._execute("UPDATE vms SET arriving=? WHERE uuid=?", (int(arriving), uuid))
 
     def revoke(self, uuid: str) -> None:
         """For good: there is no way back but a new VM. The token is forgotten with it."""
@@ -215,7 +237,7 @@ class StateStore:
 
 
 def _vm(row: tuple[object, ...]) -> VmRecord:
-    uuid, name, vmid, certificate, token, memory, vcpus, revoked, created = row
+    uuid, name, vmid, certificate, token, memory, vcpus, revoked, created, address, arriving = row
     return VmRecord(
         uuid=str(uuid),
         name=str(name),
@@ -226,6 +248,8 @@ def _vm(row: tuple[object, ...]) -> VmRecord:
         vcpus=int(str(vcpus)),
         revoked=bool(revoked),
         created_at=float(str(created)),
+        address=str(address),
+        arriving=bool(arriving),
     )
 
 

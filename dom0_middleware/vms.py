@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from ipaddress import ip_address
 from typing import Any, TypeVar
 
 from dom0_middleware.errors import MiddlewareError, Reason, Refused, Unavailable
@@ -90,7 +91,7 @@ class Vms:
             async with self._lock(uuid):
                 record, info = self._store.vm(uuid), await self._hypervisor.info(uuid)
                 await self._runs.resume(run, record, info if info is not None and _bound(record, info) else None)
-        self._runs.sweep()
+        await self._runs.sweep()
 
     async def close(self) -> None:
         if self._acts:
@@ -108,7 +109,15 @@ class Vms:
     # What orchestrators ask for. Each raises Refused or Unavailable.
 
     async def create(
-        self, *, uuid: str, name: str, vm_certificate: bytes, vm_auth_token: str, memory_mib: int, vcpus: int
+        self,
+        *,
+        uuid: str,
+        name: str,
+        vm_certificate: bytes,
+        vm_auth_token: str,
+        memory_mib: int,
+        vcpus: int,
+        address: str = "",
     ) -> pb.Vm:
         if not _NAME.fullmatch(name):
             raise Refused(Reason.REQUEST_INVALID, "a VM's name is 1 to 64 characters of [A-Za-z0-9._-]")
@@ -128,6 +137,7 @@ class Vms:
             vcpus=vcpus,
             revoked=False,
             created_at=self._clock(),
+            address=_parse_address(address),
         )
         if vm_auth_token:
             self._check_token(record, vm_auth_token)
@@ -258,9 +268,9 @@ class Vms:
         domains = {info.uuid: info for info in await self._hypervisor.list()}
         return [self._describe(record, domains.get(record.uuid)) for record in self._store.vms()]
 
-    def enrolled(self, guest: GuestDomain) -> None:
+    async def enrolled(self, guest: GuestDomain) -> None:
         """An agent of this run got its first certificate."""
-        self._runs.enrolled(guest)
+        await self._runs.enrolled(guest)
         info = DomainInfo(guest.uuid, guest.record.name, DomainState.RUNNING, guest.domain_id, guest.record.vmid)
         self._events.tell(pb.VM_EVENT_KIND_ENROLLED, self._describe(guest.record, info))
 
@@ -387,7 +397,14 @@ class Vms:
 
 
 def _spec(record: VmRecord) -> DomainSpec:
-    return DomainSpec(record.uuid, record.name, record.vmid, record.memory_mib, record.vcpus)
+    return DomainSpec(record.uuid, record.name, record.vmid, record.memory_mib, record.vcpus, record.address)
+
+
+def _parse_address(untrusted: str) -> str:
+    try:
+        return str(ip_address(untrusted)) if untrusted else ""
+    except ValueError:
+        raise Refused(Reason.REQUEST_INVALID, "a VM's address is an IP address") from None
 
 
 def _bound(record: VmRecord, info: DomainInfo) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from dom0_middleware.api.guard import Context, timeout_of
 from dom0_middleware.audit import AuditLog, Decision
@@ -31,7 +31,7 @@ class EnrolmentService(agent_pb2_grpc.EnrolmentServiceServicer):
         authority: GuestAuthority,
         identities: Identities,
         audit: AuditLog,
-        on_enrolled: Callable[[GuestDomain], None],
+        on_enrolled: Callable[[GuestDomain], Awaitable[None]],
     ) -> None:
         self._guest = guest
         self._secrets = secrets
@@ -49,7 +49,7 @@ class EnrolmentService(agent_pb2_grpc.EnrolmentServiceServicer):
                 detail = "; ".join(part for part in (error.detail, note) if part)
                 self._record("refused", reason=str(error.reason), detail=detail)
             raise
-        self._on_enrolled(self._guest)
+        await self._on_enrolled(self._guest)
         identity = await identity_as_known(
             self._identities, self._guest, min(IDENTITY_TIMEOUT, timeout_of(context) / 2)
         )

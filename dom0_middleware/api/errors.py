@@ -34,6 +34,7 @@ CODES: dict[Reason, grpc.StatusCode] = {
     Reason.CERTIFICATE_NOT_CURRENT: grpc.StatusCode.UNAUTHENTICATED,
     Reason.CERTIFICATE_EXPIRED: grpc.StatusCode.UNAUTHENTICATED,
     Reason.JOIN_SECRET_REFUSED: grpc.StatusCode.PERMISSION_DENIED,
+    Reason.CHANNEL_FOREIGN: grpc.StatusCode.PERMISSION_DENIED,
     Reason.ORCHESTRATOR_NOT_ALLOWED: grpc.StatusCode.PERMISSION_DENIED,
     Reason.POLICY_INVALID: grpc.StatusCode.PERMISSION_DENIED,
     Reason.POLICY_DENIED: grpc.StatusCode.PERMISSION_DENIED,

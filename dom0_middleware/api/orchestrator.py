@@ -49,6 +49,7 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
                 vm_auth_token=request.vm_auth_token,
                 memory_mib=request.memory_mib,
                 vcpus=request.vcpus,
+                address=request.address,
             )
         return pb.CreateVmResponse(vm=vm)
 

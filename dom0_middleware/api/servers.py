@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import grpc
 import grpc.aio
@@ -15,11 +15,11 @@ from dom0_middleware.api.errors import reason_of
 from dom0_middleware.api.guard import Context, Guard, peer_certificate
 from dom0_middleware.audit import AuditLog
 from dom0_middleware.call import Call
+from dom0_middleware.channels.port import ChannelAddresses
 from dom0_middleware.enrolment import JoinSecrets
 from dom0_middleware.errors import Reason, Unavailable
 from dom0_middleware.guest import GuestDomain
 from dom0_middleware.guest_authority import AgentCertificate, GuestAuthority, agent_certificate
-from dom0_middleware.guest_channel import ChannelAddresses
 from dom0_middleware.identity import Identities
 from dom0_middleware.metrics import Metrics
 from dom0_middleware.operations import Operations
@@ -33,6 +33,7 @@ _MAX_CERTIFICATES = 8  # parsed ones that are remembered, a domain
 MAX_CONNECTIONS = 64  # of one server: one guest must not use up the descriptors that all of them share
 HANDSHAKE_TIMEOUT_MS = 10_000
 
+OnEnrolled = Callable[[GuestDomain], Awaitable[None]]
 ServerOptions = Sequence[tuple[str, int]]
 
 
@@ -44,6 +45,9 @@ def make_server(guard: Guard, *, max_message: int, concurrent_calls: int) -> grp
         ("grpc.max_metadata_size", 16384),
         ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
+        # An agent on the bridge asks for a sign of life every 15 seconds.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     )
     return grpc.aio.server(interceptors=(guard,), options=options, maximum_concurrent_rpcs=concurrent_calls)
 
@@ -70,6 +74,10 @@ def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredenti
     if port == 0:
         raise Unavailable(Reason.INTERNAL, f"cannot listen on {address}")
     return port
+
+
+async def _nothing(_guest: GuestDomain) -> None:
+    return
 
 
 class GuestServerPairs:
@@ -100,7 +108,7 @@ class GuestServerPairs:
         self._concurrent_calls = concurrent_calls
         self._reflection = reflection
         self._pairs: dict[str, tuple[grpc.aio.Server, grpc.aio.Server]] = {}
-        self.on_enrolled: Callable[[GuestDomain], None] = lambda guest: None
+        self.on_enrolled: OnEnrolled = _nothing
 
     async def open(self, guest: GuestDomain, addresses: ChannelAddresses) -> None:
         pair = self._server_pair()

@@ -14,8 +14,9 @@ import pytest
 
 from dom0_middleware.audit import AuditBrokenError
 from dom0_middleware.authority import Authority, AuthorityError
+from dom0_middleware.channels.folder import FolderChannel
+from dom0_middleware.channels.port import ChannelDomain, ChannelError
 from dom0_middleware.errors import Refused
-from dom0_middleware.guest_channel import ChannelError, FolderChannel
 from dom0_middleware.initialise import EXAMPLE_SETTINGS
 from dom0_middleware.orchestrator_authority import credential_paths
 from dom0_middleware.settings import MiddlewareSettings
@@ -109,23 +110,23 @@ def test_an_authority_that_others_can_read_or_that_is_not_whole(tmp_path: Path) 
         Authority.load(tmp_path / "nothing", clock=lambda: 1.8e9)
 
 
-def test_a_channel_stays_in_its_folder(tmp_path: Path) -> None:
+async def test_a_channel_stays_in_its_folder(tmp_path: Path) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory(dir="/tmp") as short:
         channel = FolderChannel(Path(short) / "guests")
         for uuid in ("../elsewhere", "", "6695eb01-f6a4-8304-79aa-97f2502e193f/.."):
             with pytest.raises(ChannelError):
-                channel.open(uuid)
+                await channel.open(ChannelDomain(uuid, None))
         # A link in the place of a folder is removed, not followed.
         victim = Path(short) / "victim"
         victim.mkdir()
         (victim / "file").touch()
         uuid = "6695eb01-f6a4-8304-79aa-97f2502e193f"
         (Path(short) / "guests" / uuid).symlink_to(victim)
-        channel.open(uuid)
+        await channel.open(ChannelDomain(uuid, None))
         assert (victim / "file").exists()
-        channel.sweep([])
+        await channel.sweep([])
         assert list((Path(short) / "guests").iterdir()) == []
     with pytest.raises(ChannelError, match="too long"):
         FolderChannel(tmp_path / ("d" * 80))
