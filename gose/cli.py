@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
-from gose.authority import AuthorityFolder, CardAccess, EnrolmentOrder, create_authority, enrol
+from gose.authority import AuthorityFolder, CardAccess, EnrolmentOrder, create_authority, enrol, sign_request
 from gose.authority.errors import (
     AuthorityDamagedError,
     AuthorityExistsError,
@@ -165,6 +167,35 @@ def enrol_hypervisor(
     order = EnrolmentOrder(_holder(Role.HYPERVISOR, name), identity, key, valid, replace=replace)
     access = CardAccess.at_socket(card, _pin(operator_pin_file), None if user_pin_file is None else _pin(user_pin_file))
     _enrol(load_settings(GoseSettings, config), order, access, out)
+
+
+@app.command("sign-hypervisor")
+def sign_hypervisor(
+    name: str,
+    request: Annotated[
+        Path, typer.Option(help="What 'secure-element request' wrote on the hypervisor's host.", exists=True)
+    ],
+    out: CertificateOption,
+    valid: ValidOption = "365d",  # type: ignore[assignment]  # typer parses the default, too
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace", help="Renew it, or give its name to another card; its tokens end with the old certificate."
+        ),
+    ] = False,
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Enrol the hypervisor whose card lies on another host, by that card's request; 'secure-element install' takes the certificate."""
+    settings = load_settings(GoseSettings, config)
+    try:
+        der = x509.load_pem_x509_csr(request.read_bytes()).public_bytes(Encoding.DER)
+    except ValueError as error:
+        raise EnrolmentError(f"{request} is no PKCS#10 request: {error}") from None
+    order = EnrolmentOrder(_holder(Role.HYPERVISOR, name), "hypervisor", KeyAlgorithm.RSA_2048, valid, replace=replace)
+    authority = AuthorityFolder(settings.authority).certificate_authority
+    with _registry(settings) as registry:
+        identity = sign_request(order, der, authority, registry, clock=time.time)
+    _write_certificate(identity, out)
 
 
 @app.command("enrol-vm")
@@ -346,6 +377,10 @@ def _enrol(settings: GoseSettings, order: EnrolmentOrder, access: CardAccess, ou
     authority = AuthorityFolder(settings.authority).certificate_authority
     with _registry(settings) as registry:
         identity: Identity = asyncio.run(enrol(order, access, authority, registry, clock=time.time))
+    _write_certificate(identity, out)
+
+
+def _write_certificate(identity: Identity, out: Path | None) -> None:
     if out is not None:
         write_atomically(out, pem_of(identity.certificate), mode=0o644)
     typer.echo(f"{identity.role} {identity.name} is enrolled: {identity.thumbprint}")

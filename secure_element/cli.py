@@ -15,7 +15,16 @@ from typing import Annotated, Final
 import typer
 
 from secfunet.apdu import ApduError
-from secfunet.card import CardBusyError, CardClient, CardError, CardFormatError, CardGoneError, PinRole, connect_unix
+from secfunet.card import (
+    CardBusyError,
+    CardClient,
+    CardError,
+    CardFormatError,
+    CardGoneError,
+    KeyAlgorithm,
+    PinRole,
+    connect_unix,
+)
 from secfunet.card.client import pad_pin
 from secfunet.service.cli import ExitCode, print_version, run
 from secfunet.service.daemon import run_daemon
@@ -25,6 +34,13 @@ from secfunet.service.settings import load_settings
 from secure_element.card_os import CardOs
 from secure_element.errors import SecureElementError, StoreError
 from secure_element.metrics import CardMetrics
+from secure_element.personalise import (
+    change_pin,
+    install_certificate,
+    operator_of,
+    request_certificate,
+    unblock_pin,
+)
 from secure_element.pin import ATTEMPTS, make_pin
 from secure_element.server import CardServer
 from secure_element.settings import CardSettings
@@ -36,12 +52,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+pin_app = typer.Typer(help="PINs of a served card.", no_args_is_help=True)
+app.add_typer(pin_app, name="pin")
+
 ConfigOption = Annotated[Path, typer.Option("--config", help="The card's TOML file.", show_default=False)]
 UserPinOption = Annotated[Path | None, typer.Option(help="File (mode 0600) with the user's PIN; asked for if missing.")]
 OperatorPinOption = Annotated[Path | None, typer.Option(help="The same for the operator's PIN.")]
 GeneratePinsOption = Annotated[bool, typer.Option(help="Make random PINs and write them to these two files.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
+IdentityOption = Annotated[str, typer.Option(help="Friendly name of the TLS-Id on the card.")]
+
+_ALGORITHMS: Final = {
+    "rsa-2048": KeyAlgorithm.RSA_2048,
+    "rsa-3072": KeyAlgorithm.RSA_3072,
+    "rsa-4096": KeyAlgorithm.RSA_4096,
+    "p-256": KeyAlgorithm.P_256,
+    "p-384": KeyAlgorithm.P_384,
+}
 _PIN_LETTERS: Final = string.ascii_letters + string.digits
 _STATUS_TIMEOUT: Final = 5.0
 
@@ -137,6 +165,93 @@ def status(config: ConfigOption, as_json: JsonOption = False) -> None:
             typer.echo(f"{key.replace('_', ' ')}: {value}")
     if report["state"] == "down":
         raise typer.Exit(ExitCode.UNAVAILABLE)
+
+
+@app.command()
+def request(
+    name: Annotated[str, typer.Argument(help="Whose card it is to be: a hypervisor's name, say.")],
+    config: ConfigOption,
+    out: Annotated[Path, typer.Option(help="PKCS#10, PEM: for 'gose sign-hypervisor'.")],
+    operator_pin_file: OperatorPinOption = None,
+    identity: IdentityOption = "hypervisor",
+    key: Annotated[str, typer.Option(help=", ".join(_ALGORITHMS))] = "rsa-2048",
+    renew: Annotated[bool, typer.Option("--renew", help="For the key that the card has already.")] = False,
+) -> None:
+    """Make a key pair in the card and a request for its certificate. Run again before the certificate is installed: the same key."""
+    if key not in _ALGORITHMS:
+        raise typer.BadParameter(f"a key is one of {', '.join(_ALGORITHMS)}")
+    settings = load_settings(CardSettings, config)
+    pin = _known_pin("operator", operator_pin_file)
+
+    async def act() -> bytes:
+        async with operator_of(settings.socket, pin) as client:
+            return await request_certificate(client, label=identity, name=name, algorithm=_ALGORITHMS[key], renew=renew)
+
+    write_atomically(out, asyncio.run(act()), mode=0o644)
+    typer.echo(f"request for {name}: {out}")
+
+
+@app.command()
+def install(
+    config: ConfigOption,
+    certificate: Annotated[Path, typer.Option(help="The certificate for the card's key, PEM.", exists=True)],
+    authority: Annotated[Path, typer.Option(help="ca.pem of the grid: all that the card trusts.", exists=True)],
+    operator_pin_file: OperatorPinOption = None,
+    identity: IdentityOption = "hypervisor",
+) -> None:
+    """Load a certificate that was made for this card's request."""
+    settings = load_settings(CardSettings, config)
+    pin = _known_pin("operator", operator_pin_file)
+
+    async def act() -> str:
+        async with operator_of(settings.socket, pin) as client:
+            return await install_certificate(
+                client, label=identity, certificate=certificate.read_bytes(), authority=authority.read_bytes()
+            )
+
+    typer.echo(f"the card is {asyncio.run(act())}'s")
+
+
+@pin_app.command("change")
+def pin_change(
+    config: ConfigOption,
+    operator: Annotated[bool, typer.Option("--operator", help="The operator's PIN, not the user's.")] = False,
+    old_pin_file: Annotated[Path | None, typer.Option(help="File (mode 0600); asked for if missing.")] = None,
+    new_pin_file: Annotated[Path | None, typer.Option(help="File (mode 0600); asked for if missing.")] = None,
+) -> None:
+    """Replace a PIN by another one. 'status' tells how many attempts are left; a wrong PIN costs one."""
+    settings = load_settings(CardSettings, config)
+    role = PinRole.OPERATOR if operator else PinRole.USER
+    old = _known_pin(role.name.lower(), old_pin_file)
+    asyncio.run(change_pin(settings.socket, role, old, _unpadded_new(role.name.lower(), new_pin_file)))
+    typer.echo(f"the {role.name.lower()}'s PIN is changed: give its users the new one")
+
+
+@pin_app.command("unblock")
+def pin_unblock(
+    config: ConfigOption,
+    operator_pin_file: OperatorPinOption = None,
+    new_pin_file: Annotated[Path | None, typer.Option(help="File (mode 0600); asked for if missing.")] = None,
+) -> None:
+    """Give the user a new PIN, by the operator's right: for a PIN that is blocked or forgotten."""
+    settings = load_settings(CardSettings, config)
+    pin = _known_pin("operator", operator_pin_file)
+    asyncio.run(unblock_pin(settings.socket, pin, _unpadded_new("user", new_pin_file)))
+    typer.echo("the user's PIN is new, with all its attempts")
+
+
+def _known_pin(role: str, path: Path | None) -> bytes:
+    """A PIN that exists, as it is: never from the command line."""
+    if path is not None:
+        return read_secret(path).strip()
+    return str(typer.prompt(f"PIN of the {role}", hide_input=True)).encode()
+
+
+def _unpadded_new(role: str, path: Path | None) -> bytes:
+    if path is not None:
+        return read_secret(path).strip()
+    question = f"New PIN of the {role} (4 to 8 characters)"
+    return str(typer.prompt(question, hide_input=True, confirmation_prompt=True)).encode()
 
 
 async def _status(settings: CardSettings) -> dict[str, str | int]:

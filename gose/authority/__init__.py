@@ -5,7 +5,7 @@
 """
 
 from gose.authority.certificate_authority import CertificateAuthority
-from gose.authority.enrolment import CardAccess, EnrolmentOrder, enrol
+from gose.authority.enrolment import CardAccess, EnrolmentOrder, enrol, sign_request
 from gose.authority.folder import OPENID_PROVIDER, SERVICE_PROVIDER, AuthorityFolder, create_authority
 from gose.authority.token_authority import TokenAuthority
 
@@ -19,4 +19,5 @@ __all__ = [
     "TokenAuthority",
     "create_authority",
     "enrol",
+    "sign_request",
 ]

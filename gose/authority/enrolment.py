@@ -107,6 +107,28 @@ async def enrol(
         raise EnrolmentError(f"{card.where} was not ready within {ENROLMENT_TIMEOUT:g} s: run this again") from None
 
 
+def sign_request(
+    order: EnrolmentOrder,
+    request: bytes,
+    authority: CertificateAuthority,
+    registry: Registry,
+    *,
+    clock: Callable[[], float],
+) -> Identity:
+    """Enrols the holder of a card on another host by its request (PKCS#10, DER): rules 1, 4 and 5.
+
+    The CA cannot look into that card: the identity is active as soon as its certificate exists, which is worth nothing without the card.
+    ``order.replace`` renews, or gives the name to another key. Raises AlreadyEnrolledError, IssuanceError.
+    """
+    _check_order(order, registry)
+    key = check_request(request, order.holder)
+    certificate = authority.issue(order.holder, key, now=clock(), valid=order.valid, server_names=order.server_names)
+    issued = der_of(certificate)
+    ends = certificate.not_valid_after_utc.timestamp()
+    registry.begin_enrolment(*order.holder, thumbprint(issued), issued, order.seid, ends)
+    return registry.finish_enrolment(thumbprint(issued))
+
+
 async def _personalise(
     client: CardClient,
     order: EnrolmentOrder,

@@ -1,0 +1,122 @@
+"""Personalising a served card from beside it: a request comes out, a certificate goes in, and its PINs are changed.
+
+The certification authority is often on another host. Then the card's own host makes the request, the authority signs it there, and the
+certificate is loaded here; the private key stays in the card all the while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
+
+from secfunet.apdu import PinError, StatusError
+from secfunet.card import CardClient, KeyAlgorithm, PinRole, connect_unix
+from secfunet.card.ready import MIN_PIN_ATTEMPTS, PinWithheldError, verify_carefully
+from secure_element.errors import SecureElementError
+
+CONNECT_TIMEOUT = 5.0  # seconds
+
+
+class PersonalisationError(SecureElementError):
+    """The card cannot be personalised so."""
+
+
+@contextlib.asynccontextmanager
+async def operator_of(socket: Path, pin: bytes) -> AsyncIterator[CardClient]:
+    """The card at ``socket``, its operator's PIN verified. Raises PersonalisationError, CardError."""
+    client = CardClient(await connect_unix(socket, timeout=CONNECT_TIMEOUT))
+    try:
+        await client.select()
+        try:
+            await verify_carefully(client, pin, PinRole.OPERATOR)
+        except PinWithheldError as error:
+            raise PersonalisationError(str(error)) from None
+        except PinError as error:
+            raise PersonalisationError(
+                f"the operator's PIN is refused; {error.attempts_remaining} attempts are left"
+            ) from None
+        yield client
+    finally:
+        await client.close()
+
+
+async def request_certificate(
+    client: CardClient, *, label: str, name: str, algorithm: KeyAlgorithm, renew: bool
+) -> bytes:
+    """A PKCS#10 request (PEM) for ``name``, by the key of the TLS-Id ``label``.
+
+    A new key is made for a TLS-Id that is not there; one that waits for its certificate keeps its key, so this may be run again. Raises
+    PersonalisationError if the TLS-Id is complete, unless it is to be renewed with its key.
+    """
+    names = await client.identities()
+    if label in names:
+        if await _is_complete(client, label, names) and not renew:
+            raise PersonalisationError(
+                f"the card holds '{label}' already: --renew asks for a new certificate for its key"
+            )
+    elif renew:
+        raise PersonalisationError(f"the card holds no '{label}' to renew")
+    else:
+        await client.generate_key(label, algorithm)
+    request = await client.certificate_signing_request(label, name)
+    return x509.load_der_x509_csr(request).public_bytes(Encoding.PEM)
+
+
+async def install_certificate(client: CardClient, *, label: str, certificate: bytes, authority: bytes) -> str:
+    """Loads a certificate (PEM) for the card's key, with the one authority (PEM) that the card trusts; its subject's name.
+
+    The card checks that the certificate is for its key. Raises PersonalisationError.
+    """
+    try:
+        leaf, root = x509.load_pem_x509_certificate(certificate), x509.load_pem_x509_certificate(authority)
+        leaf.verify_directly_issued_by(root)
+        (name,) = (str(one.value) for one in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME))
+    except (ValueError, TypeError, InvalidSignature, x509.InvalidVersion) as error:
+        raise PersonalisationError(f"this is no certificate of that authority: {error or 'its signature'}") from None
+    der = leaf.public_bytes(Encoding.DER)
+    try:
+        await client.load_identity(label, name.encode("ascii"), der, [root.public_bytes(Encoding.DER)])
+    except StatusError as error:
+        raise PersonalisationError(f"the card refuses the certificate for '{label}': {error}") from None
+    if (await client.identities())[0] == label and not hmac.compare_digest(await client.certificate(), der):
+        raise PersonalisationError("the card does not hold the certificate that it was given: it is not to be trusted")
+    return name
+
+
+async def change_pin(socket: Path, role: PinRole, old: bytes, new: bytes) -> None:
+    """Raises PersonalisationError; a wrong PIN costs one attempt, the last one is never spent."""
+    client = CardClient(await connect_unix(socket, timeout=CONNECT_TIMEOUT))
+    try:
+        await client.select()
+        left = await client.pin_attempts(role)
+        if left < MIN_PIN_ATTEMPTS:
+            raise PersonalisationError(f"the PIN was not tried: {left} attempts are left")
+        try:
+            await client.change_pin(old, new, role)
+        except PinError as error:
+            raise PersonalisationError(f"the PIN is refused; {error.attempts_remaining} attempts are left") from None
+    finally:
+        await client.close()
+
+
+async def unblock_pin(socket: Path, operator_pin: bytes, new_user_pin: bytes) -> None:
+    """A new PIN for the user, by the operator's right. Raises PersonalisationError."""
+    async with operator_of(socket, operator_pin) as client:
+        await client.unblock_pin(new_user_pin, operator_pin)
+
+
+async def _is_complete(client: CardClient, label: str, names: tuple[str, ...]) -> bool:
+    if names[0] != label:
+        # The card speaks of its first TLS-Id only, unless its user chooses another.
+        return True
+    try:
+        return bool(await client.certificate())
+    except StatusError:
+        return False
