@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST_WORKERS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench lock clean deb testbed testbed-up testbed-down testbed-clean
+.PHONY: help setup demo test check format bench lock clean deb release testbed testbed-up testbed-down testbed-clean
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ bench: setup ## measure; one table (JSON=file writes the rows too, QUICK=1 is a 
 
 deb: setup ## build the Debian package of the agent (dist/)
 	@$(BIN)/python packaging/deb/build_deb.py
+
+release: setup ## build the wheel that the playbooks deploy (dist/)
+	@$(BIN)/python -m hatchling build -t wheel -d dist
 
 testbed: setup ## build the images of a real Xen host under QEMU (once; docs/testbed.md)
 	@$(BIN)/python -m testbed build

@@ -128,7 +128,12 @@ def _wheels(target: Path) -> None:
             *("--wheel-dir", target, "--requirement", lock),
         ]
     )
-    shutil.copyfile(lock, target / "requirements.lock")
+    # What was compiled here has a hash of its own; all others were held to the project's lock just now.
+    lines = []
+    for wheel in sorted(target.glob("*.whl")):
+        name, version = wheel.name.split("-")[:2]
+        lines.append(f"{name}=={version} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n")
+    (target / "requirements.lock").write_text("".join(lines))
 
 
 def _kernels(work: Path, folder: Path) -> None:
