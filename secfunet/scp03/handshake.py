@@ -123,7 +123,7 @@ class HostHandshake:
         header = bytes((CLA_PROTECTED, INS_EXTERNAL_AUTHENTICATE, level, 0x00))
         mac = command_mac(session, bytes(BLOCK), header, data, answer.mode.value, extended=False)
         self._channel = HostChannel(session, level, answer.mode, mac)
-        return CommandApdu(*header, data + mac[: answer.mode.value])
+        return CommandApdu(CLA_PROTECTED, INS_EXTERNAL_AUTHENTICATE, level, 0x00, data + mac[: answer.mode.value])
 
     @property
     def channel(self) -> HostChannel:
