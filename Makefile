@@ -33,10 +33,11 @@ bench: setup ## measure; one table (JSON=file writes the rows too, QUICK=1 is a 
 	@$(BIN)/python -m bench $(if $(JSON),--json $(JSON)) $(if $(QUICK),--quick)
 
 deb: setup ## build the Debian package of the agent (dist/)
-	@$(BIN)/python packaging/deb/build_deb.py
+	@$(BIN)/python -m release deb
 
-release: setup ## build the wheel that the playbooks deploy (dist/)
-	@$(BIN)/python -m hatchling build -t wheel -d dist
+release: setup ## build what the playbooks deploy: the wheel, and those of its dependencies (dist/)
+	@$(BIN)/python -m release wheel
+	@$(BIN)/python -m release wheels
 
 testbed: setup ## build the images of a real Xen host under QEMU (once; docs/testbed.md)
 	@$(BIN)/python -m testbed build

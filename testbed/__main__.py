@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 
+from release.locked import LockError
 from testbed.bed import NUMBERS, PRISTINE, Testbed
 from testbed.build import build, built, clean
 from testbed.errors import TestbedError
@@ -16,7 +17,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     try:
         return int(arguments.act(arguments) or 0)
-    except (TestbedError, ValueError) as error:
+    except (TestbedError, LockError, ValueError) as error:
         print(f"testbed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from release import wheels
 from testbed import places, roots
 from testbed.errors import TestbedError
 from testbed.kernel import extract
 from testbed.tools import require_tools, run
 
 HOST_DISK, GUEST_DISK = "1800M", "700M"
-EXTRAS = ("agent", "card", "dom0", "gose")
 HYPERVISOR = "xen-hypervisor-4.17-amd64"
 _KERNELS = ("linux-image-amd64", "linux-image-cloud-amd64")
 _VERSIONS_OF = (*_KERNELS, HYPERVISOR, "systemd", "libvirt-daemon", "python3", "openssh-server", "xen-utils-4.17")
@@ -34,10 +34,11 @@ def key() -> str:
     digest = hashlib.sha256()
     files = [path for path in sorted(places.RECIPES.rglob("*")) if path.is_file()]
     files += [places.ROOT / "testbed" / name for name in ("build.py", "roots.py", "kernel.py", "machine.py")]
-    files.append(places.ROOT / "requirements.lock")
     for path in files:
         digest.update(f"{path.relative_to(places.ROOT)}\0{path.stat().st_mode & 0o111:o}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for entry in wheels.locked_entries().values():
+        digest.update(entry.encode())
     policy = subprocess.run(["apt-cache", "policy", *_VERSIONS_OF], capture_output=True, check=False).stdout
     digest.update(b"".join(line for line in policy.splitlines() if b"Candidate" in line))
     return digest.hexdigest()[:16]
@@ -77,7 +78,7 @@ def build(say: Say = lambda line: print(line, file=sys.stderr, flush=True)) -> P
     with ThreadPoolExecutor(max_workers=2) as pool:
         jobs = [
             pool.submit(step, "a host's packages", lambda: roots.bootstrap(recipes / "host-packages.txt", host)),
-            pool.submit(step, "wheels", lambda: _wheels(work / "wheels")),
+            pool.submit(step, "wheels", lambda: wheels.collect(work / "wheels")),
             pool.submit(step, "kernels and hypervisor", lambda: _kernels(work, folder)),
             pool.submit(step, "a guest's packages", lambda: roots.bootstrap(recipes / "guest-packages.txt", guest)),
         ]
@@ -98,42 +99,6 @@ def clean(say: Say = lambda line: print(line, file=sys.stderr, flush=True)) -> N
         if folder.name != present:
             say(f"testbed: removing {folder}")
             shutil.rmtree(folder)
-
-
-def _wheels(target: Path) -> None:
-    """Every dependency of the places that are deployed, with the lock's hashes; libvirt-python is compiled here."""
-    target.mkdir()
-    lock = target.parent / "places.lock"
-    names = [word for extra in EXTRAS for word in ("--extra", extra)]
-    python = [sys.executable, "-m"]
-    run(
-        [
-            *(
-                *python,
-                "uv",
-                "pip",
-                "compile",
-                "--quiet",
-                *names,
-                "--generate-hashes",
-                "--no-emit-index-url",
-                "--no-header",
-            ),
-            *("--constraint", places.ROOT / "requirements.lock", places.ROOT / "pyproject.toml", "--output-file", lock),
-        ]
-    )
-    run(
-        [
-            *(*python, "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"),
-            *("--wheel-dir", target, "--requirement", lock),
-        ]
-    )
-    # What was compiled here has a hash of its own; all others were held to the project's lock just now.
-    lines = []
-    for wheel in sorted(target.glob("*.whl")):
-        name, version = wheel.name.split("-")[:2]
-        lines.append(f"{name}=={version} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n")
-    (target / "requirements.lock").write_text("".join(lines))
 
 
 def _kernels(work: Path, folder: Path) -> None:

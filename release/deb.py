@@ -1,14 +1,13 @@
-"""Builds the Debian package of the agent: ``python packaging/deb/build_deb.py``, or ``make deb``.
+"""The Debian package of the agent.
 
 What is in it: a virtual environment below /usr/lib/secfunet/vm-agent that uses the distribution's Python, with the agent and the wheels
-that requirements.lock names for it (their hashes are held to), compiled; and what lies in ``tree`` beside this file. Nothing is fetched or
+that requirements.lock names for it (their hashes are held to), compiled; and what lies in ``packaging/deb/tree``. Nothing is fetched or
 compiled when it is installed. The package depends on nothing but its sources: the same commit gives the same bytes (SOURCE_DATE_EPOCH,
 by default the time of the last commit, stands in every time stamp).
 """
 
 from __future__ import annotations
 
-import argparse
 import compileall
 import gzip
 import hashlib
@@ -22,10 +21,11 @@ import tempfile
 from email.parser import Parser
 from pathlib import Path
 
-from locked import LockError, entries, fetch, needed
+from release import ROOT
+from release.locked import entries, fetch, needed
+from release.wheels import own_wheel
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+SOURCES = ROOT / "packaging" / "deb"
 PACKAGE = "secfunet-vm-agent"
 PYTHON = (3, 11)  # Debian 12's; the wheels with compiled code are for this one alone
 HOME = Path("usr/lib/secfunet/vm-agent")
@@ -57,21 +57,6 @@ class BuildError(Exception):
     """The package cannot be built; the text says why."""
 
 
-def main() -> int:
-    """The command; prints the path of the package."""
-    parser = argparse.ArgumentParser(description="Builds the Debian package of the agent.")
-    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the package")
-    parser.add_argument("--wheels", type=Path, default=ROOT / ".build/deb/wheels", help="folder that keeps wheels")
-    parser.add_argument("--version-suffix", default="", help="such as +site1, for a build of one's own")
-    options = parser.parse_args()
-    try:
-        print(build(options.out, options.wheels, options.version_suffix))  # noqa: T201 - a command's result
-    except (BuildError, LockError, subprocess.CalledProcessError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
-
-
 def build(out: Path, wheels: Path, suffix: str = "") -> Path:
     """Builds the package into ``out``. Raises BuildError or LockError."""
     if sys.version_info[:2] != PYTHON:
@@ -82,7 +67,7 @@ def build(out: Path, wheels: Path, suffix: str = "") -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="sf-deb-") as folder:
         stage = Path(folder) / "stage"
-        shutil.copytree(HERE / "tree", stage)
+        shutil.copytree(SOURCES / "tree", stage)
         install_wheels(stage, wheels, Path(folder))
         version = installed_version(stage) + suffix
         finish_documents(stage, version, epoch)
@@ -119,9 +104,7 @@ def install_wheels(stage: Path, wheels: Path, work: Path) -> None:
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     install += ["--no-deps", "--no-index", "--target", str(site)]
     run([*install, "--require-hashes", "--find-links", str(wheels), "--requirement", str(requirements)])
-    run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(work)])
-    (own,) = work.glob("secfunet-*.whl")
-    run([*install, str(own)])
+    run([*install, str(own_wheel(work))])
     kept = {*ROOMS, *(path.name for path in site.iterdir() if not (ROOT / path.name / "__init__.py").exists())}
     for path in site.iterdir():
         if path.name not in kept or path.name == "bin":
@@ -215,7 +198,7 @@ def write_control(stage: Path, version: str, depends: str) -> None:
     sums = "".join(f"{md5(path)}  {path.relative_to(stage)}\n" for path in files)
     conffiles = "".join(f"/{path.relative_to(stage)}\n" for path in files if path.is_relative_to(stage / "etc"))
     control = stage / "DEBIAN"
-    shutil.copytree(HERE / "control", control)
+    shutil.copytree(SOURCES / "control", control)
     control.chmod(0o755)
     for script in control.iterdir():
         script.chmod(0o755)
@@ -251,13 +234,7 @@ def maintainer() -> str:
 
 def run(command: list[str], *, folder: Path = ROOT, environment: dict[str, str] | None = None) -> str:
     """Standard output of a command. Raises BuildError with what it said on standard error."""
-    finished = subprocess.run(  # noqa: S603 - no shell, names and paths of ours
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode:
         raise BuildError(f"{' '.join(command[:4])} …: {finished.stderr.strip() or finished.stdout.strip()}")
     return finished.stdout
-
-
-if __name__ == "__main__":
-    sys.exit(main())

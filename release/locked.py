@@ -43,7 +43,7 @@ def _follow(distribution: str, extras: frozenset[str], found: set[str]) -> None:
 def entries(lock: Path, names: set[str]) -> dict[str, str]:
     """The lock's text for each of ``names``, with its version and hashes. Raises LockError if one is not in the lock."""
     blocks = re.split(r"\n(?=\S)", lock.read_text(encoding="utf-8"))
-    known = {canonicalize_name(block.partition("==")[0]): block for block in blocks if "==" in block}
+    known = {str(canonicalize_name(block.partition("==")[0])): block for block in blocks if "==" in block}
     missing = sorted(names - known.keys())
     if missing:
         raise LockError(f"not in {lock.name}: {', '.join(missing)}: run make lock")
@@ -63,7 +63,7 @@ def fetch(wanted: dict[str, str], folder: Path) -> list[Path]:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
         command += ["--require-hashes", "--only-binary", ":all:", "--no-deps", "--dest", str(folder)]
         try:
-            subprocess.run([*command, "--requirement", str(requirements)], check=True)  # noqa: S603 - no shell
+            subprocess.run([*command, "--requirement", str(requirements)], check=True)
         except subprocess.CalledProcessError:
             raise LockError(f"pip refused, or could not fetch: {', '.join(missing)}") from None
         requirements.unlink()
