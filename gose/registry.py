@@ -62,6 +62,7 @@ CREATE TABLE IF NOT EXISTS revocations (
 ) STRICT;
 """
 
+_TICK: Final = 1e-6  # seconds between two tokens of a VM, at least
 TOKENS_KEPT: Final = 30 * 86400.0
 """How long an expired token (and its revocation) stays in the registry, seconds: for whoever asks afterwards what was issued."""
 
@@ -267,7 +268,10 @@ class Registry:
     def record_token(
         self, jti: str, vmid: str, hvid: str, operations: frozenset[str], issued_at: float, expires_at: float
     ) -> None:
-        """Records a token before it is handed out; forgets those that ended long ago (TOKENS_KEPT)."""
+        """Records a token before it is handed out; forgets those that ended long ago (TOKENS_KEPT).
+
+        Of two tokens of a VM the one that was recorded later is the newer one on record, whatever the clock did in between.
+        """
         with self._transaction() as database:
             old = self._clock() - TOKENS_KEPT
             database.execute(
@@ -275,6 +279,9 @@ class Registry:
                 (old,),
             )
             database.execute("DELETE FROM tokens WHERE expires_at < ?", (old,))
+            (newest,) = database.execute("SELECT MAX(issued_at) FROM tokens WHERE vmid = ?", (vmid,)).fetchone()
+            if newest is not None:
+                issued_at = max(issued_at, newest + _TICK)
             database.execute(
                 "INSERT INTO tokens (jti, vmid, hvid, operations, issued_at, expires_at) VALUES (?, ?, ?, ?, ?, ?)",
                 (jti, vmid, hvid, " ".join(sorted(operations)), issued_at, expires_at),

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from gose.errors import Reason, Refusal
 from gose.metrics import Metrics
+from gose.places import Claim, Places
 from gose.settings import Limits
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class SessionStore:
         self._randbytes = randbytes
         self._sessions: dict[bytes, Session] = {}
         database.executescript(SCHEMA)
+        self.places = Places(database)
         self._load()
 
     def __len__(self) -> int:
@@ -105,15 +107,18 @@ class SessionStore:
         seid: str,
         token_id: str,
         operations: Iterable[str],
+        token_issued_at: float,
         token_expires_at: float,
     ) -> tuple[str, Session]:
         """Makes a session; returns its secret (43 characters, base64url) and the session.
 
-        A VM that has its number of sessions already loses the oldest one: a middleware that was killed could not close its own. Raises
-        Refusal TOO_MANY_SESSIONS when the hypervisor has too many.
+        A VM that has its number of sessions already loses the oldest one: a middleware that was killed could not close its own. A VM that
+        comes from another hypervisor loses those that it has there (see ``places``). Raises Refusal: VM_ELSEWHERE; TOO_MANY_SESSIONS when
+        the hypervisor has too many.
         """
         now = self._clock()
         self.purge()
+        self.places.check(Claim(vmid, hvid, token_issued_at))
         mine = [session for session in self._sessions.values() if session.hvid == hvid]
         same_vm = sorted((one for one in mine if one.vmid == vmid), key=lambda one: one.created_at)
         for oldest in same_vm[: max(0, len(same_vm) - self._limits.sessions_per_vm + 1)]:
@@ -122,6 +127,7 @@ class SessionStore:
             mine.remove(oldest)
         if len(mine) >= self._limits.sessions_per_hypervisor:
             raise Refusal(Reason.TOO_MANY_SESSIONS, "this hypervisor has too many sessions", retry_after=30.0)
+        self._move(Claim(vmid, hvid, token_issued_at))
         secret = base64.urlsafe_b64encode(self._randbytes(32)).rstrip(b"=").decode()
         session = Session(
             key=_key(secret),
@@ -182,9 +188,22 @@ class SessionStore:
         for session in [session for session in self._sessions.values() if session.expires_at <= now]:
             self.close(session)
 
+    def _move(self, claim: Claim) -> None:
+        """The VM is on this hypervisor now, so it has sessions on no other."""
+        if self.places.take(claim):
+            log.info("a VM has moved", extra={"vmid": claim.vmid, "hvid": claim.hvid})
+        for session in self.all():
+            if session.vmid == claim.vmid and session.hvid != claim.hvid:
+                self.close(session)
+
     def _load(self) -> None:
         now = self._clock()
         self._database.execute("DELETE FROM sessions WHERE expires_at <= ?", (now,))
+        # What a full disk, or the end of this process, kept from being closed when its VM moved.
+        self._database.execute(
+            "DELETE FROM sessions WHERE EXISTS "
+            "(SELECT 1 FROM places WHERE places.vmid = sessions.vmid AND places.hvid != sessions.hvid)"
+        )
         for key, vmid, hvid, seid, token_id, operations, created_at, expires_at in self._database.execute(
             "SELECT secret_hash, vmid, hvid, seid, token_id, operations, created_at, expires_at FROM sessions"
         ):

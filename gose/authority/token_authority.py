@@ -64,7 +64,7 @@ class TokenAuthority:
             expires_at=end,
             jti=jti,
         )
-        registry.record_token(jti, the_vm.thumbprint, the_hypervisor.thumbprint, allowed, begin, end)
+        registry.record_token(jti, the_vm.thumbprint, the_hypervisor.thumbprint, allowed, now, end)
         return token
 
 

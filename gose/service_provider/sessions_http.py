@@ -17,6 +17,7 @@ from cryptography import x509
 
 from gose.errors import Reason, Refusal
 from gose.http import CORRELATION, Door, json_object, see_other
+from gose.places import Claim
 from gose.registry import Registry
 from gose.service_provider.openid_client import OpenIdHttp
 from gose.sessions import SessionStore
@@ -95,7 +96,7 @@ class SessionDoor:
         """POST {"vm_certificate", "hypervisor_certificate", "vm_auth_token"}: 303 to the OpenID provider.
 
         Rules, in their order: the hypervisor's certificate is the connection's own, of this CA, and admitted; the hypervisor is within
-        its rate; the VM's certificate is of this CA, and admitted; the token is for this VM on this hypervisor.
+        its rate; the VM's certificate is of this CA, and admitted; the token is for this VM on this hypervisor; the VM is not elsewhere.
         """
         if self.door is None:
             raise RuntimeError("there is no door")
@@ -118,7 +119,7 @@ class SessionDoor:
         self._verify(vm, Role.VM)
         vmid = thumbprint(der_of(vm))
         self._standing.vm(vmid)
-        self._verify_token(token, vmid, hvid)
+        self._sessions.places.check(self._claim(self._verify_token(token, vmid, hvid)))
         service = await self._discover()
         association = None
         try:
@@ -140,7 +141,8 @@ class SessionDoor:
         """GET with the assertion: 200 and the session.
 
         Rules, in their order: a login waits under that state; the connection is of the hypervisor that began it; (the state is used up;)
-        the assertion holds; it names that hypervisor; nothing was revoked meanwhile; the VM's card is in this grid.
+        the assertion holds; it names that hypervisor; nothing was revoked meanwhile; the VM's card is in this grid; the VM is not
+        elsewhere.
         """
         hvid = thumbprint(_peer_certificate(untrusted))
         state = untrusted.query.get("state", "")
@@ -182,6 +184,7 @@ class SessionDoor:
             seid=seid,
             token_id=token.jti,
             operations=token.operations,
+            token_issued_at=self._claim(token).issued_at,
             token_expires_at=token.expires_at,
         )
         log.info(
@@ -221,6 +224,11 @@ class SessionDoor:
         except IdentityError as error:
             reason = Reason.HYPERVISOR_REFUSED if role is Role.HYPERVISOR else Reason.VM_REFUSED
             raise Refusal(reason, f"the certificate is not that of a {role} of this grid", detail=str(error)) from None
+
+    def _claim(self, token: VmAuthToken) -> Claim:
+        recorded = self._registry.token(token.jti)
+        # A registry that was put back to an older copy does not know it: then it counts as issued in the first moment of its second.
+        return Claim(token.vmid, token.hvid, recorded.issued_at if recorded is not None else token.issued_at)
 
     def _verify_token(self, untrusted: str, vmid: str, hvid: str) -> VmAuthToken:
         try:

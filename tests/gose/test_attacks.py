@@ -26,9 +26,9 @@ from secfunet.identity import Holder, Role, der_of, pem_of
 from secfunet.openid.association import Association, AssociationKind, AssociationType
 from secfunet.openid.form import IDENTIFIER_SELECT, NAMESPACE, decode_key_values
 from secfunet.openid.provider import SIGNED_FIELDS
-from tests.gose.grid import TestGrid, sign_operation
+from tests.gose.grid import Answer, TestGrid, sign_operation
 from tests.gose.test_login import begin, query, with_field
-from tests.gose.test_operations import execute, reason_of, refused, refused_stream, under
+from tests.gose.test_operations import exchange, execute, reason_of, refused, refused_stream, under
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -119,6 +119,55 @@ async def test_a_request_id_of_another_hypervisor(grid: TestGrid, service: GridS
     assert containers[0] != containers[1]
     with pytest.raises(Exception, match="refused"):
         grid.open("hv-b", containers[0])
+
+
+async def test_a_vm_on_two_hypervisors_at_once(grid: TestGrid, service: GridService) -> None:
+    """Both have good tokens; the one that was issued last, and used, is where the VM is."""
+    grid.hypervisor("hv-b")
+    old, unused = grid.session_form("vm-1", "hv-a"), grid.session_form("vm-1", "hv-a")
+    new = grid.session_form("vm-1", "hv-b")
+
+    async def log_in(form: dict[str, str], hypervisor: str) -> Answer:
+        async with grid.browser(hypervisor) as browser:
+            return await browser.follow("POST", f"{grid.sp}/v1/sessions", json=form)
+
+    here = (await log_in(old, "hv-a")).json()
+    # The token for the second hypervisor is out, but not used: nothing has changed.
+    async with grid.channel("hv-a") as channel, grid.channel("hv-b") as other:
+        stub = grid.stub(channel)
+        stream = stub.ExecuteStream(metadata=under(here))
+        assert (await exchange(stream, sign_operation())).containers
+        there = (await log_in(new, "hv-b")).json()
+        assert (await grid.stub(other).Execute(execute(sign_operation()), timeout=5, metadata=under(there))).containers
+        assert (await refused(stub.Execute(execute(sign_operation()), timeout=5, metadata=under(here))))[1] == (
+            "SESSION_UNKNOWN"
+        )
+        with pytest.raises(grpc.aio.AioRpcError):
+            await exchange(stream, sign_operation())
+        for form in (old, unused):
+            answer = await log_in(form, "hv-a")
+            assert (answer.status, answer.reason) == (403, "VM_ELSEWHERE")
+        assert (await grid.stub(other).Execute(execute(sign_operation()), timeout=5, metadata=under(there))).containers
+        # It comes back, or its new hypervisor is lost: a token that is issued now.
+        back = await grid.session("vm-1", "hv-a")
+        assert (await stub.Execute(execute(sign_operation()), timeout=5, metadata=under(back))).containers
+        assert (await refused(grid.stub(other).Execute(execute(sign_operation()), timeout=5, metadata=under(there))))[
+            1
+        ] == "SESSION_UNKNOWN"
+
+
+async def test_a_login_under_way_does_not_take_a_vm_back(grid: TestGrid, service: GridService) -> None:
+    """Begun before the VM moved, finished after."""
+    grid.hypervisor("hv-b")
+    async with grid.browser("hv-a") as browser:
+        begun = await begin(grid, browser, "hv-a")
+        page = await browser.follow("GET", begun.location, until=grid.sp)
+        there = await grid.session("vm-1", "hv-b")
+        answer = await browser.get(page.location)
+        assert (answer.status, answer.reason) == (403, "VM_ELSEWHERE")
+    async with grid.channel("hv-b") as channel:
+        answer = await grid.stub(channel).Execute(execute(sign_operation()), timeout=5, metadata=under(there))
+        assert answer.containers
 
 
 async def test_a_kept_answer_needs_the_right_to_ask(grid: TestGrid, service: GridService) -> None:

@@ -76,9 +76,23 @@ def store_of(
     return SessionStore(database, standing or Everybody(), Limits.model_validate(limits), Metrics(), clock=clock)
 
 
-def grant(store: SessionStore, clock: Clock, *, vmid: str = "vm", hvid: str = "hv", lifetime: float = 100.0) -> str:
+def grant(
+    store: SessionStore,
+    clock: Clock,
+    *,
+    vmid: str = "vm",
+    hvid: str = "hv",
+    lifetime: float = 100.0,
+    issued_at: float | None = None,
+) -> str:
     secret, _ = store.grant(
-        vmid=vmid, hvid=hvid, seid="se", token_id="jti", operations=["sign"], token_expires_at=clock.now + lifetime
+        vmid=vmid,
+        hvid=hvid,
+        seid="se",
+        token_id="jti",
+        operations=["sign"],
+        token_issued_at=clock.now if issued_at is None else issued_at,
+        token_expires_at=clock.now + lifetime,
     )
     return secret
 
@@ -163,6 +177,47 @@ def test_sessions_are_bounded(database: sqlite3.Connection, clock: Clock) -> Non
     clock.now += 1000
     grant(store, clock, vmid="vm-3")
     assert len(store) == 1
+
+
+def test_a_vm_is_where_the_newest_token_that_was_used_says(tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "state.sqlite"
+    with contextlib.closing(open_database(path, "")) as database:
+        store = store_of(database, clock)
+        here, neighbour = grant(store, clock, issued_at=10), grant(store, clock, vmid="vm-2", issued_at=10)
+        again = grant(store, clock, issued_at=9)  # of two tokens for one hypervisor either may be used
+        there = grant(store, clock, hvid="hv-2", issued_at=11)
+        for secret in (here, again):
+            with pytest.raises(Refusal) as caught:
+                store.find(secret)
+            assert reason(caught) is Reason.SESSION_UNKNOWN
+        store.check(store.find(there), "hv-2")
+        store.check(store.find(neighbour), "hv")
+        # An older token takes nothing back: not one for the first hypervisor, nor what comes after one for the second.
+        grant(store, clock, hvid="hv-2", issued_at=5)
+        for issued_at in (10, 11):
+            with pytest.raises(Refusal) as caught:
+                grant(store, clock, issued_at=issued_at)
+            assert reason(caught) is Reason.VM_ELSEWHERE
+        store.check(store.find(there), "hv-2")
+        store.close(store.find(there))
+    with contextlib.closing(open_database(path, "")) as database:
+        store = store_of(database, clock)
+        # Neither the end of its sessions nor a restart of the grid puts it back.
+        with pytest.raises(Refusal) as caught:
+            grant(store, clock, issued_at=10)
+        assert reason(caught) is Reason.VM_ELSEWHERE
+        # And nothing keeps it away for ever.
+        store.check(store.find(grant(store, clock, issued_at=12)), "hv")
+
+
+def test_a_refused_session_moves_nothing(database: sqlite3.Connection, clock: Clock) -> None:
+    store = store_of(database, clock, sessions_per_hypervisor=1)
+    grant(store, clock, vmid="vm-2", hvid="hv-2", issued_at=1)
+    here = grant(store, clock, issued_at=1)
+    with pytest.raises(Refusal) as caught:
+        grant(store, clock, hvid="hv-2", issued_at=2)
+    assert reason(caught) is Reason.TOO_MANY_SESSIONS
+    store.check(store.find(here), "hv")
 
 
 @given(untrusted=st.text())

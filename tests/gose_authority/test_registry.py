@@ -127,6 +127,17 @@ def test_tokens_are_on_record_and_forgotten_long_after_their_end(tmp_path: Path)
             registry.revoke_token("a")
 
 
+def test_a_token_recorded_later_is_the_newer_one(registry: Registry) -> None:
+    """Also within a second, or after the clock was put back."""
+    for jti, hvid, now in (("a", "H1", 1000.5), ("b", "H2", 1000.5), ("c", "H1", 10.0)):
+        registry.record_token(jti, "V", hvid, frozenset({"sign"}), now, 2000)
+    registry.record_token("d", "V2", "H1", frozenset({"sign"}), 10.0, 2000)
+    issued = [registry.token(jti) for jti in "abcd"]
+    times = [token.issued_at for token in issued if token is not None]
+    assert times[0] == 1000.5 < times[1] < times[2] < 1000.6
+    assert times[3] == 10.0
+
+
 def test_the_file_is_private(registry: Registry, tmp_path: Path) -> None:
     enrol(registry, Role.VM, "web", "T1")
     for path in tmp_path.iterdir():
