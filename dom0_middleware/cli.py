@@ -33,6 +33,7 @@ from dom0_middleware.orchestrator_authority import OrchestratorAuthority
 from dom0_middleware.orchestrator_client import CallInvalid, CallRefused, DaemonUnavailable, orchestrator_stub
 from dom0_middleware.policy import PolicyFile
 from dom0_middleware.settings import MiddlewareSettings
+from dom0_middleware.vm_file import MAX_DEFINITION, DefinitionError, definition_from_json, definition_to_json
 from secfunet.errors import SecFuNetError
 from secfunet.identity import IdentityError, der_of, load_certificate
 from secfunet.middleware.v1 import orchestrator_pb2 as pb
@@ -255,6 +256,65 @@ def vm_revoke(
         return stub.RevokeVm(pb.RevokeVmRequest(uuid=uuid), timeout=timeout)
 
     _show([_call_for(vm, config, orchestrator, timeout, revoke).vm], as_json=as_json)
+
+
+@vm_app.command("export")
+def vm_export(
+    vm: Vm,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write in place of standard output.", dir_okay=False)
+    ] = None,
+    config: Config = DEFAULT_CONFIG,
+    orchestrator: As = FIRST_ORCHESTRATOR,
+    timeout: Timeout = 30.0,
+) -> None:
+    """Say what another host needs to know of a VM before it can come there (JSON; nothing secret)."""
+
+    def show(stub: Stub, uuid: str) -> Awaitable[pb.GetVmResponse]:
+        return stub.GetVm(pb.GetVmRequest(uuid=uuid), timeout=timeout)
+
+    text = definition_to_json(_call_for(vm, config, orchestrator, timeout, show).definition)
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        out.write_text(text, encoding="ascii")
+
+
+@vm_app.command("expect")
+def vm_expect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What 'vm export' wrote.", exists=True, dir_okay=False)],
+    token_file: TokenFile = None,
+    config: Config = DEFAULT_CONFIG,
+    orchestrator: As = FIRST_ORCHESTRATOR,
+    as_json: AsJson = False,
+    timeout: Timeout = 30.0,
+) -> None:
+    """Make this host ready for a VM of another one. The token, for this host's hypervisor, may come later ('vm start')."""
+    try:
+        with file.open("rb") as content:
+            asked = definition_from_json(content.read(MAX_DEFINITION + 1))
+    except DefinitionError as error:
+        raise BadInput(f"{file}: {error}") from None
+    request = pb.ExpectVmRequest(definition=asked, vm_auth_token=_token(token_file))
+    response = _call(config, orchestrator, lambda stub: stub.ExpectVm(request, timeout=timeout))
+    _show([response.vm], as_json=as_json)
+
+
+@vm_app.command("migrate")
+def vm_migrate(
+    vm: Vm,
+    destination: Annotated[str, typer.Option("--to", metavar="NAME", help="A destination of this host's settings.")],
+    config: Config = DEFAULT_CONFIG,
+    orchestrator: As = FIRST_ORCHESTRATOR,
+    as_json: AsJson = False,
+    timeout: Timeout = 900.0,
+) -> None:
+    """Send a running VM to another host, live. Its agent's certificate and its session end here first."""
+
+    def migrate(stub: Stub, uuid: str) -> Awaitable[pb.MigrateVmResponse]:
+        return stub.MigrateVm(pb.MigrateVmRequest(uuid=uuid, destination=destination), timeout=timeout)
+
+    _show([_call_for(vm, config, orchestrator, timeout, migrate).vm], as_json=as_json)
 
 
 @vm_app.command("watch")

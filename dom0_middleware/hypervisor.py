@@ -18,7 +18,8 @@ class DomainEventKind(Enum):
     STARTED = "started"
     SUSPENDED = "suspended"
     RESUMED = "resumed"
-    STOPPED = "stopped"  # shut down, destroyed, crashed, saved or migrated away: it runs here no longer
+    STOPPED = "stopped"  # shut down, destroyed, crashed or saved: it runs here no longer
+    MIGRATED = "migrated"  # as STOPPED, because it went to another host
     UNDEFINED = "undefined"
 
 
@@ -88,6 +89,17 @@ class Hypervisor(Protocol):
         ...
 
     async def undefine(self, uuid: str) -> None: ...
+
+    async def migrate(self, uuid: str, uri: str) -> None:
+        """Sends a running domain to the hypervisor at ``uri`` while it runs, with its definition; returns when it runs there.
+
+        May take minutes. Raises Refused (HYPERVISOR_REFUSED) if it failed, or if how it ended is not known.
+        """
+        ...
+
+    async def migrating(self, uuid: str) -> bool:
+        """A migration of this domain, into this host or out of it, is under way as far as the hypervisor can say."""
+        ...
 
     async def info(self, uuid: str) -> DomainInfo | None: ...
 

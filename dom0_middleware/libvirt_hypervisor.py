@@ -55,6 +55,12 @@ _LOST = {
     libvirt.VIR_ERR_SYSTEM_ERROR,
 }
 _EXISTS = {libvirt.VIR_ERR_DOM_EXIST}
+_MIGRATE = (
+    libvirt.VIR_MIGRATE_LIVE
+    | libvirt.VIR_MIGRATE_PEER2PEER
+    | libvirt.VIR_MIGRATE_PERSIST_DEST
+    | libvirt.VIR_MIGRATE_UNDEFINE_SOURCE
+)
 _KEEPALIVE_SECONDS = 5
 _KEEPALIVE_COUNT = 3
 
@@ -165,6 +171,32 @@ class LibvirtHypervisor:
     async def undefine(self, uuid: str) -> None:
         await self._call(lambda connection: connection.lookupByUUIDString(uuid).undefine())
 
+    async def migrate(self, uuid: str, uri: str) -> None:
+        """Peer to peer: this host's libvirt speaks with that at ``uri`` by itself, and goes on if this daemon ends."""
+
+        def act() -> None:
+            # A connection of its own: the other one's keep-alive, and its loss, are not to be mistaken for the end of this.
+            connection = libvirt.open(self._uri)
+            try:
+                connection.lookupByUUIDString(uuid).migrateToURI3(uri, {}, _MIGRATE)
+            finally:
+                connection.close()
+
+        try:
+            await _in_own_thread(act)
+        except libvirt.libvirtError as error:
+            raise Refused(Reason.HYPERVISOR_REFUSED, f"the hypervisor refuses: {error}") from error
+
+    async def migrating(self, uuid: str) -> bool:
+        def act(connection: Any) -> bool:
+            domain = connection.lookupByUUIDString(uuid)
+            try:
+                return bool(domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE)
+            except libvirt.libvirtError:
+                return False  # stopped, or of a driver that knows no jobs
+
+        return await self._call(act)
+
     async def info(self, uuid: str) -> DomainInfo | None:
         try:
             return await self._call(lambda connection: _info(connection.lookupByUUIDString(uuid)))
@@ -271,8 +303,10 @@ class LibvirtHypervisor:
 
     # Below: in the thread of libvirt's events.
 
-    def _lifecycle(self, _connection: Any, domain: Any, event: int, _detail: int, _opaque: object) -> None:
+    def _lifecycle(self, _connection: Any, domain: Any, event: int, detail: int, _opaque: object) -> None:
         kind = _EVENTS.get(event)
+        if event == libvirt.VIR_DOMAIN_EVENT_STOPPED and detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED:
+            kind = DomainEventKind.MIGRATED
         if kind is not None:
             happened = DomainEvent(domain.UUIDString(), domain.name(), kind)
             self._tell(lambda: self._on_event(happened))
@@ -281,6 +315,32 @@ class LibvirtHypervisor:
         if self._loop is not None and not self._loop.is_closed():
             with contextlib.suppress(RuntimeError):  # the loop closed in between
                 self._loop.call_soon_threadsafe(what)
+
+
+async def _in_own_thread(work: Callable[[], None]) -> None:
+    """For what takes minutes. The thread does not keep this process from ending."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def tell(error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            work()
+        except Exception as raised:  # noqa: BLE001 - raised where it is awaited
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop closed in between
+            loop.call_soon_threadsafe(tell, error)
+
+    threading.Thread(target=run, name="libvirt-migration", daemon=True).start()
+    await done
 
 
 def _info(domain: Any) -> DomainInfo:

@@ -70,6 +70,11 @@ class Runs:
         """The folder of a run's channel ("" where it travels through the hypervisor)."""
         return self._channel.folder(uuid)
 
+    @property
+    def can_attach(self) -> bool:
+        """A domain that runs already can be given a channel."""
+        return self._channel.through_xen
+
     async def begin(self, record: VmRecord) -> tuple[GuestDomain, DomainInfo]:
         """Lays the channel of a stopped domain and boots it; nothing of the domain runs before its channel is there.
 

@@ -36,7 +36,7 @@ from dom0_middleware.refusals import RefusalMeter
 from dom0_middleware.runs import Runs
 from dom0_middleware.sessions import Grid, VmSessions
 from dom0_middleware.settings import MiddlewareSettings
-from dom0_middleware.state import StateStore
+from dom0_middleware.state import StateStore, VmRecord
 from dom0_middleware.vms import Vms
 from secfunet.middleware.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from secfunet.service.files import private_folder
@@ -117,6 +117,9 @@ class MiddlewareService:
             runs=runs,
             sessions=self.sessions,
             events=self.events,
+            identity=hypervisor_identity,
+            destinations=settings.destinations,
+            note=self._note_migration,
             clock=clock,
             boot=boot_id or BOOT_ID.read_text(encoding="ascii").strip(),
         )
@@ -214,6 +217,10 @@ class MiddlewareService:
                 self.audit.record(
                     "channel.refused", "refused", vm=uuid, reason=str(Reason.CHANNEL_FOREIGN), detail=detail
                 )
+
+    def _note_migration(self, what: str, record: VmRecord) -> None:
+        with contextlib.suppress(MiddlewareError):  # what happened has happened
+            self.audit.record(f"vm.{what}", "noted", vm=record.uuid, name=record.name, detail=record.leaving)
 
     def _note_policy(self) -> None:
         problems = "; ".join(self.policy.problems)

@@ -122,6 +122,11 @@ class VmSessions:
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
+    async def told(self) -> None:
+        """Returns when the grid was told of the sessions that ended until now, or did not hear of it within CLOSE_TIMEOUT."""
+        if self._closing:
+            await asyncio.wait(set(self._closing), timeout=CLOSE_TIMEOUT)
+
     async def close(self) -> None:
         """Ends every session and waits until the grid was told."""
         for uuid in list(self._slots):

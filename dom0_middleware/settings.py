@@ -13,6 +13,8 @@ from secfunet.service.settings import FilePath, Settings
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 OrchestratorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+DestinationName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+LibvirtUri = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://[!-~]{1,255}$")]
 LoopbackAddress = Annotated[str, Field(pattern=r"^(127\.0\.0\.1|\[::1\]|localhost):[0-9]{1,5}$")]
 
 
@@ -99,6 +101,8 @@ class MiddlewareSettings(Settings):
     grid: GoseClientSettings
     libvirt: LibvirtSettings = LibvirtSettings()
     channel: ChannelSettings = ChannelSettings()
+    # Hosts that VMs may be migrated to: name -> the URI at which this host's libvirt reaches theirs.
+    destinations: dict[DestinationName, LibvirtUri] = Field(default={}, max_length=256)
     orchestrators: OrchestratorSettings = OrchestratorSettings()
     audit: AuditSettings = AuditSettings()
     limits: LimitSettings = LimitSettings()

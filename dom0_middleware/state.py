@@ -30,7 +30,8 @@ CREATE TABLE IF NOT EXISTS vms (
   revoked INTEGER NOT NULL DEFAULT 0,
   created_at REAL NOT NULL,
   address TEXT NOT NULL DEFAULT '',
-  arriving INTEGER NOT NULL DEFAULT 0
+  arriving INTEGER NOT NULL DEFAULT 0,
+  leaving TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS vms_address ON vms (address) WHERE address != '';
 CREATE TABLE IF NOT EXISTS runs (
@@ -49,8 +50,9 @@ _UPGRADES = {
 ALTER TABLE vms ADD COLUMN address TEXT NOT NULL DEFAULT '';
 ALTER TABLE vms ADD COLUMN arriving INTEGER NOT NULL DEFAULT 0;
 """,
+    2: "ALTER TABLE vms ADD COLUMN leaving TEXT NOT NULL DEFAULT '';",
 }
-_VERSION = 2
+_VERSION = 3
 
 
 _UNIQUE = {"vms.vmid": "VMID", "vms.address": "address", "vms_address": "address", "vms.uuid": "UUID"}
@@ -80,8 +82,10 @@ class VmRecord:
     created_at: float
     # IP address, "" if none was given; one VM's only.
     address: str = ""
-    # Its domain is to come from another host.
+    # Its domain is to come from another host, or has gone there: this host defines and starts none.
     arriving: bool = False
+    # The destination that its domain is being sent to; "" if it is not.
+    leaving: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class StateStore:
         """Raises Refused (VM_EXISTS) if the name, the UUID or the VMID is bound already."""
         try:
             self._execute(
-                "INSERT INTO vms VALUES (?,?,?,?,?,?,?,?,?,?,?)",
+                "INSERT INTO vms VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
                 (
                     record.uuid,
                     record.name,
@@ -152,6 +156,7 @@ class StateStore:
                     record.created_at,
                     record.address,
                     int(record.arriving),
+                    record.leaving,
                 ),
             )
         except sqlite3.IntegrityError as error:
@@ -160,10 +165,15 @@ class StateStore:
 
     def vm(self, uuid: str) -> VmRecord:
         """Raises Refused (VM_UNKNOWN)."""
-        row = self._execute("SELECT * FROM vms WHERE uuid=?", (uuid,)).fetchone()
-        if row is None:
+        record = self.find_vm(uuid)
+        if record is None:
             raise Refused(Reason.VM_UNKNOWN, "no such VM")
-        return _vm(row)
+        return record
+
+    def find_vm(self, uuid: str) -> VmRecord | None:
+        """The same, None if there is none."""
+        row = self._execute("SELECT * FROM vms WHERE uuid=?", (uuid,)).fetchone()
+        return None if row is None else _vm(row)
 
     def vms(self) -> tuple[VmRecord, ...]:
         """All, by name."""
@@ -172,8 +182,17 @@ class StateStore:
     def set_token(self, uuid: str, vm_auth_token: str) -> None:
         self._execute("UPDATE vms SET vm_auth_token=? WHERE uuid=? AND revoked=0", (vm_auth_token, uuid))
 
-    def set_arriving(self, uuid: str, arriving: bool) -> None:
-        self._execute("UPDATE vms SET arriving=? WHERE uuid=?", (int(arriving), uuid))
+    def set_leaving(self, uuid: str, destination: str) -> None:
+        """Before the domain is sent: if this daemon ends meanwhile, it has to look how that went."""
+        self._execute("UPDATE vms SET leaving=? WHERE uuid=?", (destination, uuid))
+
+    def set_here(self, uuid: str) -> None:
+        """The domain is this host's."""
+        self._execute("UPDATE vms SET leaving='', arriving=0 WHERE uuid=?", (uuid,))
+
+    def set_away(self, uuid: str) -> None:
+        """The domain is another host's. The token is forgotten: should it come back, it needs a new one."""
+        self._execute("UPDATE vms SET leaving='', arriving=1, vm_auth_token='' WHERE uuid=?", (uuid,))
 
     def revoke(self, uuid: str) -> None:
         """For good: there is no way back but a new VM. The token is forgotten with it."""
@@ -237,7 +256,7 @@ class StateStore:
 
 
 def _vm(row: tuple[object, ...]) -> VmRecord:
-    uuid, name, vmid, certificate, token, memory, vcpus, revoked, created, address, arriving = row
+    uuid, name, vmid, certificate, token, memory, vcpus, revoked, created, address, arriving, leaving = row
     return VmRecord(
         uuid=str(uuid),
         name=str(name),
@@ -250,6 +269,7 @@ def _vm(row: tuple[object, ...]) -> VmRecord:
         created_at=float(str(created)),
         address=str(address),
         arriving=bool(arriving),
+        leaving=str(leaving),
     )
 
 

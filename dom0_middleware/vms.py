@@ -8,47 +8,42 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
-from ipaddress import ip_address
 from typing import Any, TypeVar
 
 from dom0_middleware.errors import MiddlewareError, Reason, Refused, Unavailable
 from dom0_middleware.events import EventHub
-from dom0_middleware.guest import GuestDomain, Phase
-from dom0_middleware.hypervisor import DomainEvent, DomainEventKind, DomainInfo, DomainSpec, DomainState, Hypervisor
+from dom0_middleware.guest import GuestDomain
+from dom0_middleware.hypervisor import DomainEvent, DomainEventKind, DomainInfo, DomainState, Hypervisor
+from dom0_middleware.identity import HypervisorIdentity
+from dom0_middleware.migrations import Migrations
 from dom0_middleware.runs import Runs
 from dom0_middleware.sessions import VmSessions
 from dom0_middleware.state import StateStore, VmRecord
-from secfunet.identity import IdentityError, check_validity, der_of, load_certificate, thumbprint
+from dom0_middleware.vm_definition import bound, check_token, definition, new_record, spec
+from dom0_middleware.vm_view import describe
 from secfunet.middleware.v1 import orchestrator_pb2 as pb
-from secfunet.vm_auth_token import TokenError, unverified_claims, unverified_expiry
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
-DEFAULT_MEMORY_MIB, DEFAULT_VCPUS = 512, 1
-MAX_MEMORY_MIB, MAX_VCPUS = 1 << 20, 256
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_STATES = {
-    DomainState.STOPPED: pb.VM_STATE_STOPPED,
-    DomainState.RUNNING: pb.VM_STATE_RUNNING,
-    DomainState.PAUSED: pb.VM_STATE_PAUSED,
-}
 _EVENTS = {
     DomainEventKind.STARTED: pb.VM_EVENT_KIND_STARTED,
     DomainEventKind.SUSPENDED: pb.VM_EVENT_KIND_SUSPENDED,
     DomainEventKind.RESUMED: pb.VM_EVENT_KIND_RESUMED,
     DomainEventKind.STOPPED: pb.VM_EVENT_KIND_STOPPED,
+    DomainEventKind.MIGRATED: pb.VM_EVENT_KIND_STOPPED,
 }
+_MIGRATED = {"arrived": pb.VM_EVENT_KIND_ARRIVED, "left": pb.VM_EVENT_KIND_LEFT}
 _STOP_POLL = 0.05  # seconds
+_SETTLE_POLL = 1.0  # seconds between looks at a migration that this daemon did not begin, or did not see the end of
 _CLOSE_TIMEOUT = 10.0  # seconds that what orchestrators asked for may still take when the daemon stops
 
 
 class Vms:
-    """``boot`` names this boot of the host. ``start`` before anything else; ``close`` stops every server, but leaves the domains and their
-    runs as they are."""
+    """``boot`` names this boot of the host; ``note`` takes down what happens without a request (what, the VM). ``start`` before anything
+    else; ``close`` stops every server, but leaves the domains and their runs as they are."""
 
     def __init__(
         self,
@@ -58,6 +53,9 @@ class Vms:
         runs: Runs,
         sessions: VmSessions,
         events: EventHub,
+        identity: HypervisorIdentity,
+        destinations: Mapping[str, str],
+        note: Callable[[str, VmRecord], None],
         clock: Callable[[], float],
         boot: str,
     ) -> None:
@@ -68,6 +66,18 @@ class Vms:
         self._events = events
         self._clock = clock
         self._boot = boot
+        self._note = note
+        self._migrations = Migrations(
+            store=store,
+            hypervisor=hypervisor,
+            runs=runs,
+            sessions=sessions,
+            identity=identity,
+            destinations=destinations,
+            clock=clock,
+            happened=self._migrated,
+            later=lambda uuid: self._spawn(self._settle_later(uuid)),
+        )
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._acts: set[asyncio.Task[Any]] = set()
@@ -75,23 +85,31 @@ class Vms:
     async def start(self) -> None:
         """Connects to the hypervisor and makes true again what the state file says.
 
-        A VM whose domain is gone (the embedded hypervisor forgets them with its process) is defined again, stopped. A run goes on
-        if its very domain still runs; any other run is over.
+        A VM whose domain is gone (the embedded hypervisor forgets them with its process) is defined again, stopped; not one that is on
+        another host. A run goes on if its very domain still runs; any other run is over.
         """
         await self._hypervisor.connect(self._on_event, self._on_connection)
         for record in self._store.vms():
             info = await self._hypervisor.info(record.uuid)
             if info is None:
-                await self._define_again(record)
-            elif not _bound(record, info):
+                if not record.arriving and not record.leaving:
+                    await self._define_again(record)
+            elif not bound(record, info):
                 log.warning("a domain has the UUID of a VM but is another one", extra={"vm": record.uuid})
         self._store.end_runs_before(self._boot)
         for run in self._store.runs():
             uuid = run.uuid
             async with self._lock(uuid):
                 record, info = self._store.vm(uuid), await self._hypervisor.info(uuid)
-                await self._runs.resume(run, record, info if info is not None and _bound(record, info) else None)
+                await self._runs.resume(run, record, info if info is not None and bound(record, info) else None)
+        await self._settle_all()
         await self._runs.sweep()
+
+    async def _settle_all(self) -> None:
+        """Looks at every VM whose migration may have come to its end unseen."""
+        for record in self._store.vms():
+            if record.arriving or record.leaving:
+                await self._logged(self._look_again(record.uuid))
 
     async def close(self) -> None:
         if self._acts:
@@ -119,35 +137,17 @@ class Vms:
         vcpus: int,
         address: str = "",
     ) -> pb.Vm:
-        if not _NAME.fullmatch(name):
-            raise Refused(Reason.REQUEST_INVALID, "a VM's name is 1 to 64 characters of [A-Za-z0-9._-]")
-        memory_mib, vcpus = memory_mib or DEFAULT_MEMORY_MIB, vcpus or DEFAULT_VCPUS
-        if memory_mib > MAX_MEMORY_MIB or vcpus > MAX_VCPUS:
-            raise Refused(
-                Reason.REQUEST_INVALID, f"a VM has at most {MAX_MEMORY_MIB} MiB of memory and {MAX_VCPUS} vcpus"
-            )
-        certificate = self._parse_certificate(vm_certificate)
-        record = VmRecord(
-            uuid=uuid,
-            name=name,
-            vmid=thumbprint(certificate),
-            vm_certificate=certificate,
-            vm_auth_token=vm_auth_token,
-            memory_mib=memory_mib,
-            vcpus=vcpus,
-            revoked=False,
-            created_at=self._clock(),
-            address=_parse_address(address),
+        asked = pb.VmDefinition(
+            uuid=uuid, name=name, vm_certificate=vm_certificate, memory_mib=memory_mib, vcpus=vcpus, address=address
         )
-        if vm_auth_token:
-            self._check_token(record, vm_auth_token)
+        record = new_record(asked, vm_auth_token=vm_auth_token, now=self._clock())
         return await self._to_its_end(self._create(record))
 
     async def _create(self, record: VmRecord) -> pb.Vm:
         # The record first: a crash in between leaves a VM whose domain start() defines.
         self._store.add_vm(record)
         try:
-            info = await self._hypervisor.define(_spec(record))
+            info = await self._hypervisor.define(spec(record))
         except MiddlewareError:
             await self._forget(record)
             raise
@@ -179,9 +179,14 @@ class Vms:
             if vm_auth_token:
                 if record.revoked:
                     raise Refused(Reason.VM_REVOKED, "this VM was revoked on this hypervisor; no token helps")
-                self._check_token(record, vm_auth_token)
-            info = await self._hypervisor.info(uuid) or await self._hypervisor.define(_spec(record))
-            if not _bound(record, info):
+                check_token(record, vm_auth_token, self._clock())
+            if record.arriving or record.leaving:
+                info = await self._start_migrated(record, vm_auth_token)
+                record = self._store.vm(uuid)
+                if info is None or info.state is not DomainState.STOPPED:
+                    return self._describe(record, info), ""
+            info = await self._hypervisor.info(uuid) or await self._hypervisor.define(spec(record))
+            if not bound(record, info):
                 raise Refused(
                     Reason.BINDING_MISMATCH, "the domain with this UUID is not the one that was bound to this VMID"
                 )
@@ -196,6 +201,20 @@ class Vms:
                 self._store.set_token(uuid, vm_auth_token)
             guest, info = await self._runs.begin(self._store.vm(uuid))
             return self._describe(guest.record, info), self._runs.folder(uuid)
+
+    async def _start_migrated(self, record: VmRecord, vm_auth_token: str) -> DomainInfo | None:
+        """A VM that is not, or not yet, simply here takes the token, if it can do something with it. Never is its domain defined here."""
+        if vm_auth_token and record.arriving:
+            info = await self._migrations.give_token(record, vm_auth_token)
+        else:
+            info = await self._migrations.settle(record.uuid)
+        if info is not None and bound(record, info) and info.state is DomainState.STOPPED:
+            # It came, and was stopped here.
+            self._store.set_here(record.uuid)
+        elif record.leaving or not vm_auth_token:
+            how = "is being migrated" if record.leaving else "is not on this host: it is to come, or has gone"
+            raise Refused(Reason.VM_STATE_WRONG, f"this VM {how}")
+        return info
 
     def _replace_token(self, guest: GuestDomain, info: DomainInfo, vm_auth_token: str) -> pb.Vm:
         self._store.set_token(guest.uuid, vm_auth_token)
@@ -229,7 +248,7 @@ class Vms:
         async with self._lock(uuid):
             record = self._store.vm(uuid)
             info = await self._hypervisor.info(uuid)
-            if info is not None and _bound(record, info):
+            if info is not None and bound(record, info):
                 if info.state is not DomainState.STOPPED:
                     raise Refused(Reason.VM_STATE_WRONG, "this VM runs; stop it first")
                 await self._hypervisor.undefine(uuid)
@@ -237,6 +256,34 @@ class Vms:
             self._store.delete_vm(uuid)
         self._locks.pop(uuid, None)
         self._events.tell(pb.VM_EVENT_KIND_DELETED, pb.Vm(uuid=uuid, name=record.name, vmid=record.vmid))
+
+    async def expect_vm(self, untrusted: pb.VmDefinition, *, vm_auth_token: str) -> pb.Vm:
+        """A VM is to come from another host; see ``migrations``."""
+        record = new_record(untrusted, vm_auth_token=vm_auth_token, now=self._clock(), arriving=True)
+        return await self._to_its_end(self._expect(record))
+
+    async def _expect(self, record: VmRecord) -> pb.Vm:
+        async with self._lock(record.uuid):
+            info = await self._migrations.expect(record)
+            vm = self._describe(self._store.vm(record.uuid), info)
+        self._events.tell(pb.VM_EVENT_KIND_EXPECTED, vm)
+        return vm
+
+    async def migrate_vm(self, uuid: str, destination: str, *, timeout: float) -> pb.Vm:
+        """Sends a running VM to another host; see ``migrations``. Unavailable (DEADLINE_EXCEEDED) if it still goes on near the deadline."""
+        try:
+            async with asyncio.timeout(timeout * 0.95):
+                return await self._to_its_end(self._migrate(uuid, destination))
+        except TimeoutError:
+            raise Unavailable(
+                Reason.DEADLINE_EXCEEDED,
+                "the migration is not over, and goes on; the state of the VM will tell its end",
+            ) from None
+
+    async def _migrate(self, uuid: str, destination: str) -> pb.Vm:
+        async with self._lock(uuid):
+            info = await self._migrations.send(uuid, destination)
+            return self._describe(self._store.vm(uuid), info)
 
     async def revoke_vm(self, uuid: str) -> pb.Vm:
         """At once and for good. Waits for no lock: a VM that is just being started is revoked all the same.
@@ -260,9 +307,9 @@ class Vms:
         self._events.tell(pb.VM_EVENT_KIND_REVOKED, vm)
         return vm
 
-    async def get_vm(self, uuid: str) -> pb.Vm:
+    async def get_vm(self, uuid: str) -> tuple[pb.Vm, pb.VmDefinition]:
         record = self._store.vm(uuid)
-        return self._describe(record, await self._hypervisor.info(uuid))
+        return self._describe(record, await self._hypervisor.info(uuid)), definition(record)
 
     async def list_vms(self) -> list[pb.Vm]:
         domains = {info.uuid: info for info in await self._hypervisor.list()}
@@ -285,21 +332,28 @@ class Vms:
         if connected:
             for guest in self._runs.guests():
                 self._spawn(self._look_again(guest.uuid))
+            self._spawn(self._settle_all())
 
     async def _follow(self, event: DomainEvent) -> None:
         try:
             record = self._store.vm(event.uuid)
         except Refused:
             return  # none of our VMs
-        info = await self._look_again(event.uuid)
+        info = await self._look_again(event.uuid, taken=event.kind is DomainEventKind.MIGRATED)
+        record = self._store.find_vm(event.uuid) or record
         kind = _EVENTS.get(event.kind)
         if kind is not None:
             self._events.tell(kind, self._describe(record, info))
 
-    async def _look_again(self, uuid: str) -> DomainInfo | None:
-        """Brings the run in line with what the hypervisor says now: an event may be old when it comes to its turn."""
+    async def _look_again(self, uuid: str, *, taken: bool = False) -> DomainInfo | None:
+        """Brings the run in line with what the hypervisor says now: an event may be old when it comes to its turn.
+
+        ``taken``: it said that the domain went to another host.
+        """
         async with self._lock(uuid):
-            info = await self._hypervisor.info(uuid)
+            if self._store.find_vm(uuid) is None:
+                return None  # deleted meanwhile
+            info = await self._migrations.settle(uuid)
             guest = self._runs.guest(uuid)
             if guest is not None:
                 if info is None or info.state is DomainState.STOPPED or info.domain_id != guest.domain_id:
@@ -307,7 +361,17 @@ class Vms:
                     log.info("a domain stopped; its channel is gone", extra={"vm": uuid})
                 else:
                     guest.set_state(info.state)
+            if taken:
+                await self._migrations.taken(uuid)
             return info
+
+    async def _settle_later(self, uuid: str) -> None:
+        await asyncio.sleep(_SETTLE_POLL)
+        await self._look_again(uuid)
+
+    def _migrated(self, what: str, record: VmRecord, info: DomainInfo | None) -> None:
+        self._note(what, record)
+        self._events.tell(_MIGRATED[what], self._describe(self._store.vm(record.uuid), info))
 
     async def _to_its_end(self, act: Coroutine[Any, Any, Answer]) -> Answer:
         """The answer of an act that a caller who hangs up does not stop."""
@@ -342,7 +406,7 @@ class Vms:
 
     async def _define_again(self, record: VmRecord) -> None:
         try:
-            await self._hypervisor.define(_spec(record))
+            await self._hypervisor.define(spec(record))
         except Refused as error:
             log.warning("a VM's domain cannot be defined again: %s", error, extra={"vm": record.uuid})
 
@@ -350,7 +414,7 @@ class Vms:
         info = await self._hypervisor.info(record.uuid)
         if info is None:
             return DomainInfo(record.uuid, record.name, DomainState.STOPPED, None, record.vmid)
-        if not _bound(record, info):
+        if not bound(record, info):
             raise Refused(Reason.BINDING_MISMATCH, "the domain with this UUID is not this VM's")
         return info
 
@@ -364,49 +428,5 @@ class Vms:
                 return info
             await asyncio.sleep(_STOP_POLL)
 
-    def _parse_certificate(self, untrusted: bytes) -> bytes:
-        try:
-            certificate = load_certificate(untrusted)
-            check_validity(certificate, self._clock())
-        except IdentityError as error:
-            raise Refused(Reason.VM_CERTIFICATE_INVALID, f"the VM's certificate cannot be used: {error}") from None
-        return der_of(certificate)
-
-    def _check_token(self, record: VmRecord, token: str) -> None:
-        """Spares the orchestrator a mistake; the token's signature is the grid's to check."""
-        try:
-            claims = unverified_claims(token)
-        except TokenError:
-            raise Refused(Reason.TOKEN_INVALID, "this is no VM-Auth-Token") from None
-        if claims.vmid != record.vmid:
-            raise Refused(Reason.TOKEN_INVALID, "this VM-Auth-Token is for another VMID")
-        if claims.expires_at <= self._clock():
-            raise Refused(Reason.TOKEN_EXPIRED, "this VM-Auth-Token has ended")
-
     def _describe(self, record: VmRecord, info: DomainInfo | None) -> pb.Vm:
-        guest = self._runs.guest(record.uuid)
-        return pb.Vm(
-            uuid=record.uuid,
-            name=record.name,
-            state=_STATES[info.state] if info is not None and _bound(record, info) else pb.VM_STATE_STOPPED,
-            vmid=record.vmid,
-            enrolled=guest is not None and guest.phase is not Phase.ENDED and guest.enrolled,
-            revoked=record.revoked,
-            authorised_until=unverified_expiry(record.vm_auth_token) if record.vm_auth_token else 0,
-        )
-
-
-def _spec(record: VmRecord) -> DomainSpec:
-    return DomainSpec(record.uuid, record.name, record.vmid, record.memory_mib, record.vcpus, record.address)
-
-
-def _parse_address(untrusted: str) -> str:
-    try:
-        return str(ip_address(untrusted)) if untrusted else ""
-    except ValueError:
-        raise Refused(Reason.REQUEST_INVALID, "a VM's address is an IP address") from None
-
-
-def _bound(record: VmRecord, info: DomainInfo) -> bool:
-    """The domain is the one that we defined for this VM: same UUID, same name, same VMID in its metadata."""
-    return info.uuid == record.uuid and info.name == record.name and info.vmid == record.vmid
+        return describe(record, info, self._runs.guest(record.uuid))

@@ -36,6 +36,7 @@ CODES: dict[Reason, grpc.StatusCode] = {
     Reason.JOIN_SECRET_REFUSED: grpc.StatusCode.PERMISSION_DENIED,
     Reason.CHANNEL_FOREIGN: grpc.StatusCode.PERMISSION_DENIED,
     Reason.ORCHESTRATOR_NOT_ALLOWED: grpc.StatusCode.PERMISSION_DENIED,
+    Reason.DESTINATION_NOT_ALLOWED: grpc.StatusCode.PERMISSION_DENIED,
     Reason.POLICY_INVALID: grpc.StatusCode.PERMISSION_DENIED,
     Reason.POLICY_DENIED: grpc.StatusCode.PERMISSION_DENIED,
     Reason.RATE_LIMITED: grpc.StatusCode.RESOURCE_EXHAUSTED,

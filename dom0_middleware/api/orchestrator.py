@@ -13,6 +13,7 @@ from dom0_middleware.call import Call, current_call
 from dom0_middleware.errors import MiddlewareError, Reason, Refused, Unavailable
 from dom0_middleware.events import EventHub
 from dom0_middleware.orchestrator_authority import orchestrator_name
+from dom0_middleware.vm_definition import parse_uuid
 from dom0_middleware.vms import Vms
 from secfunet.middleware.v1 import orchestrator_pb2 as pb
 from secfunet.middleware.v1 import orchestrator_pb2_grpc
@@ -54,34 +55,48 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         return pb.CreateVmResponse(vm=vm)
 
     async def StartVm(self, request: pb.StartVmRequest, context: Context) -> pb.StartVmResponse:  # noqa: N802
-        uuid = _uuid(request.uuid)
+        uuid = parse_uuid(request.uuid)
         with self._recorded("start", uuid):
             vm, folder = await self._vms.start_vm(uuid, vm_auth_token=request.vm_auth_token)
         return pb.StartVmResponse(vm=vm, guest_channel=folder)
 
     async def StopVm(self, request: pb.StopVmRequest, context: Context) -> pb.StopVmResponse:  # noqa: N802
-        uuid = _uuid(request.uuid)
+        uuid = parse_uuid(request.uuid)
         with self._recorded("stop", uuid, detail="by force" if request.force else ""):
             vm = await self._vms.stop_vm(uuid, force=request.force, timeout=timeout_of(context))
         return pb.StopVmResponse(vm=vm)
 
     async def DeleteVm(self, request: pb.DeleteVmRequest, context: Context) -> pb.DeleteVmResponse:  # noqa: N802
-        uuid = _uuid(request.uuid)
+        uuid = parse_uuid(request.uuid)
         with self._recorded("delete", uuid):
             await self._vms.delete_vm(uuid)
         return pb.DeleteVmResponse()
 
     async def RevokeVm(self, request: pb.RevokeVmRequest, context: Context) -> pb.RevokeVmResponse:  # noqa: N802
-        uuid = _uuid(request.uuid)
+        uuid = parse_uuid(request.uuid)
         with self._recorded("revoke", uuid):
             vm = await self._vms.revoke_vm(uuid)
         return pb.RevokeVmResponse(vm=vm)
 
     async def GetVm(self, request: pb.GetVmRequest, context: Context) -> pb.GetVmResponse:  # noqa: N802
-        return pb.GetVmResponse(vm=await self._vms.get_vm(_uuid(request.uuid)))
+        vm, definition = await self._vms.get_vm(parse_uuid(request.uuid))
+        return pb.GetVmResponse(vm=vm, definition=definition)
 
     async def ListVms(self, request: pb.ListVmsRequest, context: Context) -> pb.ListVmsResponse:  # noqa: N802
         return pb.ListVmsResponse(vms=await self._vms.list_vms())
+
+    async def ExpectVm(self, request: pb.ExpectVmRequest, context: Context) -> pb.ExpectVmResponse:  # noqa: N802
+        uuid = parse_uuid(request.definition.uuid)
+        detail = "with a token" if request.vm_auth_token else ""
+        with self._recorded("expect", uuid, name=request.definition.name, detail=detail):
+            vm = await self._vms.expect_vm(request.definition, vm_auth_token=request.vm_auth_token)
+        return pb.ExpectVmResponse(vm=vm)
+
+    async def MigrateVm(self, request: pb.MigrateVmRequest, context: Context) -> pb.MigrateVmResponse:  # noqa: N802
+        uuid = parse_uuid(request.uuid)
+        with self._recorded("migrate", uuid, detail=f"to {request.destination[:64]}"):
+            vm = await self._vms.migrate_vm(uuid, request.destination, timeout=timeout_of(context))
+        return pb.MigrateVmResponse(vm=vm)
 
     async def WatchEvents(  # noqa: N802
         self, request: pb.WatchEventsRequest, context: Context
@@ -128,10 +143,3 @@ def _require_allowed(name: str, allowed: frozenset[str]) -> None:
             "this orchestrator is not among the allowed ones",
             detail=f"it is '{name}'",
         )
-
-
-def _uuid(untrusted: str) -> str:
-    try:
-        return str(uuids.UUID(untrusted))
-    except ValueError:
-        raise Refused(Reason.REQUEST_INVALID, "a VM is named by its UUID") from None

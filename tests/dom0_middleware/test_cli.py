@@ -10,11 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from dom0_middleware.audit import AuditLog
+from dom0_middleware.vm_file import DefinitionError, definition_from_json, definition_to_json
 from secfunet.identity import pem_of
+from secfunet.middleware.v1 import orchestrator_pb2 as pb
 from tests.dom0_middleware.world import World, certificate, eventually, token
 
+FIELDS = ("uuid", "name", "address", "memory_mib", "vcpus", "vm_certificate")
 COMMAND = [sys.executable, "-c", "from dom0_middleware.cli import main; main()"]
 
 
@@ -29,6 +34,31 @@ async def run(*arguments: str | Path) -> tuple[int, str, str]:
     out, err = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
+
+
+@given(untrusted=st.binary(max_size=200))
+@example(untrusted=b"[" * 100_000)
+@example(untrusted=b"[" * 20_000)
+@example(untrusted=json.dumps(dict.fromkeys(FIELDS, "x")).encode())
+@example(untrusted=json.dumps(dict.fromkeys(FIELDS, 1)).encode())
+@example(untrusted=json.dumps({**dict.fromkeys(FIELDS, "x"), "memory_mib": -1, "vcpus": 1}).encode())
+@example(untrusted=json.dumps({**dict.fromkeys(FIELDS, "x"), "memory_mib": True, "vcpus": 1}).encode())
+@example(untrusted=json.dumps({**dict.fromkeys(FIELDS, "x"), "memory_mib": 1, "vcpus": 1}).encode())
+def test_any_file_is_a_definition_or_refused(untrusted: bytes) -> None:
+    with pytest.raises(DefinitionError):
+        definition_from_json(untrusted)
+
+
+def test_a_definition_survives_its_file() -> None:
+    definition = pb.VmDefinition(
+        uuid="6695eb01-f6a4-8304-79aa-97f2502e193f",
+        name="web",
+        vm_certificate=certificate("web"),
+        memory_mib=512,
+        vcpus=2,
+        address="192.0.2.7",
+    )
+    assert definition_from_json(definition_to_json(definition).encode()) == definition
 
 
 async def test_init_makes_what_is_missing_and_keeps_what_is_there(tmp_path: Path) -> None:
@@ -121,6 +151,15 @@ async def test_the_life_of_a_vm(world: World, tmp_path: Path) -> None:
         assert "running" in out
         assert json.loads((await run("vm", "show", uuid, "--json", "--config", config))[1])["state"] == "running"
         assert (await run("vm", "delete", "web", "--config", config))[0] == 1
+        definition = tmp_path / "web.json"
+        assert (await run("vm", "export", "web", "--out", definition, "--config", config))[0] == 0
+        assert definition_from_json(definition.read_bytes()).uuid == uuid
+        code, _, err = await run("vm", "migrate", "web", "--to", "xen-2", "--config", config)
+        assert (code, "DESTINATION_NOT_ALLOWED" in err) == (77, True)
+        code, _, err = await run("vm", "expect", definition, "--config", config)
+        assert (code, "VM_STATE_WRONG" in err) == (1, True)
+        code, _, err = await run("vm", "expect", pem, "--config", config)
+        assert (code, "it is no JSON" in err) == (65, True)
         assert json.loads((await run("vm", "revoke", "web", "--json", "--config", config))[1])[0]["revoked"]
         assert (await run("vm", "stop", "web", "--config", config))[0] == 0
         assert (await run("vm", "delete", uuid, "--config", config))[0] == 0

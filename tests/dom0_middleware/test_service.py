@@ -94,6 +94,30 @@ def test_a_state_file_of_another_version_is_refused(tmp_path: Path) -> None:
         StateStore(path)
 
 
+def test_a_state_file_of_each_earlier_version_is_taken_over(tmp_path: Path) -> None:
+    """As the first two versions made it."""
+    columns = (
+        "uuid TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, vmid TEXT NOT NULL UNIQUE, vm_certificate BLOB NOT NULL, "
+        "vm_auth_token TEXT NOT NULL, memory_mib INTEGER NOT NULL, vcpus INTEGER NOT NULL, "
+        "revoked INTEGER NOT NULL DEFAULT 0, created_at REAL NOT NULL"
+    )
+    second = ", address TEXT NOT NULL DEFAULT '', arriving INTEGER NOT NULL DEFAULT 0"
+    for version, more in ((1, ""), (2, second)):
+        path = tmp_path / f"{version}.sqlite"
+        with sqlite3.connect(path) as db:
+            db.executescript(f"CREATE TABLE vms ({columns}{more}) STRICT; PRAGMA user_version={version};")
+            db.execute(
+                "INSERT INTO vms (uuid, name, vmid, vm_certificate, vm_auth_token, memory_mib, vcpus, created_at)"
+                " VALUES ('u', 'web', 'v', x'00', 't', 512, 1, 1.0)"
+            )
+        db.close()
+        store = StateStore(path)
+        store.set_leaving("u", "xen-2")
+        assert (store.vm("u").name, store.vm("u").arriving, store.vm("u").leaving) == ("web", False, "xen-2")
+        store.close()
+        StateStore(path).close()
+
+
 def test_an_authority_that_others_can_read_or_that_is_not_whole(tmp_path: Path) -> None:
     stem = tmp_path / "ca"
     Authority.create(stem, "one", clock=lambda: 1.8e9)

@@ -148,10 +148,11 @@ class SessionDouble:
 class GridDouble:
     """``gate``: cleared, executions wait. ``login_gate``: cleared, logins wait. ``fail_ids``: request ids that come back as failures."""
 
-    def __init__(self, vms: Sequence[str] = ("web", "db")) -> None:
-        self.hvid = thumbprint(certificate("hypervisor"))
+    def __init__(self, vms: Sequence[str] = ("web", "db"), *, hypervisor: str = "hypervisor") -> None:
+        self.hypervisor = hypervisor
+        self.hvid = thumbprint(certificate(hypervisor))
         self.names = {thumbprint(certificate(vm)): vm for vm in vms}
-        self.sealer = ContainerSealer(rsa_key("hypervisor").public_key(), rsa_key("container-authority"))
+        self.sealer = ContainerSealer(rsa_key(hypervisor).public_key(), rsa_key("container-authority"))
         key = token_key().public_key()
         self.verifier = TokenVerifier(ISSUER, AUDIENCE, {key_id(key): key})
         self.sessions: list[SessionDouble] = []
@@ -187,18 +188,21 @@ class GridDouble:
         return session
 
     async def content_key(self, container: bytes, *, timeout: float) -> bytes:
-        return unwrap_content_key(rsa_key("hypervisor"), container[:256])
+        return unwrap_content_key(rsa_key(self.hypervisor), container[:256])
 
 
 class HypervisorDouble:
     """The HVID, without a card."""
 
+    def __init__(self, name: str = "hypervisor") -> None:
+        self.name = name
+
     @property
     def known(self) -> bytes:
-        return certificate("hypervisor")
+        return certificate(self.name)
 
     async def certificate(self, *, timeout: float) -> bytes:
-        return certificate("hypervisor")
+        return certificate(self.name)
 
 
 def perform(key: rsa.RSAPrivateKey, operation: operation_pb2.Operation) -> bytes:
@@ -312,9 +316,9 @@ class Guest:
 class World:
     """``service`` runs between ``start`` and ``stop``; the state folder stays."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, hypervisor: str = "hypervisor") -> None:
         self.folder = folder
-        self.grid = GridDouble()
+        self.grid = GridDouble(hypervisor=hypervisor)
         self.policy = folder / "policy.toml"
         self.policy.write_text(POLICY)
         self.extra: dict[str, object] = {}
@@ -360,7 +364,7 @@ class World:
         self._service = MiddlewareService(
             self.settings,
             grid=self.grid,
-            hypervisor_identity=HypervisorDouble(),
+            hypervisor_identity=HypervisorDouble(self.grid.hypervisor),
             clock=lambda: time.time() + self.clock_offset,
             **self.parts,  # type: ignore[arg-type]
         )
