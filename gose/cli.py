@@ -31,6 +31,8 @@ from gose.authority.errors import (
     TokenNotIssuedError,
 )
 from gose.overview import take_overview
+from gose.racs.cli import racs_app
+from gose.racs.tls import TlsFilesError
 from gose.registry import AlreadyEnrolledError, Identity, NotEnrolledError, Registry, RegistryError
 from gose.settings import GoseSettings, SecureElementSettings
 from secfunet.apdu import ApduError
@@ -38,6 +40,8 @@ from secfunet.card.errors import CardBusyError, CardError, CardGoneError
 from secfunet.card.parameters import KeyAlgorithm
 from secfunet.identity import Holder, IdentityError, Role, check_name, pem_of
 from secfunet.operation import OPERATIONS
+from secfunet.racs.errors import RacsRefusedError
+from secfunet.racs.inventory import ServerUnreachableError
 from secfunet.service.cli import ExitCode, print_version, run
 from secfunet.service.daemon import run_daemon
 from secfunet.service.files import read_secret, write_atomically
@@ -63,6 +67,7 @@ revoke_app = typer.Typer(
     help="Revoke a token, or everything of a VM, a hypervisor or a server, at once.", no_args_is_help=True
 )
 app.add_typer(revoke_app, name="revoke")
+app.add_typer(racs_app, name="racs")
 
 
 def parse_duration(text: str) -> float:
@@ -292,7 +297,7 @@ def _revoker(role: Role) -> Callable[[str, Path], None]:
     return revoke
 
 
-for _role in Role:
+for _role in (Role.HYPERVISOR, Role.VM, Role.SERVER):
     revoke_app.command(_role.value)(_revoker(_role))
 
 
@@ -341,6 +346,9 @@ def main() -> None:
             CardBusyError: ExitCode.UNAVAILABLE,
             CardError: ExitCode.FAILED,
             ApduError: ExitCode.FAILED,
+            TlsFilesError: ExitCode.CONFIG,
+            ServerUnreachableError: ExitCode.UNAVAILABLE,
+            RacsRefusedError: ExitCode.REFUSED,
         },
     )
 

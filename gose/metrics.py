@@ -49,15 +49,13 @@ class Metrics:
 class MetricsServer:
     """Serves the metrics on the loopback interface; does nothing without a port."""
 
-    def __init__(self, metrics: Metrics, port: int | None) -> None:
-        self._metrics = metrics
+    def __init__(self, registry: CollectorRegistry, port: int | None) -> None:
+        self._registry = registry
         self._port = port
 
     def __enter__(self) -> Self:
         self._running = (
-            start_http_server(self._port, addr="127.0.0.1", registry=self._metrics.registry)
-            if self._port is not None
-            else None
+            start_http_server(self._port, addr="127.0.0.1", registry=self._registry) if self._port is not None else None
         )
         return self
 

@@ -121,7 +121,7 @@ class GridService:
         sessions = SessionStore(database, standing, limits, metrics, clock=self._clock)
         openid_store = SqliteOpenIdStore(database)
         await stack.enter_async_context(self._maintained(sessions, openid_store, answers))
-        stack.enter_context(MetricsServer(metrics, settings.metrics_port))
+        stack.enter_context(MetricsServer(metrics.registry, settings.metrics_port))
         # Cards.
         self.rack = Rack(settings, metrics, admit=standing.card)
         stack.push_async_callback(self.rack.close)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import ssl
 from functools import partial
 from typing import Final, TypeVar
@@ -18,6 +17,7 @@ from gose_client.settings import GoseClientSettings
 from secfunet.apdu import StatusError
 from secfunet.card.errors import CardError
 from secfunet.openid.realm import WebUrl, parse_url
+from secfunet.service.tcp import watch_peer
 from secfunet.tandem.aio import open_tandem_connection
 from secfunet.tandem.errors import HandshakeRefusedError
 from secfunet.tandem.parameters import DEFAULT_PATIENCE, TandemParameters
@@ -119,13 +119,4 @@ class Connectors:
 
     def _watch(self, streams: Streams) -> None:
         """Lets the kernel find out that the other side is gone: without it a machine that lost its power is missed for minutes."""
-        connection = streams[1].get_extra_info("socket")
-        if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
-            return
-        seconds = self._settings.dead_peer_timeout
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(seconds / 2)))
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, round(seconds / 4)))
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(seconds * 1000))
+        watch_peer(streams[1].get_extra_info("socket"), self._settings.dead_peer_timeout)

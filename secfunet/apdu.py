@@ -55,6 +55,7 @@ _STATUS_TEXTS: Final[dict[int, str]] = {
     0x6982: "security status not satisfied",
     0x6983: "PIN blocked",
     0x6985: "conditions of use not satisfied",
+    0x6986: "command not allowed",
     0x6999: "no application selected",
     0x6A80: "wrong data",
     0x6A81: "function not supported",

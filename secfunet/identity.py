@@ -1,8 +1,8 @@
-"""Who a certificate of a grid names: a hypervisor, a VM or a server; and its short form, the thumbprint.
+"""Who a certificate of a grid names: a hypervisor, a VM, a server or a node; and its short form, the thumbprint.
 
 A grid's CA marks each certificate that it issues: the subject's common name is the holder's name, and one URI among the subject's
 alternative names says what the holder is and repeats the name, ``urn:secfunet:<role>:<name>``. The extended key usage says what TLS
-may use it for: client (hypervisor, VM) or server. A certificate that does not say all of this in agreement has no role.
+may use it for: client (hypervisor, VM), server, or both (node). A certificate that does not say all of this in agreement has no role.
 """
 
 from __future__ import annotations
@@ -67,11 +67,15 @@ class IdentityError(SecFuNetError):
 
 
 class Role(StrEnum):
-    """What the holder of a certificate is; the value stands in its URI and in the registry of a grid."""
+    """What the holder of a certificate is; the value stands in its URI, and in the registry of a grid (which has no nodes).
+
+    A node is a host that lends its cards to grids by RACS, or a grid that uses such cards.
+    """
 
     HYPERVISOR = "hypervisor"
     VM = "vm"
     SERVER = "server"
+    NODE = "node"
 
 
 class Holder(NamedTuple):
@@ -183,22 +187,28 @@ def role_of(certificate: x509.Certificate) -> Holder:
     holder = Holder(Role(role_text), check_name(name))
     if common_names[0].value != holder.name:
         raise IdentityError(IdentityProblem.NAME, "the certificate's common name is not the name of its holder")
-    if purposes != {_PURPOSES[holder.role]}:
+    if purposes != set(purposes_of(holder.role)):
         raise IdentityError(
             IdentityProblem.PURPOSE, f"the certificate's extended key usage is not that of a {holder.role}"
         )
     return holder
 
 
-def purpose_of(role: Role) -> x509.ObjectIdentifier:
+def purposes_of(role: Role) -> tuple[x509.ObjectIdentifier, ...]:
     """The extended key usage of a role (RFC 5280, 4.2.1.12)."""
     return _PURPOSES[role]
 
 
+def has_server_names(role: Role) -> bool:
+    """Whether certificates of that role carry DNS names or IP addresses: those that a TLS server may show."""
+    return ExtendedKeyUsageOID.SERVER_AUTH in _PURPOSES[role]
+
+
 _PURPOSES: Final = {
-    Role.HYPERVISOR: ExtendedKeyUsageOID.CLIENT_AUTH,
-    Role.VM: ExtendedKeyUsageOID.CLIENT_AUTH,
-    Role.SERVER: ExtendedKeyUsageOID.SERVER_AUTH,
+    Role.HYPERVISOR: (ExtendedKeyUsageOID.CLIENT_AUTH,),
+    Role.VM: (ExtendedKeyUsageOID.CLIENT_AUTH,),
+    Role.SERVER: (ExtendedKeyUsageOID.SERVER_AUTH,),
+    Role.NODE: (ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH),
 }
 
 

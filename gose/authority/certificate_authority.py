@@ -25,7 +25,8 @@ from secfunet.identity import (
     Holder,
     Role,
     check_name,
-    purpose_of,
+    has_server_names,
+    purposes_of,
     role_uri,
 )
 
@@ -89,19 +90,19 @@ class CertificateAuthority:
         server_names: Iterable[str] = (),
     ) -> x509.Certificate:
         """A certificate that names ``holder``. ``now``: UTC seconds; ``valid``: seconds; ``server_names``: DNS names and IP
-        addresses (servers only).
+        addresses (servers and nodes only).
 
         Raises IssuanceError for a key that is too weak or does not fit the role, and IdentityError for a name that is none.
         """
         check_holder_key(holder.role, key)
         names = [_server_name(name) for name in dict.fromkeys(server_names)]
-        if bool(names) != (holder.role is Role.SERVER):
-            raise IssuanceError("servers have DNS names or IP addresses, and only servers")
+        if bool(names) != has_server_names(holder.role):
+            raise IssuanceError("servers and nodes have DNS names or IP addresses, and nobody else")
         return self._sign(
             holder.name,
             key,
             alternatives=[x509.UniformResourceIdentifier(role_uri(holder)), *names],
-            purpose=purpose_of(holder.role),
+            purposes=purposes_of(holder.role),
             usage=_key_usage(signatures=True, key_transport=isinstance(key, rsa.RSAPublicKey)),
             now=now,
             valid=valid,
@@ -113,7 +114,7 @@ class CertificateAuthority:
             "container-authority",
             key,
             alternatives=[x509.UniformResourceIdentifier(CONTAINER_AUTHORITY_URI)],
-            purpose=CONTAINER_SIGNING,
+            purposes=(CONTAINER_SIGNING,),
             usage=_key_usage(signatures=True),
             now=now,
             valid=valid,
@@ -125,7 +126,7 @@ class CertificateAuthority:
         key: HolderKey,
         *,
         alternatives: list[x509.GeneralName],
-        purpose: x509.ObjectIdentifier,
+        purposes: Iterable[x509.ObjectIdentifier],
         usage: x509.KeyUsage,
         now: float,
         valid: float,
@@ -147,7 +148,7 @@ class CertificateAuthority:
             .not_valid_after(end)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(usage, critical=True)
-            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+            .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
             .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
             .add_extension(

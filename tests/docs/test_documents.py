@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from dom0_middleware.settings import MiddlewareSettings
+from gose.racs.settings import NodeSettings
 from gose.settings import GoseSettings
 from secure_element.settings import CardSettings
 from vm_agent.settings import AgentSettings
@@ -48,7 +49,7 @@ def keys_of(model: type[BaseModel]) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("model", [CardSettings, GoseSettings, MiddlewareSettings, AgentSettings])
+@pytest.mark.parametrize("model", [CardSettings, GoseSettings, NodeSettings, MiddlewareSettings, AgentSettings])
 def test_every_setting_is_told(model: type[BaseModel]) -> None:
     told = set(re.findall(r"`(?:[a-z_]+\.)*([a-z_]+)`", (ROOT / "docs" / "operations.md").read_text()))
     tables = {name for name in keys_of(model) if f"[{name}]" in (ROOT / "docs" / "operations.md").read_text()}

@@ -1,0 +1,106 @@
+"""Which commands to a card a rule means: ``prefix/mask`` in hexadecimal, as in the APDU-Table of draft-urien-core-racs-15, 5.3.3.
+
+A rule means a command if *command AND mask* is *prefix*, over as many bytes as the prefix has: at least the header (CLA INS P1 P2), and so
+much of what follows as is wanted (an AID, say). A mask that is left out is all ones. A rule also has the names below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from secfunet.card.instructions import AID, Cla, Ins, KeyIns, KeyOperation, MethodFunction
+from secfunet.errors import SecFuNetError
+
+HEADER: Final = 4
+MAX_PREFIX: Final = 64
+"""Bytes of the longest prefix."""
+
+
+class RuleError(SecFuNetError):
+    """A rule that is none."""
+
+
+@dataclass(frozen=True)
+class ApduRule:
+    """``prefix`` and ``mask`` are equally long."""
+
+    prefix: bytes
+    mask: bytes
+
+    def means(self, apdu: bytes) -> bool:
+        """Whether the rule is about this command. A command that is shorter than the prefix is not meant."""
+        head = apdu[: len(self.prefix)]
+        return (
+            len(head) == len(self.prefix) and bytes(a & b for a, b in zip(head, self.mask, strict=True)) == self.prefix
+        )
+
+
+def parse_rules(text: str) -> tuple[ApduRule, ...]:
+    """The rules that a name or ``PREFIX[/MASK]`` stands for. Raises RuleError."""
+    if text in NAMED_RULES:
+        return NAMED_RULES[text]
+    prefix_text, separator, mask_text = text.partition("/")
+    try:
+        prefix = bytes.fromhex(prefix_text)
+        mask = bytes.fromhex(mask_text) if separator else b"\xff" * len(prefix)
+    except ValueError:
+        raise RuleError(f"'{text}' is neither PREFIX/MASK in hexadecimal nor one of {', '.join(NAMED_RULES)}") from None
+    if not HEADER <= len(prefix) <= MAX_PREFIX or len(mask) != len(prefix):
+        raise RuleError(f"'{text}': prefix and mask have {HEADER} to {MAX_PREFIX} bytes, both as many")
+    if any(value & ~kept for value, kept in zip(prefix, mask, strict=True)):
+        raise RuleError(f"'{text}' means no command: the prefix has bits that the mask takes away")
+    return (ApduRule(prefix, mask),)
+
+
+def _rule(cla: int, ins: int, p1: int, p2: int | None = 0, *, may_chain: bool = False) -> ApduRule:
+    mask = bytes((0xEF if may_chain else 0xFF, 0xFF, 0xFF, 0x00 if p2 is None else 0xFF))
+    return ApduRule(bytes((cla, ins, p1, p2 or 0)), mask)
+
+
+_PREPARE: Final = (
+    ApduRule(bytes((Cla.ISO, Ins.SELECT, 0x04, 0x00, len(AID))) + AID, b"\xff" * (5 + len(AID))),
+    ApduRule(bytes((Cla.ISO, Ins.SELECT, 0x04, 0x00, 0x00, 0x00, len(AID))) + AID, b"\xff" * (7 + len(AID))),
+    _rule(Cla.EAP, Ins.VERIFY_PIN, 0x00, 0x00),
+    _rule(Cla.EAP, Ins.SET_IDENTITY, 0x00, 0x80, may_chain=True),
+    _rule(Cla.EAP, Ins.STATE, 0x00),
+    _rule(Cla.KEYS, KeyIns.GET_CERTIFICATE, 0x00),
+    _rule(Cla.EAP, Ins.GET_RESPONSE, 0x00),
+    _rule(Cla.EAP, Ins.FETCH, 0x00),
+)
+
+NAMED_RULES: Final[dict[str, tuple[ApduRule, ...]]] = {
+    # A VM's card in a slot of a grid: made ready, asked for signs of life, its key used.
+    "operate": (
+        *_PREPARE,
+        *(
+            _rule(Cla.KEYS, KeyIns.OPERATE, operation, None, may_chain=True)
+            for operation in (KeyOperation.SIGN, KeyOperation.DECRYPT, KeyOperation.ENCRYPT)
+        ),
+    ),
+    # A card that opens TLS connections.
+    "tls": (
+        *_PREPARE,
+        ApduRule(bytes((Cla.EAP, Ins.PROCESS_EAP, 0x00, 0x00)), b"\xef\xff\xfe\xff"),
+        _rule(Cla.EAP, Ins.STATE, 0x10),
+        _rule(Cla.EAP, Ins.GET_SESSION_KEY, 0x00),
+        _rule(Cla.EAP, Ins.GET_EXPORTED_PARAMETER, 0x00),
+        *(_rule(Cla.EAP, Ins.METHOD_FUNCTION, function, may_chain=True) for function in MethodFunction),
+    ),
+    # An administrator of the card.
+    "personalise": (
+        *_PREPARE,
+        _rule(Cla.EAP, Ins.VERIFY_PIN, 0x00, 0x01),
+        _rule(Cla.EAP, Ins.CHANGE_PIN, 0x00, 0x00),
+        _rule(Cla.EAP, Ins.CHANGE_PIN, 0x00, 0x01),
+        _rule(Cla.EAP, Ins.UNBLOCK_PIN, 0x00),
+        _rule(Cla.EAP, Ins.GET_NEXT_IDENTITY, 0x00, None),
+        _rule(Cla.EAP, Ins.GET_CURRENT_IDENTITY, 0x00, None),
+        _rule(Cla.EAP, Ins.GET_PROFILE_DATA, 0x00),
+        ApduRule(bytes((Cla.KEYS, KeyIns.GENERATE_KEY, 0x00, 0x00)), b"\xef\xff\x00\xff"),
+        *(
+            _rule(Cla.KEYS, ins, 0x00, may_chain=True)
+            for ins in (KeyIns.REQUEST_CERTIFICATE, KeyIns.LOAD_IDENTITY, KeyIns.DELETE_IDENTITY)
+        ),
+    ),
+}
