@@ -25,6 +25,7 @@ from secfunet.card import (
     PinRole,
     connect_unix,
 )
+from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.card.client import pad_pin
 from secfunet.service.cli import ExitCode, print_version, run
 from secfunet.service.daemon import run_daemon
@@ -44,7 +45,7 @@ from secure_element.personalise import (
 from secure_element.pin import ATTEMPTS, make_pin
 from secure_element.server import CardServer
 from secure_element.settings import CardSettings
-from secure_element.store import CardStore, StoreContents
+from secure_element.store import KEY_DATA_SIZE, CardStore, DomainRecord, StoreContents
 
 app = typer.Typer(
     help="A secure element in software: an EAP-TLS smartcard behind a Unix socket (vpcd framing).",
@@ -58,6 +59,10 @@ app.add_typer(pin_app, name="pin")
 ConfigOption = Annotated[Path, typer.Option("--config", help="The card's TOML file.", show_default=False)]
 UserPinOption = Annotated[Path | None, typer.Option(help="File (mode 0600) with the user's PIN; asked for if missing.")]
 OperatorPinOption = Annotated[Path | None, typer.Option(help="The same for the operator's PIN.")]
+KeysFileOption = Annotated[
+    Path | None,
+    typer.Option("--administrator-keys-file", help="The administrator's SCP03 keys, mode 0600.", show_default=False),
+]
 GeneratePinsOption = Annotated[bool, typer.Option(help="Make random PINs and write them to these two files.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
@@ -90,6 +95,12 @@ def init(
     user_pin_file: UserPinOption = None,
     operator_pin_file: OperatorPinOption = None,
     generate_pins: GeneratePinsOption = False,
+    administrator_keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="The administrator's SCP03 keys: random ones are written to it, unless it exists; beside the store if missing."
+        ),
+    ] = None,
 ) -> None:
     """Make the card's store, and its key file if the settings name one that does not exist. An existing store is never touched."""
     settings = load_settings(CardSettings, config)
@@ -99,6 +110,9 @@ def init(
         PinRole.USER: _new_pin("user", user_pin_file, generate_pins),
         PinRole.OPERATOR: _new_pin("operator", operator_pin_file, generate_pins),
     }
+    keys_file = administrator_keys_file or settings.store.with_suffix(".keys")
+    keys = AdministratorKeys.read(keys_file) if keys_file.exists() else AdministratorKeys.generate()
+    keys.write(keys_file)
     private_folder(settings.store.parent)
     key_file = settings.store_key.file
     if key_file is not None and not key_file.exists():
@@ -106,9 +120,13 @@ def init(
         write_atomically(key_file, secrets.token_hex(32).encode() + b"\n")
         typer.echo(f"store key: {key_file} (whoever has it and the store has the keys: back them up apart)")
     secret = settings.store_key.read(confirm=True)
-    contents = StoreContents({role: make_pin(role, pin, secrets.token_bytes) for role, pin in pins.items()})
+    contents = StoreContents(
+        {role: make_pin(role, pin, secrets.token_bytes) for role, pin in pins.items()},
+        domain=DomainRecord(secrets.token_bytes(KEY_DATA_SIZE), {keys.version: keys.keys}),
+    )
     CardStore.create(settings.store, secret, contents).close()
     typer.echo(f"store:     {settings.store}")
+    typer.echo(f"keys:      {keys_file} (whoever has them administers the card: give them to whoever does)")
     attempts = ", ".join(f"{role.name.lower()} {ATTEMPTS[role]} attempts" for role in pins)
     typer.echo(f"PINs:      {attempts}; serve it with: secure-element serve --config {config}")
 

@@ -43,6 +43,20 @@ Operations with the current identity's key [user]; P2 is the number of the schem
   under profile 02 a header of the right length always yields 32 bytes, made up ones if its padding is wrong.
 - 6A80 for lengths and values that do not fit, 6A81 for a scheme that the key cannot do.
 
+GlobalPlatform, SCP03 (``secfunet.scp03``). While either application is selected:
+
+- ``80 50 kvn 00`` host challenge (8): INITIALIZE UPDATE; ``84 82 level 00`` cryptogram, MAC: EXTERNAL AUTHENTICATE, not level 00.
+  6982: refused.
+- From then on every command has secure messaging (CLA bit 04; chained as ISO has it, not by the draft's More). One that has none, or is
+  not the administrator's, closes the channel: 6982. So do SELECT and INITIALIZE UPDATE.
+
+While the security domain (``A000000151000000``, or the empty AID) is selected; [administrator] but for GET DATA:
+
+- ``80 D8 old 81`` key set: PUT KEY. 6A88 no such set to replace, 6985 its version is another's, 6A84 four sets, 6A80 check value.
+- ``80 E4 00 00`` D2 version: DELETE a key set. 6985 the last one.
+- ``80|00 E2 90 00`` elements 42 and 45: STORE DATA; ``80|00 CA`` tag: GET DATA (42, 45, 66, E0; class 00: the value alone).
+- ``80 F2 80|40 02`` 4F: GET STATUS.
+
 Optional commands of the draft that this card does not have answer 6D00: Method-FCT's other functions (6B00), OOB, Set-Multiple-Identity,
 Add-/Delete-Identity (class 80 has ours), Get-AMSK, Enable-/Disable-PIN, and the ETSI form of Process-EAP (instruction 88).
 """
@@ -52,18 +66,20 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final
 
-from secfunet.card.instructions import Cla, Ins, KeyIns
+from secfunet.card.instructions import Cla, DomainIns, Ins, KeyIns
 
 VERIFY_PIN_ALIAS: Final = 0x2A
 
 
 class Guard(Enum):
-    """Whose PIN opens a command."""
+    """Who may give a command."""
 
     NOBODY = "nobody"
     USER = "user"
     OPERATOR = "operator"
     EITHER = "either"
+    ADMINISTRATOR = "administrator"
+    """Nobody's PIN: the secure channel."""
 
 
 GUARDS: Final[dict[tuple[int, int], Guard]] = {
@@ -86,7 +102,21 @@ GUARDS: Final[dict[tuple[int, int], Guard]] = {
     (Cla.KEYS, KeyIns.REQUEST_CERTIFICATE): Guard.OPERATOR,
     (Cla.KEYS, KeyIns.LOAD_IDENTITY): Guard.OPERATOR,
     (Cla.KEYS, KeyIns.DELETE_IDENTITY): Guard.OPERATOR,
+    (Cla.KEYS, DomainIns.INITIALIZE_UPDATE): Guard.NOBODY,
 }
+"""While the applet is selected."""
+
+DOMAIN_GUARDS: Final[dict[tuple[int, int], Guard]] = {
+    (Cla.KEYS, DomainIns.INITIALIZE_UPDATE): Guard.NOBODY,
+    (Cla.ISO, DomainIns.GET_DATA): Guard.NOBODY,
+    (Cla.KEYS, DomainIns.GET_DATA): Guard.NOBODY,
+    (Cla.KEYS, DomainIns.PUT_KEY): Guard.ADMINISTRATOR,
+    (Cla.ISO, DomainIns.STORE_DATA): Guard.ADMINISTRATOR,
+    (Cla.KEYS, DomainIns.STORE_DATA): Guard.ADMINISTRATOR,
+    (Cla.KEYS, DomainIns.GET_STATUS): Guard.ADMINISTRATOR,
+    (Cla.KEYS, DomainIns.DELETE): Guard.ADMINISTRATOR,
+}
+"""While the security domain is selected."""
 
 NAMES: Final[dict[tuple[int, int], str]] = {
     (Cla.ISO, Ins.SELECT): "select",
@@ -95,6 +125,8 @@ NAMES: Final[dict[tuple[int, int], str]] = {
     (Cla.EAP, Ins.FETCH): "fetch",
     (Cla.EAP, VERIFY_PIN_ALIAS): "verify-pin",
     **{(Cla.EAP, ins): ins.name.lower().replace("_", "-") for ins in Ins if (Cla.EAP, ins) in GUARDS},
+    **{(Cla.KEYS, ins): ins.name.lower().replace("_", "-") for ins in DomainIns},
+    # Where the two applications have the same number, the applet's command is the one that is given every day.
     **{(Cla.KEYS, ins): ins.name.lower().replace("_", "-") for ins in KeyIns},
 }
 """What logs and metrics call a command."""

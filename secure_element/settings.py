@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from secfunet.service.files import read_secret
 from secfunet.service.settings import FilePath, Settings
-from secure_element.card_os import CardOptions, SessionKeyOrder
+from secure_element.applet import CardOptions, SessionKeyOrder
 from secure_element.errors import StoreError
 from secure_element.segmentation import AnswerStyle
 from secure_element.store import StoreSecret

@@ -1,6 +1,6 @@
-"""What a card keeps: PINs, identities and their private keys, in one encrypted file that a crash leaves whole.
+"""What a card keeps: PINs, identities and their private keys, its administrators' keys, in one encrypted file that a crash leaves whole.
 
-The file is ``header ‖ AES-256-GCM ciphertext``; the header (authenticated with it) is ``"SFNSE" ‖ version 01 ‖ kind ‖ key salt (16) ‖
+The file is ``header ‖ AES-256-GCM ciphertext``; the header (authenticated with it) is ``"SFNSE" ‖ version 02 ‖ kind ‖ key salt (16) ‖
 write salt (32)``. Kind 01: the store key is a random secret of at least 32 bytes; kind 02: it is a passphrase, stretched by scrypt
 (N=2^17, r=8, p=1) over the key salt. Every write has a key of its own: HKDF-SHA256 of the store key, with the write salt as salt and
 ``"secure element store"`` as info; so the nonce is zero and there is no bound on the number of writes.
@@ -28,15 +28,17 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from secfunet.card.parameters import KeyAlgorithm, PinRole
+from secfunet.scp03 import KeySet, Scp03FormatError
 from secfunet.service.files import write_atomically
 from secure_element.errors import StoreError
 
-MAGIC: Final = b"SFNSE\x01"
+MAGIC: Final = b"SFNSE\x02"
 KEY_SALT_SIZE: Final = 16
 WRITE_SALT_SIZE: Final = 32
 HEADER_SIZE: Final = len(MAGIC) + 1 + KEY_SALT_SIZE + WRITE_SALT_SIZE
 MAX_FILE_SIZE: Final = 4 * 1024 * 1024
 MIN_SECRET_SIZE: Final = 32
+KEY_DATA_SIZE: Final = 10
 
 RandBytes = Callable[[int], bytes]
 
@@ -94,11 +96,23 @@ class IdentityRecord:
 
 
 @dataclass(frozen=True)
+class DomainRecord:
+    """What the issuer security domain keeps. ``key_sets`` by version, the newest last; ``key_data`` (10 bytes) names the card to its
+    administrators; ``data`` are elements that STORE DATA put there, by tag.
+    """
+
+    key_data: bytes = bytes(KEY_DATA_SIZE)
+    key_sets: Mapping[int, KeySet] = field(default_factory=dict)
+    data: Mapping[int, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class StoreContents:
     """All that the card keeps, as one immutable value."""
 
     pins: Mapping[PinRole, PinRecord]
     identities: tuple[IdentityRecord, ...] = ()
+    domain: DomainRecord = field(default_factory=DomainRecord)
 
     def with_pin(self, role: PinRole, record: PinRecord) -> StoreContents:
         """The same with another record for one PIN."""
@@ -115,6 +129,11 @@ class StoreContents:
                     "limit": pin.limit,
                 }
                 for role, pin in self.pins.items()
+            },
+            "domain": {
+                "key_data": _text(self.domain.key_data),
+                "key_sets": [[version, _text(keys.joined())] for version, keys in self.domain.key_sets.items()],
+                "data": [[tag, _text(value)] for tag, value in self.domain.data.items()],
             },
             "identities": [
                 {
@@ -137,9 +156,10 @@ class StoreContents:
             document = json.loads(content)
             return cls(
                 pins={PinRole[role.upper()]: _pin(pin) for role, pin in document["pins"].items()},
+                domain=_domain(document["domain"]),
                 identities=tuple(_identity(identity) for identity in document["identities"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, Scp03FormatError) as error:
             # Only the kind of the fault: its text may hold a piece of what is kept here.
             raise StoreError(f"the store's content is not understood ({type(error).__name__})") from None
 
@@ -262,6 +282,14 @@ def _bytes(value: Any) -> bytes:
 
 def _pin(pin: Any) -> PinRecord:
     return PinRecord(_bytes(pin["salt"]), _bytes(pin["verifier"]), int(pin["attempts"]), int(pin["limit"]))
+
+
+def _domain(domain: Any) -> DomainRecord:
+    return DomainRecord(
+        key_data=_bytes(domain["key_data"]),
+        key_sets={int(version): KeySet.split(_bytes(keys)) for version, keys in domain["key_sets"]},
+        data={int(tag): _bytes(value) for tag, value in domain["data"]},
+    )
 
 
 def _identity(identity: Any) -> IdentityRecord:

@@ -11,6 +11,9 @@ AID: Final = bytes.fromhex("F053656346754E657401")
 AID_OF_DRAFT: Final = bytes.fromhex("11223344556601")
 """The example of draft-urien-eap-smartcard, annexes 5 and 7; our card answers to it as well."""
 
+AID_OF_DOMAIN: Final = bytes.fromhex("A000000151000000")
+"""The issuer security domain (GlobalPlatform Card Specification, H.1.3)."""
+
 PIN_SIZE: Final = 8
 """A PIN on the wire, bytes: shorter ones are filled up with FF."""
 
@@ -69,6 +72,18 @@ class KeyIns(IntEnum):
     GET_CERTIFICATE = 0xCA
     LOAD_IDENTITY = 0xDA
     DELETE_IDENTITY = 0xE4
+
+
+class DomainIns(IntEnum):
+    """Instructions of GlobalPlatform, class 80 (84 in a secure channel); the first two are taken by the applet, too."""
+
+    INITIALIZE_UPDATE = 0x50
+    EXTERNAL_AUTHENTICATE = 0x82
+    GET_DATA = 0xCA
+    PUT_KEY = 0xD8
+    STORE_DATA = 0xE2
+    DELETE = 0xE4
+    GET_STATUS = 0xF2
 
 
 class KeyOperation(IntEnum):

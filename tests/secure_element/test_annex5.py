@@ -6,7 +6,8 @@ from pathlib import Path
 
 from secfunet.card import KeyAlgorithm
 from secfunet.card.profile import CardProfile
-from secure_element.card_os import CardOptions, CardOs
+from secure_element.applet import CardOptions
+from secure_element.card_os import CardOs
 from secure_element.segmentation import AnswerStyle
 from tests.support.local_card import new_store, personalised
 from tests.support.pki import CertificateAuthority

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from secfunet.apdu import PinError, StatusError
 from secfunet.card import CardClient, EapState, KeyAlgorithm, PinRole, Segmentation, TlsParameters
 from secfunet.card.profile import CardProfile
-from secure_element.card_os import CardOptions, CardOs, SessionKeyOrder
+from secure_element.applet import CardOptions, SessionKeyOrder
+from secure_element.card_os import CardOs
 from secure_element.identities import MAX_IDENTITIES
 from secure_element.segmentation import AnswerStyle
 from tests.support.local_card import (

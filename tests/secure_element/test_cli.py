@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from secfunet.card import KeyAlgorithm, PinRole
 from secfunet.service.files import UnsafeFileError
 from secfunet.service.settings import SettingsError, load_settings
-from secure_element.card_os import SessionKeyOrder
+from secure_element.applet import SessionKeyOrder
 from secure_element.cli import app
 from secure_element.errors import StoreError
 from secure_element.segmentation import AnswerStyle

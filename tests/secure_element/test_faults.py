@@ -87,8 +87,8 @@ async def test_a_destroyed_key_is_gone_from_memory(tmp_path: Path) -> None:
     assert await user.process_eap(bytes.fromhex("010000060D20"))  # a Context with the key is built
     await user.verify_pin(b"00000000", PinRole.OPERATOR)
     await user.generate_key("other", KeyAlgorithm.P_256)
-    keys = card._identities
-    gone = [weakref.ref(keys.key_of(record)) for record in keys.records] + [weakref.ref(card._engine._stacks)]
+    keys = card._applet._identities
+    gone = [weakref.ref(keys.key_of(record)) for record in keys.records] + [weakref.ref(card._applet._engine._stacks)]
     await user.generate_key("other", KeyAlgorithm.P_256)
     await user.delete_identity("vm")
     gc.collect()

@@ -28,8 +28,12 @@ PIN_INSTRUCTIONS = {0x20, 0x2A, 0x24, 0x2C}
 
 
 def secrets_of(store: CardStore) -> list[bytes]:
-    """Private components of all keys, in both byte orders, the keys as they are stored, the store key, the PINs' hashes."""
+    """Private components of all keys, in both byte orders, the keys as they are stored, the store key, the PINs' hashes, the
+    administrators' keys.
+    """
     found = [STORE_KEY, *(pin.verifier for pin in store.contents.pins.values())]
+    for keys in store.contents.domain.key_sets.values():
+        found += [keys.enc, keys.mac, keys.dek]
     for record in store.contents.identities:
         # The end of a PKCS#8 is private; its beginning names the algorithm and, for RSA, holds the public modulus.
         key = load_der_private_key(record.private_key, None)
@@ -145,6 +149,10 @@ async def test_no_command_yields_a_private_key(tmp_path: Path, caplog: pytest.Lo
             ask(command)
             if command[1] == 0xA4:
                 prepare(card, verified)
+    assert card.process(bytes.fromhex("00A4040008A000000151000000"))[-2] in (0x61, 0x90)
+    for command in random_commands(chance, (0x00, 0x80, 0x84)):
+        ask(command)
+    prepare(card, ())
     for _ in range(40):  # the PIN instructions, until nothing is left
         ins = chance.choice(sorted(PIN_INSTRUCTIONS))
         size = chance.choice((8, 16))

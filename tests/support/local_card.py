@@ -6,15 +6,20 @@ import os
 from pathlib import Path
 
 from secfunet.card import CardClient, KeyAlgorithm, PinRole, Segmentation
+from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.card.client import pad_pin
-from secure_element.card_os import CardOptions, CardOs
+from secfunet.scp03 import KeySet
+from secure_element.applet import CardOptions
+from secure_element.card_os import CardOs
 from secure_element.pin import make_pin
-from secure_element.store import CardStore, StoreContents, StoreSecret
+from secure_element.store import CardStore, DomainRecord, StoreContents, StoreSecret
 from tests.support.pki import CertificateAuthority
 
 USER_PIN = b"0000"
 OPERATOR_PIN = b"00000000"
 STORE_KEY = bytes(range(100, 132))
+KEYS = AdministratorKeys(1, KeySet.split(bytes(range(150, 198))))
+KEY_DATA = b"local card"
 
 
 class LocalPort:
@@ -43,7 +48,8 @@ def new_store(folder: Path) -> CardStore:
         role: make_pin(role, pad_pin(pin), os.urandom)
         for role, pin in ((PinRole.USER, USER_PIN), (PinRole.OPERATOR, OPERATOR_PIN))
     }
-    return CardStore.create(folder / "card.store", StoreSecret(STORE_KEY), StoreContents(pins))
+    domain = DomainRecord(KEY_DATA, {KEYS.version: KEYS.keys})
+    return CardStore.create(folder / "card.store", StoreSecret(STORE_KEY), StoreContents(pins, domain=domain))
 
 
 def open_store(folder: Path) -> CardStore:
@@ -74,7 +80,7 @@ async def personalised(
     options: CardOptions | None = None,
 ) -> CardOs:
     """A card with these identities."""
-    card = CardOs(store, options or CardOptions())
+    card = CardOs(store, options)
     client = await ready_client(card, role=PinRole.OPERATOR)
     for name, algorithm in identities:
         await client.generate_key(name, algorithm)
