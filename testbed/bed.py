@@ -50,11 +50,18 @@ class Testbed:
 
     @classmethod
     def resume(
-        cls, name: str = "default", *, hosts: Sequence[str] = ("xen1",), state: str = PRISTINE, settle: bool = True
+        cls,
+        name: str = "default",
+        *,
+        hosts: Sequence[str] = ("xen1",),
+        state: str = PRISTINE,
+        settle: bool = True,
+        guest_disk: Path | None = None,
     ) -> Testbed:
         """Starts ``hosts`` from a saved state; builds the images and boots the hosts first if they were never saved. Raises TestbedError.
 
-        An earlier bed of this name is ended. ``settle`` False: the hosts are left as they were saved (their clocks, too).
+        An earlier bed of this name is ended. ``settle`` False: the hosts are left as they were saved (their clocks, too). ``guest_disk``:
+        what guests without a disk of their own share, in place of the one that was built.
         """
         require_tools(install=True)
         unknown = set(hosts) - set(NUMBERS)
@@ -68,7 +75,7 @@ class Testbed:
             for kind in sorted({_kind(host) for host in hosts}):
                 _make_pristine(kind, images)
         saved = {host: _saved(images, state, host) for host in hosts}
-        bed = cls._start(name, images, saved, resume=SNAPSHOT)
+        bed = cls._start(name, images, saved, resume=SNAPSHOT, guest_disk=guest_disk)
         try:
             with ThreadPoolExecutor() as pool:
                 list(pool.map(lambda host: host.wait_until_reachable(timeout=RESUME_TIMEOUT), bed.hosts.values()))
@@ -153,9 +160,12 @@ class Testbed:
         shutil.rmtree(places.bed(self.name), ignore_errors=True)
 
     @classmethod
-    def _start(cls, name: str, images: Path, saved: dict[str, Path], *, resume: str | None) -> Testbed:
+    def _start(
+        cls, name: str, images: Path, saved: dict[str, Path], *, resume: str | None, guest_disk: Path | None = None
+    ) -> Testbed:
         folder = places.bed(name)
         folder.mkdir(parents=True, mode=0o700)
+        shown = images if guest_disk is None else _images_with(guest_disk, images, folder / "images")
         names = list(saved)
         ssh = free_ports(len(names))
         lans = 2  # the management network, and that of the guests
@@ -173,7 +183,7 @@ class Testbed:
                 plan = Plan(
                     kind=_kind(host),
                     number=NUMBERS[host],
-                    images=images,
+                    images=shown,
                     disk=disk,
                     run=folder,
                     name=host,
@@ -203,6 +213,15 @@ class Testbed:
             "hosts": [{"plan": asdict(host.machine.plan), "pid": host.machine.pid} for host in self.hosts.values()],
         }
         (places.bed(self.name) / "bed.json").write_text(json.dumps(record, default=str, indent=1))
+
+
+def _images_with(guest_disk: Path, images: Path, folder: Path) -> Path:
+    """The images, with another disk for guests."""
+    folder.mkdir()
+    for path in images.iterdir():
+        if path.is_file():
+            (folder / path.name).symlink_to(guest_disk.absolute() if path.name == "guest.ext4" else path)
+    return folder
 
 
 def _kind(host: str) -> str:
@@ -257,6 +276,9 @@ def _make_pristine(kind: str, images: Path) -> None:
 
 def _settle(host: Host, state: str) -> None:
     host.set_clock()
+    if _kind(host.name) == "xen":
+        # The disk that guests share may be another than when the host was saved.
+        host.run("blockdev --flushbufs /dev/vdb; echo 3 >/proc/sys/vm/drop_caches")
     if state == PRISTINE and host.number > 1 and _kind(host.name) == "xen":
         host.become(host.number)
 
@@ -284,6 +306,21 @@ Host {host.name}
     ConnectTimeout 20
     ControlMaster auto
     ControlPath {folder}/{host.name}.ssh
+    ControlPersist 600
+"""
+    text += f"""\
+Host 192.168.77.*
+    User root
+    IdentityFile {key}
+    IdentitiesOnly yes
+    StrictHostKeyChecking no
+    UserKnownHostsFile /dev/null
+    LogLevel ERROR
+    ConnectTimeout 60
+    ServerAliveInterval 15
+    ServerAliveCountMax 4
+    ControlMaster auto
+    ControlPath {folder}/%h.ssh
     ControlPersist 600
 """
     (folder / "ssh_config").write_text(text)

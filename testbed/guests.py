@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import base64
 import shlex
+import subprocess
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from testbed.errors import TestbedError
-from testbed.host import Host, Result
+from testbed.host import Host, Result, run_by_ssh
 
 READY_TIMEOUT = 600.0  # seconds; ten to twenty on a quiet machine
 CONSOLE = "/var/log/xen/console/guest-{name}.log"
@@ -105,12 +107,17 @@ class Guest:
         """Returns when Xen has no domain of this name. Raises TestbedError."""
         self.host.wait_for(f"! xl domid {shlex.quote(self.name)} >/dev/null 2>&1", timeout=timeout)
 
+    def ssh(self, *options: str) -> list[str]:
+        """The command line that reaches the guest, through its host."""
+        return ["ssh", "-F", str(self.host.ssh_config), "-J", self.host.name, *options, self.address]
+
     def run(self, command: str, *, data: bytes = b"", timeout: float = 300, check: bool = True) -> Result:
-        """A shell command in the guest, by ssh from its host. Raises TestbedError."""
-        words = f"ssh -o ControlMaster=auto -o ControlPath=/run/guest-{self.name}-%C -o ControlPersist=600 -o ConnectTimeout=30 "
-        return self.host.run(
-            f"{words} root@{self.address} {shlex.quote(command)}", data=data, timeout=timeout, check=check
-        )
+        """A shell command in the guest. Raises TestbedError."""
+        return run_by_ssh(self.name, self.ssh(), command, data=data, timeout=timeout, check=check)
+
+    def hang_up(self) -> None:
+        """Ends the shared ssh connection: the guest is about to go, or was another one."""
+        subprocess.run(self.ssh("-O", "exit"), capture_output=True, check=False)
 
     def wait_for(self, command: str, *, timeout: float = 300, pause: float = 0.5) -> Result:
         """The result of ``command`` in the guest once it succeeds. Raises TestbedError."""
@@ -124,12 +131,9 @@ class Guest:
                 raise TestbedError(f"{self.name}: '{command}' did not succeed within {timeout:g} s\n{said}")
             time.sleep(pause)
 
-    def put(self, path_on_host: str, path_in_guest: str) -> None:
-        """A file of the host, into the guest."""
-        target = shlex.quote(path_in_guest)
-        self.host.run(
-            f"ssh -o ControlPath=/run/guest-{self.name}-%C root@{self.address} 'cat >{target}' <{shlex.quote(path_on_host)}"
-        )
+    def put(self, local: Path, remote: str) -> None:
+        """A file of this machine, into the guest."""
+        self.run(f"cat >{shlex.quote(remote)}", data=local.read_bytes())
 
     def console(self) -> str:
         """Everything that the guest's console said so far, of earlier domains of the name, too."""

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import tarfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,18 +56,7 @@ class Host:
 
     def run(self, command: str, *, data: bytes = b"", timeout: float = COMMAND_TIMEOUT, check: bool = True) -> Result:
         """A shell command on the host. Raises TestbedError if it fails (with ``check``) or does not end in time."""
-        try:
-            done = subprocess.run(
-                [*self.ssh(), "--", command], input=data, capture_output=True, timeout=timeout, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            said = (error.stdout or b"").decode(errors="replace")[-2000:]
-            raise TestbedError(f"{self.name}: '{_short(command)}' did not end within {timeout:g} s: {said}") from None
-        result = Result(done.stdout, done.stderr, done.returncode)
-        if check and done.returncode != 0:
-            said = (done.stderr + done.stdout).decode(errors="replace").strip()[-3000:]
-            raise TestbedError(f"{self.name}: '{_short(command)}' ended with {done.returncode}\n{said}")
-        return result
+        return run_by_ssh(self.name, self.ssh(), command, data=data, timeout=timeout, check=check)
 
     def start(self, command: str) -> subprocess.Popen[bytes]:
         """A command that goes on; whoever starts it ends it. Its standard input is kept open."""
@@ -152,6 +142,22 @@ systemctl restart libvirtd.service
 """,
             timeout=300,
         )
+
+
+def run_by_ssh(
+    name: str, ssh: Sequence[str], command: str, *, data: bytes = b"", timeout: float, check: bool = True
+) -> Result:
+    """A shell command where ``ssh`` leads to. Raises TestbedError if it fails (with ``check``) or does not end in time."""
+    try:
+        done = subprocess.run([*ssh, "--", command], input=data, capture_output=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired as error:
+        said = (error.stdout or b"").decode(errors="replace")[-2000:]
+        raise TestbedError(f"{name}: '{_short(command)}' did not end within {timeout:g} s: {said}") from None
+    result = Result(done.stdout, done.stderr, done.returncode)
+    if check and done.returncode != 0:
+        said = (done.stderr + done.stdout).decode(errors="replace").strip()[-3000:]
+        raise TestbedError(f"{name}: '{_short(command)}' ended with {done.returncode}\n{said}")
+    return result
 
 
 def _as_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
