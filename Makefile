@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST_WORKERS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench lock clean deb release testbed testbed-up testbed-down testbed-clean
+.PHONY: help setup demo test test-xen check format bench lock clean deb release testbed testbed-up testbed-down testbed-clean
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ demo: setup ## run the main job: a VM signs with a key that it never holds (KEEP
 
 test: setup ## run all tests (ARGS="..." goes to pytest)
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadscope $(ARGS)
+
+test-xen: setup ## run the whole chain on a real Xen host under QEMU (ARGS="..." goes to pytest)
+	@$(BIN)/python -m pytest -m xen -v --timeout 3600 tests/xen $(ARGS)
 
 check: setup ## format, lint, types, import contract, protos, shell
 	$(BIN)/ruff format --check .

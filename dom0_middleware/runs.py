@@ -101,7 +101,7 @@ class Runs:
         return guest, info
 
     async def attach(self, record: VmRecord, info: DomainInfo) -> GuestDomain:
-        """Begins a run of a domain that runs already, because another host sent it or because a migration failed.
+        """Begins a run of a domain that runs already: it rebooted by itself, another host sent it, or it could not be sent there.
 
         Refused (VM_STATE_WRONG) where channels cannot be handed to a running domain.
         """

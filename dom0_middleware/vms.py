@@ -168,8 +168,9 @@ class Vms:
     async def start_vm(self, uuid: str, *, vm_auth_token: str) -> tuple[pb.Vm, str]:
         """The VM, and the folder of its channel ("" where it travels through the hypervisor).
 
-        A VM that runs already only takes the new token, in the place of the one before: a token ends earlier than many a VM. Without
-        one, Refused (VM_STATE_WRONG).
+        A VM that runs already only takes the new token, in the place of the one before: a token ends earlier than many a VM. One that
+        runs without a channel, as after a reboot from inside, gets one with the token, where channels travel through the hypervisor.
+        Without a token, Refused (VM_STATE_WRONG).
         """
         return await self._to_its_end(self._start(uuid, vm_auth_token))
 
@@ -193,8 +194,13 @@ class Vms:
             guest = self._runs.guest(uuid)
             if info.state is not DomainState.STOPPED and guest is not None and vm_auth_token:
                 return self._replace_token(guest, info, vm_auth_token), self._runs.folder(uuid)
+            if info.state is not DomainState.STOPPED and guest is None and vm_auth_token and self._runs.can_attach:
+                # It rebooted by itself: the run of its former domain is over, this one is given a run of its own.
+                self._store.set_token(uuid, vm_auth_token)
+                guest = await self._runs.attach(self._store.vm(uuid), info)
+                return self._describe(guest.record, info), self._runs.folder(uuid)
             if info.state is not DomainState.STOPPED:
-                how = "already" if guest is not None else "without a channel, as it was not started here; stop it first"
+                how = "already" if guest is not None else "without a channel: give it a token, or stop it first"
                 raise Refused(Reason.VM_STATE_WRONG, f"this VM runs {how}")
             await self._runs.end(uuid)
             if vm_auth_token:

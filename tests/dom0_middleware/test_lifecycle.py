@@ -17,6 +17,7 @@ from dom0_middleware.hypervisor import DomainSpec
 from secfunet.identity import thumbprint
 from secfunet.middleware.v1 import agent_pb2, orchestrator_pb2
 from tests.dom0_middleware.test_access import unary
+from tests.dom0_middleware.two_hosts import signs, two_hosts
 from tests.dom0_middleware.world import (
     TIMEOUT,
     Guest,
@@ -461,3 +462,19 @@ async def test_orchestrators_calls_are_recorded_with_their_name(world: World) ->
         ("vm.delete", "failed", "admin"),
     ]
     assert {r["vm"] for r in records} == {guest.uuid}
+
+
+async def test_a_domain_that_rebooted_by_itself_has_nothing_until_a_token_gives_it_a_channel() -> None:
+    async with two_hosts() as hosts:
+        host, uuid = hosts.a, await hosts.running()
+        async with hosts.agent(uuid) as agent:
+            assert await signs(agent, host)
+            before = host.hypervisor.domains[uuid].number
+            host.hypervisor.reboot_guest(uuid)
+            await eventually(lambda: not host.world.service.vms.guests())
+            assert host.hypervisor.domains[uuid].number != before
+            with pytest.raises(grpc.aio.AioRpcError, match="without a channel"):
+                await host.start(uuid)
+            assert not (await host.vm(uuid)).enrolled
+            await host.start(uuid, host.token())
+            assert await signs(agent, host)

@@ -90,6 +90,13 @@ class HostDouble:
         self._domain(uuid).state = DomainState.PAUSED
         self._tell(uuid, DomainEventKind.SUSPENDED)
 
+    def reboot_guest(self, uuid: str) -> None:
+        """As its guest may at any time: another domain of the same definition."""
+        self._number += 1
+        self._domain(uuid).number = self._number
+        self._tell(uuid, DomainEventKind.STOPPED)
+        self._tell(uuid, DomainEventKind.STARTED)
+
     async def resume(self, uuid: str) -> None:
         self._domain(uuid).state = DomainState.RUNNING
         self._tell(uuid, DomainEventKind.RESUMED)

@@ -1,0 +1,38 @@
+"""What dom0 wrote down."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from testbed import Host
+from tests.xen.orchestrator import STATE
+
+
+class Audit:
+    """The audit log of a host, from a moment on: ``since`` is a number of a record."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self.since = self._last()
+
+    def records(self, action: str = "", **fields: str) -> list[dict[str, Any]]:
+        """Records after ``since`` with this action and these fields."""
+        found = []
+        for line in self._host.get(f"{STATE}/audit.jsonl").splitlines():
+            record: dict[str, Any] = json.loads(line)
+            wanted = {**fields, **({"action": action} if action else {})}
+            if record["n"] > self.since and all(record.get(name) == value for name, value in wanted.items()):
+                found.append(record)
+        return found
+
+    def is_sound(self) -> bool:
+        """The command that checks the chain of its hashes is content."""
+        verify = (
+            "/opt/secfunet/current/bin/secure-middleware audit verify --config /etc/secfunet/secure-middleware.toml"
+        )
+        return self._host.run(verify, check=False).code == 0
+
+    def _last(self) -> int:
+        lines = self._host.get(f"{STATE}/audit.jsonl").splitlines()
+        return int(json.loads(lines[-1])["n"]) if lines else 0

@@ -1,0 +1,135 @@
+"""The checkout, deployed by its own playbooks onto fresh hosts, and saved as a state of the testbed for all tests to resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from release.deb import build as build_deb
+from release.wheels import own_wheel
+from testbed import Testbed
+from testbed.agent_disk import agent_disk
+from testbed.build import build
+from testbed.guests import domain_template
+
+ROOT = Path(__file__).parents[2]
+COLLECTION = ROOT / "ansible"
+PLAYBOOK_TIMEOUT = 3000.0  # seconds; some hundred and fifty on a quiet machine
+GRID, HOST, SECOND_HOST = "grid1", "xen1", "xen2"
+VMS = ("web", "db", "app")
+HOSTS = (HOST, GRID)
+
+
+@dataclass(frozen=True)
+class Release:
+    """What is deployed: the project's wheel, the agent's package, and a guest's disk with that installed."""
+
+    wheel: Path
+    package: Path
+    guest_disk: Path
+
+
+def make_release(folder: Path) -> Release:
+    """Builds it, or takes what was built from the same commit and tree."""
+    wheel = own_wheel(folder)
+    package = folder / "kept" / _tree_digest() / "agent.deb"
+    if not package.exists():
+        shutil.rmtree(folder / "kept", ignore_errors=True)
+        package.parent.mkdir(parents=True)
+        build_deb(folder, ROOT / ".build" / "deb" / "wheels").rename(package)
+    return Release(wheel, package, agent_disk(build(), package))
+
+
+def inventory(xen_hosts: Mapping[str, Mapping[str, Any]], **grid: Any) -> dict[str, Any]:
+    """One grid with a card for each VM, and these Xen hosts with their variables."""
+    cards = [{"name": "op-1", "role": "server"}, *({"name": name, "role": "vm"} for name in VMS)]
+    return {
+        "grid": {"hosts": {GRID: {"gose_names": ["192.168.78.10"], "gose_secure_elements": cards, **grid}}},
+        "xen_hosts": {"hosts": {name: dict(variables) for name, variables in xen_hosts.items()}},
+    }
+
+
+def host_variables(release: Release, folder: Path, **more: Any) -> dict[str, Any]:
+    """Of a Xen host in these tests: what its VMs may do, and what its domains look like."""
+    template = folder / "domain.xml"
+    template.write_text(domain_template(kind="pvh"))
+    rule = {"names": list(VMS), "operations": ["sign", "decrypt", "encrypt"]}
+    return {
+        "dom0_middleware_policy": [{**rule, "schemes": ["rsassa-pss-*", "rsaes-oaep-sha256"]}],
+        "dom0_middleware_template": str(template),
+        "common_wheel": str(release.wheel),
+        **more,
+    }
+
+
+def play(
+    bed: Testbed,
+    playbook: str,
+    hosts: Mapping[str, Any],
+    folder: Path,
+    *options: str,
+    timeout: float = PLAYBOOK_TIMEOUT,
+    check: bool = True,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a playbook against the bed. With ``check``, AssertionError with the end of what it said if it fails."""
+    listed = folder / "inventory.json"
+    listed.write_text(json.dumps(hosts, indent=1))
+    config = next(iter(bed.hosts.values())).ssh_config
+    command = [
+        *(str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(listed)),
+        *("--ssh-common-args", f"-F {config}", f"playbooks/{playbook}.yml", *options),
+    ]
+    environment = {**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_HOME": str(folder / "ansible")}
+    done = subprocess.run(
+        command, cwd=COLLECTION, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert not check or done.returncode == 0, f"{playbook}: {done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+    return done
+
+
+def deployed_state(release: Release, folder: Path) -> str:
+    """The name of the state in which ``xen1`` and ``grid1`` are deployed; made if it is not there."""
+    state = f"deployed-{_content(release)}"
+    if Testbed.has_state(state, HOSTS):
+        return state
+    for old in (build() / "states").glob("deployed-*"):
+        shutil.rmtree(old)
+    with Testbed.resume("deploy", hosts=HOSTS) as bed:
+        hosts = inventory({HOST: host_variables(release, folder)}, common_wheel=str(release.wheel))
+        play(bed, "site", hosts, folder)
+        bed.save(state)
+    return state
+
+
+def _content(release: Release) -> str:
+    """Of what is deployed, and how."""
+    digest = hashlib.sha256()
+    for path in (release.wheel, Path(__file__), *_files(COLLECTION)):
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
+def _tree_digest() -> str:
+    """Of what the agent's package is made of."""
+    digest = hashlib.sha256()
+    for name in ("secfunet", "vm_agent", "release", "packaging", "protos"):
+        for path in _files(ROOT / name):
+            digest.update(str(path.relative_to(ROOT)).encode() + hashlib.sha256(path.read_bytes()).digest())
+    digest.update((ROOT / "requirements.lock").read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _files(folder: Path) -> Sequence[Path]:
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix not in (".pyc", ".pyi", ".retry")
+    ]

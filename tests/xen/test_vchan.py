@@ -1,0 +1,234 @@
+"""Over vchan: two guests, PVH and PV, use their keys; what a neighbour tries, and what ends with a domain."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+
+import grpc
+import pytest
+
+from secfunet.xen import JOIN_PATH, VCHAN_PATH, home
+from testbed import Testbed
+from testbed.guests import Guest, domain_template, own_domain
+from tests.xen.attacks import CALL_WITH, ENROL_WITH, MAP_GRANTS, OPEN_VCHAN, READ_XENSTORE, attack
+from tests.xen.audit import Audit
+from tests.xen.deployment import GRID, HOST
+from tests.xen.orchestrator import Orchestrator, refused
+from tests.xen.vm import Vm, issue_token
+
+TEMPLATE = "/etc/secfunet/middleware/domain.xml"
+AGENT_STATE = "/run/secfunet/state"
+EACCES = 13
+
+
+def set_template(bed: Testbed, **choices: str) -> None:
+    """Domains that are created from now on are of another kind."""
+    bed[HOST].write(TEMPLATE, domain_template(**choices))
+    bed[HOST].run("systemctl restart secure-middleware.service")
+
+
+@pytest.fixture(scope="module")
+def web(make_vm: Callable[[str, int], Vm]) -> Vm:
+    vm = make_vm("web", 21)
+    vm.boot()
+    return vm
+
+
+@pytest.fixture(scope="module")
+def db(bed: Testbed, web: Vm, make_vm: Callable[[str, int], Vm]) -> Vm:
+    set_template(bed, kind="pv")
+    vm = make_vm("db", 22)
+    vm.boot()
+    return vm
+
+
+def test_a_pvh_guest_signs_and_decrypts(web: Vm) -> None:
+    web.must_work()
+    assert web.guest.kind_inside() == "pvh"
+    status = web.status()
+    assert (status["enrolled"], status["connected"], status["transport"]) == (True, True, "vchan")
+
+
+def test_a_pv_guest_signs_and_decrypts(db: Vm, web: Vm) -> None:
+    db.must_work()
+    assert db.guest.kind_inside() == "pv"
+    web.must_work()
+
+
+def test_a_neighbour_cannot_open_the_others_vchan(web: Vm, db: Vm) -> None:
+    """Xen refuses it, before dom0 hears of it: the names are not readable, and no page that dom0 granted to web can be mapped."""
+    foreign = f"{home(web.guest.domain_id)}/{VCHAN_PATH}"
+    assert attack(db.guest, OPEN_VCHAN, foreign)["errno"] == EACCES
+    grants = attack(db.guest, MAP_GRANTS, "8", "512")
+    # Those of its own channel, its console, disk and network backends are the other way round: dom0 maps them.
+    own = attack(web.guest, MAP_GRANTS, "8", "512")
+    assert own["mapped"], "the control found no page of the channel"
+    assert not set(grants["mapped"]) & set(own["mapped"])
+    web.must_work()
+
+
+def test_a_neighbour_cannot_read_the_others_join_secret(bed: Testbed, web: Vm, db: Vm) -> None:
+    host, domain = bed[HOST], web.guest.domain_id
+    path = f"{home(domain)}/{JOIN_PATH}"
+    # It was used and is gone; so that there is something to read, dom0 writes as it does for a new run.
+    host.run(
+        f"/opt/secfunet/current/bin/python -c 'from secfunet.xen.xenstore import Xenstore; "
+        f'Xenstore().write("{path}", b"x" * 40, readers=({domain},))\''
+    )
+    try:
+        assert attack(web.guest, READ_XENSTORE, path, JOIN_PATH) == {path: 40, JOIN_PATH: 40}
+        assert attack(db.guest, READ_XENSTORE, path, JOIN_PATH) == {path: {"errno": EACCES}, JOIN_PATH: None}
+    finally:
+        host.run(f"xenstore-rm {path}")
+
+
+def test_a_neighbour_with_the_others_join_secret_is_refused_and_recorded(bed: Testbed, web: Vm, db: Vm) -> None:
+    """The secret of a run of web's, kept by somebody in dom0's place, presented on db's own channel."""
+    audit = Audit(bed[HOST])
+    web.guest.hang_up()
+    web.orchestrator.stop(web.uuid)
+    web.orchestrator.start(web.uuid, web.token)
+    stolen = bed[HOST].run(f"xenstore-read {home(web.guest.domain_id)}/{JOIN_PATH}").stdout
+    join = json.loads(stolen)
+    assert join["uuid"] == web.uuid
+    answer = attack(db.guest, ENROL_WITH, f"unix:{AGENT_STATE}/c/enrol", data=stolen)
+    assert "refused the join secret" in answer["refused"]
+    assert audit.records("enrol", decision="refused", vm=db.uuid)
+    web.guest.wait_until_ready()
+    web.orchestrator.wait_until_enrolled(web.uuid)
+    web.must_work()
+    db.must_work()
+
+
+def test_a_neighbour_with_the_others_certificate_is_refused_and_recorded(bed: Testbed, web: Vm, db: Vm) -> None:
+    audit = Audit(bed[HOST])
+    stolen = web.guest.run(f"cat {AGENT_STATE}/enrolment.json").stdout
+    answer = attack(db.guest, CALL_WITH, f"unix:{AGENT_STATE}/c/agent", "60", data=stolen)
+    assert answer["code"] == "PERMISSION_DENIED"
+    assert "another domain" in answer["details"]
+    assert audit.records(decision="refused", vm=db.uuid, reason="CERTIFICATE_FOREIGN")
+    web.must_work()
+
+
+def test_the_join_secret_is_nowhere_but_in_xenstore_and_gone_once_used(bed: Testbed, web: Vm) -> None:
+    host = bed[HOST]
+    web.guest.hang_up()
+    web.orchestrator.stop(web.uuid)
+    web.orchestrator.start(web.uuid, web.token)
+    path = f"{home(web.guest.domain_id)}/{JOIN_PATH}"
+    secret = json.loads(host.run(f"xenstore-read {path}").stdout)["join_secret"]
+    assert len(secret) >= 43
+    host.write("/run/secret-to-look-for", secret)
+    look = "grep -rlaF -f /run/secret-to-look-for"
+    assert host.run(f"virsh -c xen:///system dumpxml web | {look} -", check=False).code == 1
+    processes = "cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null"
+    assert host.run(f"{processes} | {look} -", check=False).code == 1
+    found = host.run(f"{look} /etc /var /root /opt/secfunet/releases/*/complete /tmp", check=False).text.split()
+    assert [name for name in found if not name.startswith("/var/lib/xenstored/")] == []
+    web.guest.wait_until_ready()
+    web.orchestrator.wait_until_enrolled(web.uuid)
+    assert host.run(f"xenstore-read {path}", check=False).code != 0
+    assert web.guest.run(f"xenstore-read {JOIN_PATH}", check=False).code != 0
+    web.must_work()
+
+
+def test_suspend_and_resume(bed: Testbed, web: Vm) -> None:
+    host = bed[HOST]
+    host.run("virsh -c xen:///system suspend web")
+    deadline = time.monotonic() + 60
+    while web.orchestrator.get(web.uuid).state != 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    host.run("virsh -c xen:///system resume web")
+    web.must_work()
+
+
+def test_a_domain_that_is_destroyed_takes_its_certificate_with_it(bed: Testbed, web: Vm) -> None:
+    audit = Audit(bed[HOST])
+    kept = web.guest.run(f"cat {AGENT_STATE}/enrolment.json").stdout
+    web.guest.hang_up()
+    bed[HOST].run("virsh -c xen:///system destroy web")  # behind the middleware's back
+    web.orchestrator.wait_until_enrolled(web.uuid, enrolled=False)
+    web.boot()
+    answer = attack(web.guest, CALL_WITH, f"unix:{AGENT_STATE}/c/agent", "60", data=kept)
+    assert answer["code"] == "PERMISSION_DENIED"
+    assert audit.records(decision="refused", vm=web.uuid, reason="CERTIFICATE_NOT_CURRENT")
+    web.must_work()
+
+
+def test_a_guest_that_crashes_ends_its_run(web: Vm) -> None:
+    web.guest.run("nohup sh -c 'sleep 1; echo c >/proc/sysrq-trigger' >/dev/null 2>&1 &")
+    web.guest.hang_up()
+    web.orchestrator.wait_until_enrolled(web.uuid, enrolled=False)
+    web.guest.wait_until_gone()
+    web.boot()
+    web.must_work()
+
+
+def test_a_guest_that_reboots_gets_nothing_until_it_is_given_again(bed: Testbed, web: Vm) -> None:
+    before = web.guest.domain_id
+    web.guest.run("nohup sh -c 'sleep 1; systemctl reboot' >/dev/null 2>&1 &")
+    web.guest.hang_up()
+    bed[HOST].wait_for(f"now=$(xl domid web) && [ $now != {before} ]", timeout=600)
+    web.guest.wait_until_ready()
+    assert not web.orchestrator.get(web.uuid).enrolled
+    web.must_not_work()
+    web.orchestrator.start(web.uuid, web.token)
+    web.orchestrator.wait_until_enrolled(web.uuid)
+    web.must_work()
+
+
+def test_a_shutdown_from_inside_ends_the_run(web: Vm) -> None:
+    web.guest.run("nohup sh -c 'sleep 1; systemctl poweroff' >/dev/null 2>&1 &")
+    web.guest.hang_up()
+    web.orchestrator.wait_until_enrolled(web.uuid, enrolled=False)
+    web.guest.wait_until_gone()
+
+
+def test_a_copy_of_the_image_and_a_domain_of_the_same_name_get_nothing(
+    bed: Testbed, web: Vm, orchestrator: Orchestrator
+) -> None:
+    """web's own disk and name, another UUID: started by hand in web's place, outside the middleware."""
+    host = bed[HOST]
+    original = host.run("virsh -c xen:///system dumpxml --inactive web").stdout
+    host.run("virsh -c xen:///system undefine web")
+    other = "0f0f0f0f-7e57-4bed-8000-000000000001"
+    host.write("/run/copy.xml", own_domain("web", other, "192.168.77.29", "00:16:3e:aa:bb:cc", memory_mib=224))
+    copy = Guest(host, "web", "192.168.77.29")
+    try:
+        host.run("virsh -c xen:///system create /run/copy.xml")
+        copy.wait_until_ready()
+        with refused(grpc.StatusCode.FAILED_PRECONDITION):
+            orchestrator.start(web.uuid, issue_token(bed[GRID], "web", HOST))
+        assert host.run(f"xenstore-ls {home(copy.domain_id)}/secfunet", check=False).code != 0
+        said = copy.run("echo hello | vm-agent sign - --timeout 5 --out /run/sig", check=False)
+        assert said.code != 0
+        assert b"Traceback" not in said.stderr
+        assert json.loads(copy.run("vm-agent status --json").stdout)["enrolled"] is False
+    finally:
+        copy.hang_up()
+        host.run("virsh -c xen:///system destroy web", check=False)
+    host.write("/run/web.xml", original)
+    host.run("virsh -c xen:///system define /run/web.xml")
+    web.boot()
+    web.must_work()
+
+
+def test_a_domain_that_was_renamed_is_not_started(bed: Testbed, web: Vm, orchestrator: Orchestrator) -> None:
+    host = bed[HOST]
+    web.guest.hang_up()
+    orchestrator.stop(web.uuid)
+    original = host.run("virsh -c xen:///system dumpxml --inactive web").stdout
+    host.run("virsh -c xen:///system undefine web")
+    host.write("/run/renamed.xml", original.replace(b"<name>web</name>", b"<name>db2</name>"))
+    host.run("virsh -c xen:///system define /run/renamed.xml")
+    with refused(grpc.StatusCode.FAILED_PRECONDITION, "not the one"):
+        orchestrator.start(web.uuid, web.token)
+    host.run("virsh -c xen:///system undefine db2")
+
+
+def test_the_audit_log_is_sound(bed: Testbed, db: Vm) -> None:
+    db.must_work()
+    assert Audit(bed[HOST]).is_sound()
