@@ -141,7 +141,7 @@ class Testbed:
         """Saves all hosts as ``state``, and ends the bed."""
         for host in self.hosts.values():
             host.run("sync", check=False)
-            _close_master(host)
+            host.hang_up()
         folder = self.images / "states" / state
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, mode=0o700)
@@ -153,7 +153,7 @@ class Testbed:
     def stop(self) -> None:
         """Ends every host at once, and removes what they wrote."""
         for host in self.hosts.values():
-            _close_master(host)
+            host.hang_up()
             host.machine.kill()
         for pid in self._switches:
             _end_switch(pid)
@@ -265,7 +265,7 @@ def _make_pristine(kind: str, images: Path) -> None:
                 )
             host.run("systemctl is-system-running --wait", check=False)
             host.run("sync")
-            _close_master(host)
+            host.hang_up()
             host.machine.save(SNAPSHOT)
             shutil.move(host.machine.plan.disk, target)
         finally:
@@ -324,10 +324,6 @@ Host 192.168.77.*
     ControlPersist 600
 """
     (folder / "ssh_config").write_text(text)
-
-
-def _close_master(host: Host) -> None:
-    subprocess.run([*host.ssh("-O", "exit")], capture_output=True, check=False)
 
 
 def _start_switch(port: int, hosts: Sequence[int], folder: Path) -> int:

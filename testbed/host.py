@@ -115,6 +115,10 @@ class Host:
                 raise TestbedError(f"{self.name} did not answer within {timeout:g} s:\n{self.machine.console_tail()}")
             time.sleep(0.2)
 
+    def hang_up(self) -> None:
+        """Ends the shared ssh connection: the host is about to go."""
+        subprocess.run(self.ssh("-O", "exit"), capture_output=True, check=False)
+
     def set_clock(self) -> None:
         """A resumed host lives in the past."""
         self.run(f"date -s @{time.time():.3f} >/dev/null")
