@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST_WORKERS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-xen check format bench lock clean deb release testbed testbed-up testbed-down testbed-clean
+.PHONY: help setup demo test test-xen check format bench bench-xen lock clean deb release testbed testbed-up testbed-down testbed-clean
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ format: setup ## format the code
 
 bench: setup ## measure; one table (JSON=file writes the rows too, QUICK=1 is a short run)
 	@$(BIN)/python -m bench $(if $(JSON),--json $(JSON)) $(if $(QUICK),--quick)
+
+bench-xen: setup ## measure a guest's ways to dom0 on a real Xen host under QEMU (QUICK=1 is a short run)
+	@$(BIN)/python -m bench --only xen $(if $(JSON),--json $(JSON)) $(if $(QUICK),--quick)
 
 deb: setup ## build the Debian package of the agent (dist/)
 	@$(BIN)/python -m release deb

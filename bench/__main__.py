@@ -15,6 +15,7 @@ from bench.plan import Plan
 from bench.rows import table, to_json
 
 GROUPS = ("limits", "tandem", "login", "chain", "memory")
+ON_XEN = "xen"  # minutes on a testbed of its own: only if it is asked for
 
 
 async def _measure(plan: Plan, chosen: list[str]) -> list[str]:
@@ -49,11 +50,17 @@ async def _measure(plan: Plan, chosen: list[str]) -> list[str]:
 
             await measure(plan, stage)
 
+        async def xen() -> None:
+            from bench.xen import measure
+
+            await measure(plan)
+
         await group("limits", lambda: limits.measure(plan))
         await group("tandem", lambda: tandem.measure(plan))
         await group("login", login)
         await group("chain", chain)
         await group("memory", memory)  # last: it starts daemons anew
+        await group(ON_XEN, xen)
     return problems
 
 
@@ -65,7 +72,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--quick", action="store_true", help="short rounds: to see that everything runs")
     parser.add_argument(
-        "--only", action="append", choices=GROUPS, help="only this group (may be repeated; limits always run)"
+        "--only",
+        action="append",
+        choices=(*GROUPS, ON_XEN),
+        help="only this group (may be repeated; limits always run)",
     )
     arguments = parser.parse_args()
     plan = Plan.quick() if arguments.quick else Plan()
