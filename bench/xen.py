@@ -1,8 +1,8 @@
 """A guest's ways to dom0 on a real Xen host: vchan beside TCP on the bridge, in one run.
 
-First the ways alone, between a program in the guest and one in dom0, both with the project's own ends (so a vchan carries streams, as it does
-for gRPC); then a signature through the whole chain over each. Rounds of the two alternate. Under emulation the figures are small: read
-the ratios.
+First the ways alone, between a program in the guest and one in dom0, both with the project's own ends (so a vchan carries streams, as it
+does for gRPC); then a signature through the whole chain over each. Rounds of the two alternate. Under emulation the figures are small:
+read the ratios.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ print(json.dumps([statistics.median(times) * 1e3, 16 * int(sys.argv[1]) / (time.
 
 async def measure(plan: Plan) -> None:
     """Six rows: round trip and throughput each way, and a signature alone and sixteen at once."""
-    with tempfile.TemporaryDirectory(prefix="sfb-", dir="/tmp") as name:  # noqa: S108 - Unix sockets: a short path
+    with tempfile.TemporaryDirectory(prefix="sfb-", dir="/tmp") as name:
         work = Path(name)
         release = make_release(ROOT / "dist")
         state = deployed_state(release, work)
