@@ -22,6 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from gose.authority import AuthorityFolder, CardAccess, EnrolmentOrder, create_authority, enrol, sign_request
+from gose.authority.enrolment import CONNECT_TIMEOUT
 from gose.authority.errors import (
     AuthorityDamagedError,
     AuthorityExistsError,
@@ -30,6 +31,7 @@ from gose.authority.errors import (
     IssuanceError,
     TokenNotIssuedError,
 )
+from gose.cards import CardWays
 from gose.overview import take_overview
 from gose.racs.cli import racs_app
 from gose.racs.tls import TlsFilesError
@@ -217,7 +219,7 @@ def enrol_vm(
     settings = load_settings(GoseSettings, config)
     element = _element(settings, seid, Role.VM)
     order = EnrolmentOrder(_holder(Role.VM, name), element.label, key, valid, seid=seid, replace=replace)
-    _enrol(settings, order, _access(element), out)
+    _enrol(settings, order, _access(settings, element), out)
 
 
 @app.command("enrol-server")
@@ -242,7 +244,7 @@ def enrol_server(
         server_names=_server_names(settings),
         replace=replace,
     )
-    _enrol(settings, order, _access(element), out)
+    _enrol(settings, order, _access(settings, element), out)
 
 
 @app.command("issue-token")
@@ -371,10 +373,16 @@ def _element(settings: GoseSettings, seid: str, role: Role) -> SecureElementSett
     return element
 
 
-def _access(element: SecureElementSettings) -> CardAccess:
+def _access(settings: GoseSettings, element: SecureElementSettings) -> CardAccess:
     if element.operator_pin_file is None:
         raise EnrolmentError(f"the settings name no 'operator_pin_file' for the secure element '{element.seid}'")
-    return CardAccess.at_socket(element.socket, _pin(element.operator_pin_file), _pin(element.user_pin_file))
+    ways = CardWays.of(settings)
+    return CardAccess.through(
+        lambda: ways.connect(element, timeout=CONNECT_TIMEOUT),
+        _pin(element.operator_pin_file),
+        _pin(element.user_pin_file),
+        where=f"the card at {element.place}",
+    )
 
 
 def _pin(path: Path) -> bytes:

@@ -11,13 +11,15 @@ from enum import StrEnum
 from typing import Any, Final
 
 from gose.authority.folder import AuthorityFolder
+from gose.cards import CardWays
+from gose.racs.tls import TlsFilesError
 from gose.registry import Identity, Registry, Revocation, Token
 from gose.running import RunningCard, RunningGrid, ask_running_grid
 from gose.settings import GoseSettings, SecureElementSettings
 from gose.slots.slot import SlotState
 from secfunet.card.errors import CardBusyError, CardError
-from secfunet.card.unix import connect_unix
 from secfunet.identity import Role
+from secfunet.service.files import UnsafeFileError
 
 CARD_TIMEOUT: Final = 2.0
 """Seconds that a card has to answer."""
@@ -104,7 +106,7 @@ class Overview:
                 {
                     "seid": card.element.seid,
                     "role": card.element.role,
-                    "socket": str(card.element.socket),
+                    "place": card.element.place,
                     "state": card.state.value,
                     "holder": None if card.holder is None else card.holder.name,
                     "cause": "" if card.running is None else card.running.cause,
@@ -147,7 +149,7 @@ class Overview:
             self._grid(),
             _table(
                 "secure elements",
-                ("SEID", "ROLE", "CARD", "HOLDER", "WAITING", "DONE", "SOCKET", "CAUSE"),
+                ("SEID", "ROLE", "CARD", "HOLDER", "WAITING", "DONE", "PLACE", "CAUSE"),
                 (
                     (
                         card.element.seid,
@@ -156,7 +158,7 @@ class Overview:
                         card.holder.name if card.holder else "-",
                         "-" if card.waiting is None else str(card.waiting),
                         "-" if card.running is None else str(card.running.jobs_done),
-                        str(card.element.socket),
+                        card.element.place,
                         self._cause(card),
                     )
                     for card in self.cards
@@ -252,13 +254,14 @@ async def take_overview(
     """Asks the registry, the running grid, and every card that no running grid has for a sign of life."""
     limit = asyncio.Semaphore(CARDS_AT_ONCE)
     grid = await ask_running_grid(settings.state)
+    ways = CardWays.of(settings)
     running = {card.seid: card for card in grid.cards} if grid is not None else {}
 
     async def ask(element: SecureElementSettings) -> CardState:
         if element.seid in running:
             return _IN_A_SLOT.get(running[element.seid].state, CardState.OUT_OF_SERVICE)
         async with limit:
-            return await card_state(element)
+            return await card_state(element, ways)
 
     def report(element: SecureElementSettings, state: CardState) -> CardReport:
         card = running.get(element.seid)
@@ -279,13 +282,13 @@ async def take_overview(
     )
 
 
-async def card_state(element: SecureElementSettings) -> CardState:
+async def card_state(element: SecureElementSettings, ways: CardWays) -> CardState:
     """Connects, powers the card on and off again."""
     try:
-        port = await connect_unix(element.socket, timeout=CARD_TIMEOUT)
+        port = await ways.connect(element, timeout=CARD_TIMEOUT)
     except CardBusyError:
         return CardState.IN_USE
-    except CardError:
+    except (CardError, TlsFilesError, UnsafeFileError, OSError):
         return CardState.GONE
     await port.close()
     return CardState.ANSWERS

@@ -9,9 +9,11 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from secfunet.container import ProfileName
+from secfunet.racs.errors import RacsValueError
+from secfunet.racs.syntax import check_seid
 from secfunet.service.settings import FilePath, Settings
 
 
@@ -68,11 +70,41 @@ class OpenIdProviderSettings(Settings):
     realms: tuple[str, ...] = ()
 
 
+def _seid(untrusted: str) -> str:
+    try:
+        return check_seid(untrusted)
+    except RacsValueError as error:
+        raise ValueError(str(error)) from None
+
+
+RacsSeid = Annotated[str, AfterValidator(_seid)]
+
+
+class RemoteCardSettings(Settings):
+    """A card that another host lends by RACS. ``seid``: its name there; None: the same as here."""
+
+    address: ListenAddress
+    seid: RacsSeid | None = None
+
+
+class RacsSettings(Settings):
+    """What this grid shows to the nodes that lend it cards. ``authority`` None: their certificates are of this grid's own CA."""
+
+    key: FilePath
+    certificate: FilePath
+    authority: FilePath | None = None
+    dead_peer_timeout: Seconds = 10.0
+
+
 class SecureElementSettings(Settings):
-    """One card of the grid and the way to it. ``role``: "vm" holds VMs' keys, "server" opens TLS for the login page."""
+    """One card of the grid and the way to it: a Unix socket of this host, or RACS.
+
+    ``role``: "vm" holds VMs' keys, "server" opens TLS for the login page.
+    """
 
     seid: Name
-    socket: FilePath
+    socket: FilePath | None = None
+    racs: RemoteCardSettings | None = None
     role: Literal["vm", "server"]
     user_pin_file: FilePath
     # Only needed to personalise the card.
@@ -84,6 +116,19 @@ class SecureElementSettings(Settings):
     def label(self) -> str:
         """The friendly name of the TLS-Id that this card is used with."""
         return self.identity or self.role
+
+    @property
+    def place(self) -> str:
+        """Where the card is, for a person: its socket, or host, port and name of a card elsewhere. No two cards have the same."""
+        if self.racs is None:
+            return str(self.socket)
+        return f"racs://{self.racs.address}/{self.racs.seid or self.seid}"
+
+    @model_validator(mode="after")
+    def _has_one_place(self) -> Self:
+        if (self.socket is None) == (self.racs is None):
+            raise ValueError(f"the secure element '{self.seid}' has either a 'socket' or 'racs'")
+        return self
 
 
 class Limits(Settings):
@@ -143,6 +188,8 @@ class GoseSettings(Settings):
     service_provider: ServiceProviderSettings = ServiceProviderSettings()
     openid_provider: OpenIdProviderSettings = OpenIdProviderSettings()
     secure_elements: tuple[SecureElementSettings, ...] = ()
+    # Needed if a secure element is on another host.
+    racs: RacsSettings | None = None
     # How containers are made; the middleware and the agents must expect the same.
     container_profile: ProfileName = "oaep-pss-sha256"
     limits: Limits = Limits()
@@ -182,11 +229,13 @@ class GoseSettings(Settings):
     def _cards_are_distinct(self, info: ValidationInfo) -> Self:
         for what, values in (
             ("seid", [element.seid for element in self.secure_elements]),
-            ("socket", [str(element.socket) for element in self.secure_elements]),
+            ("place", [element.place for element in self.secure_elements]),
         ):
             twice = {value for value in values if values.count(value) > 1}
             if twice:
                 raise ValueError(f"two secure elements have the same {what}: {', '.join(sorted(twice))}")
+        if self.racs is None and any(element.racs is not None for element in self.secure_elements):
+            raise ValueError("secure elements with 'racs' need the table 'racs': this grid's key and certificate")
         return self
 
 

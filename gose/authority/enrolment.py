@@ -31,6 +31,7 @@ from secfunet.apdu import PinError, StatusError
 from secfunet.card.client import CardClient
 from secfunet.card.errors import CardBusyError, CardFormatError
 from secfunet.card.parameters import KeyAlgorithm, PinRole
+from secfunet.card.ports import CardPort
 from secfunet.card.ready import PinWithheldError, verify_carefully
 from secfunet.card.unix import connect_unix
 from secfunet.identity import Holder, der_of, thumbprint
@@ -57,19 +58,33 @@ class CardAccess:
     @classmethod
     def at_socket(cls, path: Path, operator_pin: bytes, user_pin: bytes | None = None) -> CardAccess:
         """A card at a Unix socket."""
+        return cls.through(
+            lambda: connect_unix(path, timeout=CONNECT_TIMEOUT), operator_pin, user_pin, where=f"the card at {path}"
+        )
+
+    @classmethod
+    def through(
+        cls,
+        connect_port: Callable[[], Awaitable[CardPort]],
+        operator_pin: bytes,
+        user_pin: bytes | None = None,
+        *,
+        where: str,
+    ) -> CardAccess:
+        """A card that ``connect_port`` reaches; ``where`` is what a person calls it."""
 
         async def connect() -> CardClient:
             # A running grid tries cards that it may not use now and then, and lets go of one whose holder was revoked.
             deadline = asyncio.get_running_loop().time() + BUSY_PATIENCE
             while True:
                 try:
-                    return CardClient(await connect_unix(path, timeout=CONNECT_TIMEOUT))
+                    return CardClient(await connect_port())
                 except CardBusyError:
                     if asyncio.get_running_loop().time() >= deadline:
                         raise
                     await asyncio.sleep(RETRY_PAUSE)
 
-        return cls(connect, operator_pin, user_pin, where=f"the card at {path}")
+        return cls(connect, operator_pin, user_pin, where=where)
 
 
 @dataclass(frozen=True)

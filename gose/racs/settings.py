@@ -7,18 +7,11 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from gose.racs.rules import ApduRule, RuleError, parse_rules
-from gose.settings import Address, Count, ListenAddress, Seconds
+from gose.settings import Address, Count, ListenAddress, RacsSeid, Seconds
 from secfunet.identity import IdentityError, Role, check_name, check_thumbprint
 from secfunet.racs.errors import RacsValueError
-from secfunet.racs.syntax import check_seid, check_token
+from secfunet.racs.syntax import check_token
 from secfunet.service.settings import FilePath, Settings
-
-
-def _seid(untrusted: str) -> str:
-    try:
-        return check_seid(untrusted)
-    except RacsValueError as error:
-        raise ValueError(str(error)) from None
 
 
 def _sen(untrusted: str) -> str:
@@ -50,7 +43,6 @@ def _holder_name(untrusted: str) -> str:
         raise ValueError(str(error)) from None
 
 
-RacsSeid = Annotated[str, AfterValidator(_seid)]
 Rule = Annotated[str, AfterValidator(_rule)]
 
 

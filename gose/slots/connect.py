@@ -1,4 +1,4 @@
-"""From a socket to a card that is ready for work: applet selected, PIN verified, TLS-Id set."""
+"""From its place to a card that is ready for work: applet selected, PIN verified, TLS-Id set."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from gose.cards import CardWays
 from gose.settings import Limits, SecureElementSettings
 from gose.slots.errors import SlotError
 from gose.slots.port import GuardedPort
 from secfunet.apdu import PinError
 from secfunet.card.client import CardClient
 from secfunet.card.ready import CardOpener, PinWithheldError
-from secfunet.card.unix import connect_unix
 from secfunet.service.files import read_secret
 
 
@@ -38,13 +38,16 @@ ConnectCard = Callable[[], Awaitable[ReadyCard]]
 class CardConnector:
     """Makes ReadyCards of one secure element, as often as the slot needs a new one."""
 
-    def __init__(self, element: SecureElementSettings, limits: Limits) -> None:
+    def __init__(self, element: SecureElementSettings, limits: Limits, ways: CardWays) -> None:
         self._element = element
         self._limits = limits
+        self._ways = ways
         self._open = CardOpener(self._connect, self._read_pin, identity=element.label)
 
     async def __call__(self) -> ReadyCard:
-        """Raises CardGoneError, StatusError, PinRefusedError, TimeoutError, or OSError of the PIN file."""
+        """Raises CardGoneError, StatusError, PinRefusedError, TimeoutError, and what the files of PIN and TLS raise (OSError,
+        TlsFilesError, UnsafeFileError).
+        """
         try:
             async with asyncio.timeout(self._limits.card_connect_timeout):
                 client = await self._open()
@@ -60,7 +63,7 @@ class CardConnector:
 
     async def _connect(self) -> GuardedPort:
         limits = self._limits
-        port = await connect_unix(self._element.socket, timeout=limits.card_connect_timeout)
+        port = await self._ways.connect(self._element, timeout=limits.card_connect_timeout)
         return GuardedPort(port, timeout=limits.operation_timeout)
 
     def _read_pin(self) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+from gose.cards import CardWays
 from gose.metrics import Metrics
 from gose.settings import GoseSettings
 from gose.slots.bank import Bank
@@ -19,12 +20,13 @@ class Rack:
 
     def __init__(self, settings: GoseSettings, metrics: Metrics, *, admit: Admit = admit_any) -> None:
         limits = settings.limits
+        ways = CardWays.of(settings)
 
         def bank(name: str, *seids: str) -> Bank:
             elements = [element for element in settings.secure_elements if element.seid in seids]
             return Bank(
                 name,
-                [(element.seid, CardConnector(element, limits)) for element in elements],
+                [(element.seid, CardConnector(element, limits, ways)) for element in elements],
                 limits,
                 metrics,
                 admit=admit,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from gose.cards import CardWays
 from gose.metrics import Metrics
 from gose.settings import Limits, SecureElementSettings
 from gose.slots.bank import Bank
@@ -57,7 +58,12 @@ def element(card: CardProcess, **changes: object) -> SecureElementSettings:
 
 
 def bank_of(cards: Sequence[CardProcess], limits: Limits = LIMITS) -> Bank:
-    return Bank("bank", [(card.socket.stem, CardConnector(element(card), limits)) for card in cards], limits, Metrics())
+    return Bank(
+        "bank",
+        [(card.socket.stem, CardConnector(element(card), limits, CardWays())) for card in cards],
+        limits,
+        Metrics(),
+    )
 
 
 async def sign(card: ReadyCard) -> bytes:
@@ -225,7 +231,7 @@ async def test_a_wrong_pin_is_tried_once(cards: list[CardProcess], short_folder:
     pin_file.write_bytes(b"0000")
     bank = Bank(
         "bank",
-        [("one", CardConnector(element(cards[0], user_pin_file=pin_file), LIMITS))],
+        [("one", CardConnector(element(cards[0], user_pin_file=pin_file), LIMITS, CardWays()))],
         LIMITS,
         Metrics(),
     )

@@ -466,6 +466,21 @@ def test_settings_beside_their_file(tmp_path: Path) -> None:
             {"secure_elements": [{"seid": "a", "socket": s, "role": "vm", "user_pin_file": "p"} for s in "st"]},
             "same seid",
         ),
+        ({"secure_elements": [{"seid": "a", "role": "vm", "user_pin_file": "p"}]}, "either a 'socket' or 'racs'"),
+        (
+            {"secure_elements": [{"seid": "a", "role": "vm", "user_pin_file": "p", "racs": {"address": "b:7777"}}]},
+            "need the table 'racs'",
+        ),
+        (
+            {
+                "racs": {"key": "k", "certificate": "c"},
+                "secure_elements": [
+                    {"seid": s, "role": "vm", "user_pin_file": "p", "racs": {"address": "b:7777", "seid": "x"}}
+                    for s in "st"
+                ],
+            },
+            "same place",
+        ),
     ],
 )
 def test_settings_that_are_refused(raw: dict[str, object], problem: str) -> None:

@@ -90,9 +90,11 @@ class TestNode:
         )
 
     @contextlib.asynccontextmanager
-    async def running(self, *, users: list[dict[str, Any]] | None = None, **limits: Any) -> AsyncIterator[NodeService]:
+    async def running(
+        self, *, users: list[dict[str, Any]] | None = None, listen: str = "127.0.0.1:0", **limits: Any
+    ) -> AsyncIterator[NodeService]:
         """The node in this process."""
-        async with NodeService(self.settings(users=users, **limits)) as service:
+        async with NodeService(self.settings(users=users, listen=listen, **limits)) as service:
             yield service
 
 
