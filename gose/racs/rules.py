@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from secfunet.card.instructions import AID, Cla, Ins, KeyIns, KeyOperation, MethodFunction
+from secfunet.card.instructions import AID, AID_OF_DOMAIN, Cla, DomainIns, Ins, KeyIns, KeyOperation, MethodFunction
 from secfunet.errors import SecFuNetError
 
 HEADER: Final = 4
 MAX_PREFIX: Final = 64
 """Bytes of the longest prefix."""
+
+_SECURE: Final = 0x04  # bit of CLA: secure messaging
 
 
 class RuleError(SecFuNetError):
@@ -58,9 +60,15 @@ def _rule(cla: int, ins: int, p1: int, p2: int | None = 0, *, may_chain: bool = 
     return ApduRule(bytes((cla, ins, p1, p2 or 0)), mask)
 
 
+def _select(aid: bytes) -> tuple[ApduRule, ...]:
+    """SELECT of that application, its length short or extended."""
+    header = bytes((Cla.ISO, Ins.SELECT, 0x04, 0x00))
+    prefixes = (header + bytes((len(aid),)) + aid, header + bytes((0, 0, len(aid))) + aid)
+    return tuple(ApduRule(prefix, b"\xff" * len(prefix)) for prefix in prefixes)
+
+
 _PREPARE: Final = (
-    ApduRule(bytes((Cla.ISO, Ins.SELECT, 0x04, 0x00, len(AID))) + AID, b"\xff" * (5 + len(AID))),
-    ApduRule(bytes((Cla.ISO, Ins.SELECT, 0x04, 0x00, 0x00, 0x00, len(AID))) + AID, b"\xff" * (7 + len(AID))),
+    *_select(AID),
     _rule(Cla.EAP, Ins.VERIFY_PIN, 0x00, 0x00),
     _rule(Cla.EAP, Ins.SET_IDENTITY, 0x00, 0x80, may_chain=True),
     _rule(Cla.EAP, Ins.STATE, 0x00),
@@ -97,6 +105,10 @@ NAMED_RULES: Final[dict[str, tuple[ApduRule, ...]]] = {
         _rule(Cla.EAP, Ins.GET_NEXT_IDENTITY, 0x00, None),
         _rule(Cla.EAP, Ins.GET_CURRENT_IDENTITY, 0x00, None),
         _rule(Cla.EAP, Ins.GET_PROFILE_DATA, 0x00),
+        # Through a secure channel: what such a command is, the node cannot see; the card takes it from who has its SCP03 keys.
+        *_select(AID_OF_DOMAIN),
+        ApduRule(bytes((Cla.KEYS, DomainIns.INITIALIZE_UPDATE, 0x00, 0x00)), b"\xff\xff\x00\xff"),
+        *(ApduRule(bytes((cla | _SECURE, 0x00, 0x00, 0x00)), b"\xef\x00\x00\x00") for cla in Cla),
         ApduRule(bytes((Cla.KEYS, KeyIns.GENERATE_KEY, 0x00, 0x00)), b"\xef\xff\x00\xff"),
         *(
             _rule(Cla.KEYS, ins, 0x00, may_chain=True)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gose.racs.access import Grant
 from gose.racs.rules import NAMED_RULES, ApduRule, RuleError, parse_rules
 from gose.racs.settings import NodeSettings
-from secfunet.card.instructions import AID, AID_OF_DRAFT
+from secfunet.card.instructions import AID, AID_OF_DOMAIN, AID_OF_DRAFT
 from secfunet.service.settings import SettingsError, load_settings
 
 SETTINGS = """
@@ -79,6 +79,12 @@ def named(name: str) -> Grant:
         ("A082CB0000", {"tls"}),
         ("8046010003787878", {"personalise"}),
         ("80E4000003787878", {"personalise"}),
+        (b"\x00\xa4\x04\x00\x08" + AID_OF_DOMAIN, {"personalise"}),
+        ("8050000008" + "00" * 8, {"personalise"}),
+        ("8482330010" + "00" * 16, {"personalise"}),
+        ("9446010010" + "00" * 16, {"personalise"}),
+        ("842A9E0710" + "00" * 16, {"personalise"}),
+        ("80D8008110", set()),  # outside a channel
         ("80CA000000", {"operate", "tls", "personalise"}),
     ],
 )
