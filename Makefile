@@ -17,8 +17,8 @@ demo: setup ## run the main job: a VM signs with a key that it never holds (KEEP
 test: setup ## run all tests (ARGS="..." goes to pytest)
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadscope $(ARGS)
 
-test-xen: setup ## run the whole chain on a real Xen host under QEMU (ARGS="..." goes to pytest)
-	@$(BIN)/python -m pytest -m xen -v --timeout 3600 tests/xen $(ARGS)
+test-xen: setup ## run the whole chain on a real Xen host under QEMU (TESTS=tests/xen/FILE; ARGS="..." goes to pytest)
+	@$(BIN)/python -m pytest -m xen -v --timeout 3600 $(or $(TESTS),tests/xen) $(ARGS)
 
 check: setup ## format, lint, types, import contract, protos, shell
 	$(BIN)/ruff format --check .

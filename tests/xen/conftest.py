@@ -23,6 +23,10 @@ _steps: list[tuple[str, str, float, str]] = []
 _fixtures: list[tuple[str, float]] = []
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--state", help="of the testbed: resume it instead of deploying this checkout (for work on tests)")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(HERE):
@@ -48,8 +52,10 @@ def release() -> Release:
 
 
 @pytest.fixture(scope="session")
-def deployed(release: Release, work: Path) -> str:
+def deployed(request: pytest.FixtureRequest, release: Release, work: Path) -> str:
     """The state of the testbed in which this checkout is deployed."""
+    if chosen := request.config.getoption("--state"):
+        return str(chosen)
     return _timed("deployment by the playbooks, or its saved state", lambda: deployed_state(release, work))
 
 
