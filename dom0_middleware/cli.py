@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from dom0_middleware.audit_verify import Verdict, rotated_files, verify
+from dom0_middleware.cloud_init.user_data import CloudInitError
 from dom0_middleware.errors import MiddlewareError, Unavailable
 from dom0_middleware.orchestrator_authority import OrchestratorAuthority
 from dom0_middleware.orchestrator_client import CallInvalid, CallRefused, DaemonUnavailable, orchestrator_stub
@@ -317,6 +318,48 @@ def vm_migrate(
     _show([_call_for(vm, config, orchestrator, timeout, migrate).vm], as_json=as_json)
 
 
+@vm_app.command("user-data")
+def vm_user_data(
+    vm: Vm,
+    package: Annotated[
+        list[Path] | None,
+        typer.Option("--package", help="A Debian package that travels on the seed (repeatable).", dir_okay=False),
+    ] = None,
+    package_url: Annotated[
+        list[str] | None,
+        typer.Option("--package-url", help="URL#sha256=DIGEST: one that the guest fetches (repeatable)."),
+    ] = None,
+    seed: Annotated[
+        Path | None, typer.Option("--seed", help="Write a NoCloud seed (ISO image) here.", dir_okay=False)
+    ] = None,
+    network_config: Annotated[
+        Path | None,
+        typer.Option("--network-config", help="For the seed: cloud-init's, as you wrote it.", dir_okay=False),
+    ] = None,
+    config: Config = DEFAULT_CONFIG,
+    orchestrator: As = FIRST_ORCHESTRATOR,
+    timeout: Timeout = 30.0,
+) -> None:
+    """Make the cloud-init user data that installs the agent and has it enrol: on standard output, or on a seed. No secret is in it."""
+    from dom0_middleware.cloud_init.seed import PackageFile, write_seed
+    from dom0_middleware.cloud_init.user_data import Package, user_data
+
+    if seed is None and (package or network_config is not None):
+        raise BadInput("--package and --network-config need a seed to travel on: name it with --seed")
+    files = [PackageFile.read(path) for path in package or ()]
+    fetched = [Package.from_url(text) for text in package_url or ()]
+
+    def get(stub: Stub, uuid: str) -> Awaitable[pb.GetVmResponse]:
+        return stub.GetVm(pb.GetVmRequest(uuid=uuid), timeout=timeout)
+
+    found = _call_for(vm, config, orchestrator, timeout, get).vm
+    if seed is None:
+        typer.echo(user_data(fetched), nl=False)
+        return
+    write_seed(seed, uuid=found.uuid, name=found.name, files=files, fetched=fetched, network=network_config)
+    typer.echo(f"made {seed}")
+
+
 @vm_app.command("watch")
 def vm_watch(config: Config = DEFAULT_CONFIG, orchestrator: As = FIRST_ORCHESTRATOR, as_json: AsJson = False) -> None:
     """Show what happens to VMs, from now on, a line an event; until interrupted."""
@@ -501,6 +544,7 @@ def main() -> None:
             DaemonUnavailable: ExitCode.UNAVAILABLE,
             Unavailable: ExitCode.UNAVAILABLE,
             BadInput: ExitCode.DATA,
+            CloudInitError: ExitCode.DATA,
             MiddlewareError: ExitCode.FAILED,
         },
     )

@@ -145,7 +145,7 @@ async def test_the_life_of_a_vm(world: World, tmp_path: Path) -> None:
         assert "VM_EXISTS" in err
         code, out, _ = await run("vm", "start", "web", "--json", "--config", config)
         assert code == 0
-        assert (Path(json.loads(out)["guest_channel"]) / "join.json").exists()
+        join_secret = json.loads((Path(json.loads(out)["guest_channel"]) / "join.json").read_bytes())["join_secret"]
         code, out, _ = await run("vm", "list", "--config", config)
         assert uuid in out
         assert "running" in out
@@ -160,6 +160,18 @@ async def test_the_life_of_a_vm(world: World, tmp_path: Path) -> None:
         assert (code, "VM_STATE_WRONG" in err) == (1, True)
         code, _, err = await run("vm", "expect", pem, "--config", config)
         assert (code, "it is no JSON" in err) == (65, True)
+        package, seed = tmp_path / "agent_1.deb", tmp_path / "seed.iso"
+        package.write_bytes(b"!<arch>\ndebian-binary")
+        user_data = ("vm", "user-data", "web", "--config", config)
+        code, out, _ = await run(*user_data, "--package-url", f"http://example.org/agent_1.deb#sha256={'0' * 64}")
+        assert (code, out.partition("\n")[0]) == (0, "#cloud-config")
+        code, _, err = await run(*user_data, "--package-url", "http://example.org/agent_1.deb")
+        assert (code, "#sha256=DIGEST" in err) == (65, True)
+        code, _, err = await run(*user_data, "--package", package)
+        assert (code, "--seed" in err) == (65, True)
+        assert (await run(*user_data, "--package", package, "--seed", seed))[0] == 0
+        assert uuid.encode() in seed.read_bytes()
+        assert join_secret.encode() not in seed.read_bytes()
         assert json.loads((await run("vm", "revoke", "web", "--json", "--config", config))[1])[0]["revoked"]
         assert (await run("vm", "stop", "web", "--config", config))[0] == 0
         assert (await run("vm", "delete", uuid, "--config", config))[0] == 0
