@@ -46,6 +46,7 @@ from gose.state import SERVING_BUSY_TIMEOUT, open_database
 from secfunet import __version__
 from secfunet.container import ContainerProfile
 from secfunet.gose.v1 import service_provider_pb2, service_provider_pb2_grpc
+from secfunet.identity import Role
 from secfunet.openid.association import AssociationType, SessionType
 from secfunet.openid.effects import FetchPolicy
 from secfunet.openid.provider import CheckidRequest, OpenIdProvider
@@ -146,6 +147,7 @@ class GridService:
         )
         await self._open_sessions(stack, keys, openid_store, registry, standing, sessions)
         service_provider = await self._open_operations(stack, keys, executor, sessions)
+        await self._open_radius(stack, keys, standing)
         started_at = self._clock()
         await stack.enter_async_context(
             reporting(settings.state, lambda: self._report(started_at, sessions, service_provider))
@@ -320,6 +322,19 @@ class GridService:
         for name in ("", SERVICE_NAME):
             await health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return service_provider
+
+    async def _open_radius(self, stack: AsyncExitStack, keys: AuthorityFolder, standing: RegistryStanding) -> None:
+        settings, limits = self.settings.radius, self.settings.limits
+        if settings is None:
+            return
+        # Late: a grid that is no RADIUS server need not load it.
+        from gose.radius.admission import Admission
+        from gose.radius.dialogue import Dialogues
+        from gose.radius.server import RadiusServer
+
+        admission = Admission([Role(role) for role in settings.roles], keys.ca_certificate, standing, self._clock)
+        dialogues = Dialogues(self.rack.servers, admission, limits, clock=self._clock)
+        await stack.enter_async_context(RadiusServer(settings, dialogues, limits, self.metrics))
 
     def _report(self, started_at: float, sessions: SessionStore, service_provider: ServiceProvider) -> RunningGrid:
         return RunningGrid(

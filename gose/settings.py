@@ -131,6 +131,25 @@ class SecureElementSettings(Settings):
         return self
 
 
+def _network(untrusted: str) -> str:
+    return str(ipaddress.ip_network(untrusted))
+
+
+class RadiusClientSettings(Settings):
+    """Who may ask: an address or a network (access points, switches), and the file of the secret that it shares with the grid."""
+
+    address: Annotated[str, AfterValidator(_network)]
+    secret_file: FilePath
+
+
+class RadiusSettings(Settings):
+    """The grid as a RADIUS server: whom it authenticates with EAP-TLS, and who may ask."""
+
+    listen: ListenAddress = Address("127.0.0.1", 1812)
+    clients: Annotated[tuple[RadiusClientSettings, ...], Field(min_length=1)]
+    roles: Annotated[tuple[Literal["hypervisor", "vm"], ...], Field(min_length=1)] = ("hypervisor",)
+
+
 class Limits(Settings):
     """Bounds on what one grid takes upon itself. Times are seconds, sizes are bytes."""
 
@@ -190,6 +209,8 @@ class GoseSettings(Settings):
     secure_elements: tuple[SecureElementSettings, ...] = ()
     # Needed if a secure element is on another host.
     racs: RacsSettings | None = None
+    # None: the grid is no RADIUS server.
+    radius: RadiusSettings | None = None
     # How containers are made; the middleware and the agents must expect the same.
     container_profile: ProfileName = "oaep-pss-sha256"
     limits: Limits = Limits()
