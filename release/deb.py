@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from email.parser import Parser
 from pathlib import Path
 
@@ -30,7 +31,12 @@ PACKAGE = "secfunet-vm-agent"
 PYTHON = (3, 11)  # Debian 12's; the wheels with compiled code are for this one alone
 HOME = Path("usr/lib/secfunet/vm-agent")
 SITE = HOME / f"lib/python{PYTHON[0]}.{PYTHON[1]}/site-packages"
-ROOMS = ("secfunet", "vm_agent")  # of our own wheel; a guest needs no other
+# Of our own wheel; a guest needs no other, and of the protocols only these.
+ROOMS = ("secfunet", "vm_agent")
+PROTOCOLS = {"__init__.py", "py.typed", "container.py", "errors.py", "identity.py", "operation.py"}
+PROTOCOLS |= {"agent", "gose", "middleware", "service", "xen"}
+UNNEEDED = {"joserfc"}  # tokens are read in dom0 and in the grid
+COMPILE_TIME = ("*.pyi", "*.h", "*.pyx", "*.pxd")
 COMPRESSION = ("-Zxz", "--threads-max=1")  # more threads give other bytes
 
 CONTROL = """\
@@ -57,8 +63,8 @@ class BuildError(Exception):
     """The package cannot be built; the text says why."""
 
 
-def build(out: Path, wheels: Path, suffix: str = "") -> Path:
-    """Builds the package into ``out``. Raises BuildError or LockError."""
+def build(out: Path, wheels: Path, suffix: str = "", *, compression: Sequence[str] = COMPRESSION) -> Path:
+    """Builds the package into ``out``; ``compression`` is dpkg-deb's. Raises BuildError or LockError."""
     if sys.version_info[:2] != PYTHON:
         raise BuildError(f"Python {PYTHON[0]}.{PYTHON[1]} is needed, the one of the guests; this is {sys.version}")
     if not re.fullmatch(r"(\+[a-z0-9.+]+)?", suffix):
@@ -80,7 +86,7 @@ def build(out: Path, wheels: Path, suffix: str = "") -> Path:
         os.utime(stage, (epoch, epoch))
         package = out / f"{PACKAGE}_{version}_{architecture()}.deb"
         unfinished = package.with_suffix(".part")
-        command = ["dpkg-deb", "--root-owner-group", *COMPRESSION, "--build", str(stage), str(unfinished)]
+        command = ["dpkg-deb", "--root-owner-group", *compression, "--build", str(stage), str(unfinished)]
         run(command, environment={**os.environ, "SOURCE_DATE_EPOCH": str(epoch)})
         unfinished.replace(package)
         return package
@@ -96,7 +102,7 @@ def source_date() -> int:
 
 def install_wheels(stage: Path, wheels: Path, work: Path) -> None:
     """Makes the virtual environment: the locked wheels, and our own without the rooms that a guest does not need."""
-    locked = entries(ROOT / "requirements.lock", needed("secfunet", frozenset({"agent"})))
+    locked = entries(ROOT / "requirements.lock", needed("secfunet", frozenset({"agent"})) - UNNEEDED)
     fetch(locked, wheels)
     requirements = work / "locked.txt"
     requirements.write_text("\n".join(locked.values()) + "\n", encoding="utf-8")
@@ -109,6 +115,12 @@ def install_wheels(stage: Path, wheels: Path, work: Path) -> None:
     for path in site.iterdir():
         if path.name not in kept or path.name == "bin":
             shutil.rmtree(path)
+    for path in (site / "secfunet").iterdir():
+        if path.name not in PROTOCOLS:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for pattern in COMPILE_TIME:
+        for path in site.rglob(pattern):
+            path.unlink()
     for leftover in ("RECORD", "REQUESTED", "INSTALLER", "direct_url.json"):  # pip's, of this machine
         for path in site.glob(f"*.dist-info/{leftover}"):
             path.unlink()
