@@ -147,6 +147,19 @@ systemctl restart libvirtd.service
             timeout=300,
         )
 
+    def accept_migrations(self) -> None:
+        """Lets libvirt of the other hosts send domains here, over the management network alone and without a password."""
+        sockets = "libvirtd.socket libvirtd-ro.socket"
+        self.run(
+            f"""set -e
+mkdir -p /etc/systemd/system/libvirtd-tcp.socket.d
+printf '[Socket]\nListenStream=\nListenStream={self.address}:16509\nFreeBind=yes\n' >/etc/systemd/system/libvirtd-tcp.socket.d/testbed.conf
+systemctl daemon-reload
+systemctl stop libvirtd.service {sockets}
+systemctl start libvirtd-tcp.socket {sockets} libvirtd.service
+"""
+        )
+
 
 def run_by_ssh(
     name: str, ssh: Sequence[str], command: str, *, data: bytes = b"", timeout: float, check: bool = True

@@ -189,6 +189,26 @@ async def test_an_expired_certificate_waits_for_a_new_invitation(
         assert (await stub.Sign(SIGN, timeout=5)).signature
 
 
+async def test_the_agent_goes_with_its_domain_to_another_host(
+    middleware: MiddlewareDouble, options: AgentOptions, folder: Path
+) -> None:
+    """Its certificate has an hour to live, but nobody answers to it: another dom0, with another authority, hands over new information."""
+    there_folder = folder / "t"
+    there_folder.mkdir()
+    async with running(options) as (service, stub), MiddlewareDouble(there_folder, Grid()) as there:
+        await eventually(lambda: service.status().connected)
+        first = service.identity
+        await middleware.stop()
+        assert (await refused(stub)).code() is grpc.StatusCode.UNAVAILABLE
+        assert service.status().enrolled, "it does not give up its place by itself"
+        there.invite()
+        there.join_json.rename(middleware.join_json)
+        await eventually(lambda: service.status().connected)
+        assert service.identity.hvid != first.hvid
+        assert (await stub.Sign(SIGN, timeout=5)).signature
+    assert (middleware.enrolments, there.enrolments) == (1, 1)
+
+
 async def test_a_middleware_that_dies_and_returns_within_the_deadline(
     middleware: MiddlewareDouble, options: AgentOptions
 ) -> None:
