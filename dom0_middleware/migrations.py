@@ -93,6 +93,11 @@ class Migrations:
         self._take_token(record, vm_auth_token)
         return await self.settle(record.uuid)
 
+    async def require_still(self, uuid: str) -> None:
+        """Raises Refused (VM_STATE_WRONG) while its domain is on its way, in either direction."""
+        if self._store.vm(uuid).leaving or await self._hypervisor.migrating(uuid):
+            raise Refused(Reason.VM_STATE_WRONG, "this VM is being migrated")
+
     def _take_token(self, record: VmRecord, vm_auth_token: str) -> None:
         if record.revoked:
             raise Refused(Reason.VM_REVOKED, "this VM was revoked on this hypervisor; no token helps")
@@ -171,12 +176,13 @@ class Migrations:
         if here is None:
             if record.leaving:
                 self._left(record)
+        elif await self._hypervisor.migrating(uuid):
+            # On its way here it is a stopped domain, on its way from here a running one.
+            self._later(uuid)
         elif here.state is DomainState.STOPPED:
             if record.leaving:
                 # dom0 stopped in the middle. Whether it runs over there is for the orchestrator to see, and for the grid.
                 self._store.set_here(uuid)
-        elif await self._hypervisor.migrating(uuid):
-            self._later(uuid)
         elif record.leaving or (record.vm_auth_token and not record.revoked and here.state is DomainState.RUNNING):
             await self._take(record, here)
         return info

@@ -184,7 +184,7 @@ class Vms:
             if record.arriving or record.leaving:
                 info = await self._start_migrated(record, vm_auth_token)
                 record = self._store.vm(uuid)
-                if info is None or info.state is not DomainState.STOPPED:
+                if record.arriving or info is None or info.state is not DomainState.STOPPED:
                     return self._describe(record, info), ""
             info = await self._hypervisor.info(uuid) or await self._hypervisor.define(spec(record))
             if not bound(record, info):
@@ -214,11 +214,12 @@ class Vms:
             info = await self._migrations.give_token(record, vm_auth_token)
         else:
             info = await self._migrations.settle(record.uuid)
+        now = self._store.vm(record.uuid)
         if info is not None and bound(record, info) and info.state is DomainState.STOPPED:
-            # It came, and was stopped here.
-            self._store.set_here(record.uuid)
-        elif record.leaving or not vm_auth_token:
-            how = "is being migrated" if record.leaving else "is not on this host: it is to come, or has gone"
+            await self._migrations.require_still(record.uuid)
+            self._store.set_here(record.uuid)  # it came, and was stopped
+        elif now.leaving or (now.arriving and not vm_auth_token):
+            how = "is being migrated" if now.leaving else "is not on this host: it is to come, or has gone"
             raise Refused(Reason.VM_STATE_WRONG, f"this VM {how}")
         return info
 
@@ -257,6 +258,7 @@ class Vms:
             if info is not None and bound(record, info):
                 if info.state is not DomainState.STOPPED:
                     raise Refused(Reason.VM_STATE_WRONG, "this VM runs; stop it first")
+                await self._migrations.require_still(uuid)
                 await self._hypervisor.undefine(uuid)
             await self._runs.end(uuid)
             self._store.delete_vm(uuid)

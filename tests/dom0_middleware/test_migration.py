@@ -301,6 +301,25 @@ async def test_a_migration_outlives_the_patience_of_its_caller(hosts: TwoHosts) 
     assert (await a.vm(uuid)).state == pb.VM_STATE_AWAY
 
 
+async def test_a_vm_on_its_way_is_neither_started_nor_deleted_where_it_comes_to(hosts: TwoHosts) -> None:
+    """There it looks like a stopped domain with the right binding."""
+    a, b = hosts.a, hosts.b
+    uuid = await in_the_middle(hosts)
+    async with b.world.orchestrator() as stub:
+        for call in (
+            stub.StartVm(pb.StartVmRequest(uuid=uuid), timeout=TIMEOUT),
+            stub.StartVm(pb.StartVmRequest(uuid=uuid, vm_auth_token=b.token()), timeout=TIMEOUT),
+            stub.DeleteVm(pb.DeleteVmRequest(uuid=uuid), timeout=TIMEOUT),
+        ):
+            assert (await refusal(call))[1] == "VM_STATE_WRONG"
+    await b.world.stop()
+    await b.world.start()
+    assert not b.channel.opened
+    a.hypervisor.gate.set()
+    async with hosts.agent(uuid) as agent:
+        assert await signs(agent, b)
+
+
 async def in_the_middle(hosts: TwoHosts) -> str:
     """A VM whose migration is under way; its UUID."""
     uuid = await hosts.running()

@@ -138,10 +138,18 @@ class HostDouble:
         domain, target = self.domains[uuid], self._network.get(uri)
         self.on_migrate()
         self._moving.add(uuid)
+        # As libvirt shows it: over there it is a stopped domain, and a job is under way for it.
+        receives = target is not None and uuid not in target.domains
+        if target is not None and receives:
+            target.domains[uuid] = Domain(domain.spec)
+            target._moving.add(uuid)
         try:
             await self.gate.wait()
         finally:
             self._moving.discard(uuid)
+            if target is not None and receives:
+                target._moving.discard(uuid)
+                del target.domains[uuid]
         failure, self.failure = self.failure, None
         if failure is None and target is None:
             failure = Refused(Reason.HYPERVISOR_REFUSED, "no such host")
