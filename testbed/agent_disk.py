@@ -1,4 +1,4 @@
-"""A guest's disk with the agent's package installed, as somebody who makes images would: dpkg in a chroot, on this machine.
+"""Guests' disks with packages installed, as somebody who makes images would: dpkg in a chroot, on this machine.
 
 Under emulation the same takes minutes for each guest.
 """
@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from testbed.build import GUEST_DISK
@@ -19,32 +20,50 @@ _KEPT = 2  # disks of earlier packages
 
 
 def agent_disk(images: Path, package: Path) -> Path:
-    """The disk for this ``.deb``, made once for each content. Raises TestbedError."""
-    digest = hashlib.sha256(package.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
+    """The disk with this ``.deb`` of the agent, made once for each content. Raises TestbedError."""
+    return _disk(images, "agent", package.read_bytes(), lambda root: [package])
+
+
+def cloud_init_disk(images: Path) -> Path:
+    """A disk with the distribution's cloud-init, and without the agent; made once. Raises TestbedError."""
+    return _disk(images, "cloud-init", b"", lambda root: _with_dependencies("cloud-init", root))
+
+
+def _with_dependencies(package: str, root: Path) -> Iterable[Path]:
+    """What apt says is missing in ``root``, from this machine's own package sources."""
+    folder = root.parent / "archives"
+    (folder / "partial").mkdir(parents=True)
+    options = {"Dir::State::status": root / "var/lib/dpkg/status", "Dir::Cache::archives": folder}
+    words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+    words += ["-o", "APT::Sandbox::User=root"]
+    run(["apt-get", "-qq", "install", "--yes", "--download-only", "--no-install-recommends", *words, package])
+    return sorted(folder.glob("*.deb"))
+
+
+def _disk(images: Path, kind: str, content: bytes, packages: Callable[[Path], Iterable[Path]]) -> Path:
+    digest = hashlib.sha256(content + Path(__file__).read_bytes()).hexdigest()[:16]
     folder = images / "guests"
     folder.mkdir(mode=0o700, exist_ok=True)
-    target = folder / f"agent-{digest}.ext4"
+    target = folder / f"{kind}-{digest}.ext4"
     if target.exists():
         target.touch()
         return target
     if os.geteuid() != 0:
-        raise TestbedError("a guest's disk with the agent installed is made in a chroot: run this as root")
+        raise TestbedError("packages are installed on a guest's disk in a chroot: run this as root")
     with tempfile.TemporaryDirectory(prefix="sf-guest-", dir=folder) as name:
         root, unfinished = Path(name) / "root", Path(name) / "disk"
         root.mkdir()
         run(["debugfs", "-R", f"rdump / {root}", images / "guest.ext4"])
-        shutil.copyfile(package, root / "agent.deb")
-        # Maintainer scripts run in the chroot; no service is started there.
-        run(
-            ["dpkg", f"--root={root}", "--install", root / "agent.deb"],
-            environment={"DEBIAN_FRONTEND": "noninteractive"},
-        )
-        (root / "agent.deb").unlink()
         for shared in ("tmp", "var/tmp"):
             (root / shared).chmod(0o1777)  # debugfs forgets these bits
+        (root / "packages").mkdir()
+        copies = [Path(shutil.copy(package, root / "packages")) for package in packages(root)]
+        # Maintainer scripts run in the chroot; no service is started there.
+        run(["dpkg", f"--root={root}", "--install", *copies], environment={"DEBIAN_FRONTEND": "noninteractive"})
+        shutil.rmtree(root / "packages")
         run(["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal,^metadata_csum", "-d", root, unfinished, GUEST_DISK])
         unfinished.chmod(0o400)
         unfinished.rename(target)
-    for old in sorted(folder.glob("agent-*.ext4"), key=lambda path: path.stat().st_mtime)[: -1 - _KEPT]:
+    for old in sorted(folder.glob(f"{kind}-*.ext4"), key=lambda path: path.stat().st_mtime)[: -1 - _KEPT]:
         old.unlink()
     return target
