@@ -20,13 +20,14 @@ test: setup ## run all tests (ARGS="..." goes to pytest)
 test-xen: setup ## run the whole chain on a real Xen host under QEMU (TESTS=tests/xen/FILE; ARGS="..." goes to pytest)
 	@$(BIN)/python -m pytest -m xen -v --timeout 3600 $(or $(TESTS),tests/xen) $(ARGS)
 
-check: setup ## format, lint, types, import contract, protos, shell
+check: setup ## format, lint, types, import contract, protos, shell, playbooks
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/shellcheck scripts/setup .ci/run
+	cd ansible && PATH="$(abspath $(BIN)):$$PATH" ansible-lint --config-file ../.ansible-lint --offline --strict --nocolor
 
 format: setup ## format the code
 	$(BIN)/ruff check --fix-only --quiet .
@@ -41,9 +42,10 @@ bench-xen: setup ## measure a guest's ways to dom0 on a real Xen host under QEMU
 deb: setup ## build the Debian package of the agent (dist/)
 	@$(BIN)/python -m release deb
 
-release: setup ## build what the playbooks deploy: the wheel, and those of its dependencies (dist/)
+release: setup ## build what the playbooks deploy (dist/)
 	@$(BIN)/python -m release wheel
 	@$(BIN)/python -m release wheels
+	@$(BIN)/python -m release archive
 
 testbed: setup ## build the images of a real Xen host under QEMU (once; docs/testbed.md)
 	@$(BIN)/python -m testbed build

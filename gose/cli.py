@@ -32,7 +32,6 @@ from gose.authority.errors import (
     TokenNotIssuedError,
 )
 from gose.cards import CardWays
-from gose.overview import take_overview
 from gose.racs.cli import racs_app
 from gose.racs.tls import TlsFilesError
 from gose.registry import AlreadyEnrolledError, Identity, NotEnrolledError, Registry, RegistryError
@@ -247,6 +246,25 @@ def enrol_server(
     _enrol(settings, order, _access(settings, element), out)
 
 
+@app.command("enrol-cards")
+def enrol_cards(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the certificates, NAME.pem.", file_okay=False)],
+    key: KeyOption = "rsa-2048",  # type: ignore[assignment]  # typer parses the default, too
+    valid: ValidOption = "365d",  # type: ignore[assignment]  # likewise
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Enrol every secure element of the settings that has no certificate in the folder yet, each under its SEID."""
+    settings = load_settings(GoseSettings, config)
+    for element in settings.secure_elements:
+        certificate = out / f"{element.seid}.pem"
+        if certificate.exists():
+            continue
+        if element.role == "server":
+            enrol_server(element.seid, element.seid, certificate, key, valid, config=config)
+        else:
+            enrol_vm(element.seid, element.seid, certificate, key, valid, config=config)
+
+
 @app.command("issue-token")
 def issue_token(
     vm: Annotated[str, typer.Option(help="Name of the VM.")],
@@ -309,6 +327,8 @@ def status(
     config: ConfigOption = CONFIG,
 ) -> None:
     """Show the running grid (cards, queues, sessions), who is enrolled, which tokens are out, and what was revoked."""
+    from gose.overview import take_overview
+
     settings = load_settings(GoseSettings, config)
     authority = AuthorityFolder(settings.authority)
     with _registry(settings) as registry:

@@ -35,14 +35,20 @@ def locked_entries() -> dict[str, str]:
 def collect(target: Path) -> None:
     """Every dependency of every place, held to the lock's hashes; what has no wheel (libvirt-python) is compiled here.
 
-    ``requirements.lock`` beside the wheels has the hash of each, so that a host can hold them to it in turn. Raises LockError.
+    ``requirements.lock`` beside the wheels has the hash of each, so that a host can hold them to it in turn. A folder that was made of the
+    same lock is left as it is. Raises LockError.
     """
+    wanted = "\n".join(locked_entries().values()) + "\n"
+    made_of = target / "made-of.txt"  # the last that is written
+    if made_of.is_file() and made_of.read_text(encoding="utf-8") == wanted:
+        return
     target.mkdir(parents=True, exist_ok=True)
+    made_of.unlink(missing_ok=True)
     for old in target.glob("*.whl"):
         old.unlink()
     with tempfile.TemporaryDirectory(prefix="sf-wheels-") as folder:
         requirements = Path(folder) / "requirements.txt"
-        requirements.write_text("\n".join(locked_entries().values()) + "\n", encoding="utf-8")
+        requirements.write_text(wanted, encoding="utf-8")
         command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
         _run([*command, "--require-hashes", "--wheel-dir", str(target), "--requirement", str(requirements)])
     # What was compiled here has a hash of its own; all others were held to the project's lock just now.
@@ -51,6 +57,7 @@ def collect(target: Path) -> None:
         name, version = wheel.name.split("-")[:2]
         lines.append(f"{name}=={version} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n")
     (target / "requirements.lock").write_text("".join(lines), encoding="utf-8")
+    made_of.write_text(wanted, encoding="utf-8")
 
 
 def _run(command: list[str]) -> None:

@@ -32,9 +32,7 @@ from secfunet.service.daemon import run_daemon
 from secfunet.service.files import private_folder, read_secret, write_atomically
 from secfunet.service.logs import configure_logs
 from secfunet.service.settings import load_settings
-from secure_element.card_os import CardOs
 from secure_element.errors import SecureElementError, StoreError
-from secure_element.metrics import CardMetrics
 from secure_element.personalise import (
     change_pin,
     install_certificate,
@@ -43,7 +41,6 @@ from secure_element.personalise import (
     unblock_pin,
 )
 from secure_element.pin import ATTEMPTS, make_pin
-from secure_element.server import CardServer
 from secure_element.settings import CardSettings
 from secure_element.store import KEY_DATA_SIZE, CardStore, DomainRecord, StoreContents
 
@@ -151,6 +148,11 @@ def _new_pin(role: str, path: Path | None, generate: bool) -> bytes:
 @app.command()
 def serve(config: ConfigOption) -> None:
     """Serve the card at its Unix socket until SIGTERM."""
+    # Late: the other commands need not wait for the card's imports.
+    from secure_element.card_os import CardOs
+    from secure_element.metrics import CardMetrics
+    from secure_element.server import CardServer
+
     settings = load_settings(CardSettings, config)
     configure_logs(settings.log_level)
     secret = settings.store_key.read()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
-
 
 class CardMetrics:
     """Counts commands; serves http://127.0.0.1:port/metrics if there is a port."""
@@ -12,6 +10,9 @@ class CardMetrics:
         self._server = None
         if port is None:
             return
+        # Late: a card without a port starts without the web server's imports.
+        from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+
         registry = CollectorRegistry()
         self._commands = Counter(
             "secure_element_commands",

@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from enum import IntEnum
-from importlib.metadata import version
 
 import typer
 
@@ -35,6 +34,8 @@ def print_version(program: str) -> Callable[[bool], None]:
 
     def show(wanted: bool) -> None:
         if wanted:
+            from importlib.metadata import version
+
             typer.echo(f"{program} {version('secfunet')}")
             raise typer.Exit
 

@@ -43,12 +43,12 @@ def work() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def release() -> Release:
-    """The wheel, the agent's package, and a guest's disk, of this checkout."""
+    """The hosts' archive, the agent's package, and a guest's disk, of this checkout."""
     try:
         require_tools(install=True)
     except TestbedError as error:
         pytest.exit(f"the tests on Xen cannot run here: {error}", returncode=4)
-    return _timed("the release: wheel, package, guest's disk", lambda: make_release(ROOT / "dist"))
+    return _timed("the release: archive, package, guest's disk", lambda: make_release(ROOT / "dist"))
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from release.archive import build as build_archive
 from release.deb import build as build_deb
-from release.wheels import own_wheel
-from testbed import Testbed
+from release.wheels import collect
+from testbed import Host, Testbed
 from testbed.agent_disk import agent_disk
 from testbed.build import build
 from testbed.guests import domain_template
@@ -30,22 +32,23 @@ HOSTS = (HOST, GRID)
 
 @dataclass(frozen=True)
 class Release:
-    """What is deployed: the project's wheel, the agent's package, and a guest's disk with that installed."""
+    """What is deployed: the archive of hosts, the agent's package, and a guest's disk with that installed."""
 
-    wheel: Path
+    archive: Path
     package: Path
     guest_disk: Path
 
 
 def make_release(folder: Path) -> Release:
     """Builds it, or takes what was built from the same commit and tree."""
-    wheel = own_wheel(folder)
+    collect(folder / "wheels")
+    archive = build_archive(folder, folder / "wheels")
     package = folder / "kept" / _tree_digest() / "agent.deb"
     if not package.exists():
         shutil.rmtree(folder / "kept", ignore_errors=True)
         package.parent.mkdir(parents=True)
         build_deb(folder, ROOT / ".build" / "deb" / "wheels").rename(package)
-    return Release(wheel, package, agent_disk(build(), package))
+    return Release(archive, package, agent_disk(build(), package))
 
 
 def inventory(xen_hosts: Mapping[str, Mapping[str, Any]], **grid: Any) -> dict[str, Any]:
@@ -65,7 +68,7 @@ def host_variables(release: Release, folder: Path, **more: Any) -> dict[str, Any
     return {
         "dom0_middleware_policy": [{**rule, "schemes": ["rsassa-pss-*", "rsaes-oaep-sha256"]}],
         "dom0_middleware_template": str(template),
-        "common_wheel": str(release.wheel),
+        "common_release": str(release.archive),
         **more,
     }
 
@@ -103,16 +106,43 @@ def deployed_state(release: Release, folder: Path) -> str:
     for old in (build() / "states").glob("deployed-*"):
         shutil.rmtree(old)
     with Testbed.resume("deploy", hosts=HOSTS) as bed:
-        hosts = inventory({HOST: host_variables(release, folder)}, common_wheel=str(release.wheel))
-        play(bed, "site", hosts, folder)
+        hosts = inventory({HOST: host_variables(release, folder)}, common_release=str(release.archive))
+        before = {name: listing(bed[name]) for name in HOSTS}
+        check = play(bed, "site", hosts, folder, "--check", "--diff")
+        first = play(bed, "site", hosts, folder, "-vvv")
+        after = {name: listing(bed[name]) for name in HOSTS}
+        evidence = {"before": before, "after": after, "check": check.stdout, "first": first.stdout + first.stderr}
         bed.save(state)
+    evidence_of(state).write_text(json.dumps(evidence))
     return state
+
+
+def evidence_of(state: str) -> Path:
+    """What was seen when the state was made: the hosts' files before and after, and what the playbook said, with --check and without."""
+    return build() / "states" / state / "evidence.json"
+
+
+def listing(host: Host) -> dict[str, str]:
+    """Owner, group and mode of every file and folder of a host's disk."""
+    found = host.run("find / -xdev -printf '%p\\t%u %g %m\\n'", check=False).stdout.decode(errors="replace")
+    return dict(line.split("\t", 1) for line in found.splitlines() if "\t" in line)
+
+
+def changed(output: str) -> set[tuple[str, str]]:
+    """Host and task of each change that a playbook tells of."""
+    task, found = "", set()
+    for line in output.splitlines():
+        if match := re.match(r"TASK \[(.*)\] \**$", line):
+            task = match[1]
+        elif match := re.match(r"changed: \[([^\] ]+)", line):
+            found.add((match[1], task))
+    return found
 
 
 def _content(release: Release) -> str:
     """Of what is deployed, and how."""
     digest = hashlib.sha256()
-    for path in (release.wheel, Path(__file__), *_files(COLLECTION)):
+    for path in (release.archive, Path(__file__), *_files(COLLECTION)):
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:12]
 

@@ -23,7 +23,7 @@ DOM0 = "192.168.77.1"
 def over_tcp(bed: Testbed, release: Release, work: Path) -> Testbed:
     """The playbook gives the host another channel."""
     choice = {"dom0_middleware_channel": "tcp", "dom0_middleware_bridge_address": DOM0}
-    hosts = inventory({HOST: host_variables(release, work, **choice)}, common_wheel=str(release.wheel))
+    hosts = inventory({HOST: host_variables(release, work, **choice)}, common_release=str(release.archive))
     play(bed, "site", hosts, work, "--limit", HOST)
     return bed
 
