@@ -90,7 +90,13 @@ def play(
         *(str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(listed)),
         *("--ssh-common-args", f"-F {config}", f"playbooks/{playbook}.yml", *options),
     ]
-    environment = {**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_HOME": str(folder / "ansible")}
+    # Ansible keeps connections open and tells them apart by the host's name alone, which is the same in every bed.
+    environment = {
+        **os.environ,
+        "ANSIBLE_NOCOLOR": "1",
+        "ANSIBLE_HOME": str(folder / "ansible"),
+        "ANSIBLE_SSH_CONTROL_PATH_DIR": str(folder / f"c-{bed.name}"),
+    }
     done = subprocess.run(
         command, cwd=COLLECTION, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
