@@ -108,7 +108,6 @@ def write_card(layout: Layout, name: str, *, user_pin: str | None = None) -> Pat
     folder = private_folder(layout.card(name))
     write_atomically(folder / "store.key", secrets.token_bytes(32).hex().encode())
     write_atomically(folder / "user.pin", (user_pin or f"{secrets.randbelow(10**8):08d}").encode())
-    write_atomically(folder / "operator.pin", f"{secrets.randbelow(10**8):08d}".encode())
     config = folder / "secure-element.toml"
     write_atomically(config, b'socket = "card.sock"\nstore = "card.store"\n\n[store_key]\nfile = "store.key"\n')
     return config
@@ -137,7 +136,7 @@ def write_grid(layout: Layout, ports: Ports, cards: Sequence[tuple[str, str]], p
             f"role = {toml(role)}",
             f"socket = {toml(layout.card_socket(seid))}",
             f"user_pin_file = {toml(layout.card(seid) / 'user.pin')}",
-            f"operator_pin_file = {toml(layout.card(seid) / 'operator.pin')}",
+            f"administrator_keys_file = {toml(layout.card(seid) / 'card.keys')}",
         ]
     write_atomically(layout.gose_config, "\n".join([*lines, ""]).encode())
     return layout.gose_config

@@ -198,8 +198,7 @@ class Stack:
 
     async def _make_card(self, card: str) -> None:
         config = write_card(self.layout, card)
-        words = ("--user-pin-file", config.parent / "user.pin", "--operator-pin-file", config.parent / "operator.pin")
-        await run("secure-element", "init", "--config", config, *words)
+        await run("secure-element", "init", "--config", config, "--user-pin-file", config.parent / "user.pin")
 
     async def _make(self) -> None:
         """Authority, enrolment, initial state of the hosts; the plan is written last, so that a half-made folder is made anew."""
@@ -218,8 +217,8 @@ class Stack:
         self.made = True
 
     async def _enrol_hypervisor(self, name: str) -> None:
-        pin = self.layout.card(name) / "operator.pin"
-        words = ("--card", self.layout.card_socket(name), "--operator-pin-file", pin)
+        keys = self.layout.card(name) / "card.keys"
+        words = ("--card", self.layout.card_socket(name), "--administrator-keys-file", keys)
         await self.gose("enrol-hypervisor", name, *words, "--out", self.layout.certificate(name))
 
     async def _create_and_start(self, vm: str) -> None:

@@ -37,6 +37,7 @@ from gose.racs.tls import TlsFilesError
 from gose.registry import AlreadyEnrolledError, Identity, NotEnrolledError, Registry, RegistryError
 from gose.settings import GoseSettings, SecureElementSettings
 from secfunet.apdu import ApduError
+from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.card.errors import CardBusyError, CardError, CardGoneError
 from secfunet.card.parameters import KeyAlgorithm
 from secfunet.identity import Holder, IdentityError, Role, check_name, pem_of
@@ -45,7 +46,7 @@ from secfunet.racs.errors import RacsRefusedError
 from secfunet.racs.inventory import ServerUnreachableError
 from secfunet.service.cli import ExitCode, print_version, run
 from secfunet.service.daemon import run_daemon
-from secfunet.service.files import read_secret, write_atomically
+from secfunet.service.files import write_atomically
 from secfunet.service.logs import configure_logs
 from secfunet.service.settings import load_settings
 
@@ -158,11 +159,10 @@ def renew_servers(config: ConfigOption = CONFIG) -> None:
 def enrol_hypervisor(
     name: str,
     card: Annotated[Path, typer.Option("--card", help="The card's Unix socket.")],
-    operator_pin_file: Annotated[Path, typer.Option(help="File of mode 0600 with the operator's PIN.")],
+    administrator_keys_file: Annotated[
+        Path, typer.Option(help="File of mode 0600 with the SCP03 keys of the card's administrator.")
+    ],
     out: CertificateOption,
-    user_pin_file: Annotated[
-        Path | None, typer.Option(help="File with the user's PIN; only needed if the card holds other identities.")
-    ] = None,
     identity: Annotated[str, typer.Option(help="Friendly name of the TLS-Id on the card.")] = "hypervisor",
     key: KeyOption = "rsa-2048",  # type: ignore[assignment]  # typer parses the default, too
     valid: ValidOption = "365d",  # type: ignore[assignment]  # likewise
@@ -171,7 +171,7 @@ def enrol_hypervisor(
 ) -> None:
     """Make the card at a socket the card of a hypervisor. Its key is RSA: containers are made for it."""
     order = EnrolmentOrder(_holder(Role.HYPERVISOR, name), identity, key, valid, replace=replace)
-    access = CardAccess.at_socket(card, _pin(operator_pin_file), None if user_pin_file is None else _pin(user_pin_file))
+    access = CardAccess.at_socket(card, AdministratorKeys.read(administrator_keys_file))
     _enrol(load_settings(GoseSettings, config), order, access, out)
 
 
@@ -394,19 +394,14 @@ def _element(settings: GoseSettings, seid: str, role: Role) -> SecureElementSett
 
 
 def _access(settings: GoseSettings, element: SecureElementSettings) -> CardAccess:
-    if element.operator_pin_file is None:
-        raise EnrolmentError(f"the settings name no 'operator_pin_file' for the secure element '{element.seid}'")
+    if element.administrator_keys_file is None:
+        raise EnrolmentError(f"the settings name no 'administrator_keys_file' for the secure element '{element.seid}'")
     ways = CardWays.of(settings)
     return CardAccess.through(
         lambda: ways.connect(element, timeout=CONNECT_TIMEOUT),
-        _pin(element.operator_pin_file),
-        _pin(element.user_pin_file),
+        AdministratorKeys.read(element.administrator_keys_file),
         where=f"the card at {element.place}",
     )
-
-
-def _pin(path: Path) -> bytes:
-    return read_secret(path).strip()
 
 
 def _enrol(settings: GoseSettings, order: EnrolmentOrder, access: CardAccess, out: Path | None) -> None:

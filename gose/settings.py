@@ -108,7 +108,7 @@ class SecureElementSettings(Settings):
     role: Literal["vm", "server"]
     user_pin_file: FilePath
     # Only needed to personalise the card.
-    operator_pin_file: FilePath | None = None
+    administrator_keys_file: FilePath | None = None
     # The friendly name of the TLS-Id that is used; None: the same as ``role``.
     identity: Name | None = None
 

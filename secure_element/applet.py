@@ -13,7 +13,7 @@ from cryptography import x509
 from secfunet.apdu import CommandApdu
 from secfunet.card.errors import CardFormatError
 from secfunet.card.instructions import MIN_PIN_SIZE, PIN_SIZE, Cla, Ins, KeyIns, KeyOperation, MethodFunction
-from secfunet.card.parameters import PinRole, TlsParameters, encode_certificates
+from secfunet.card.parameters import TlsParameters, encode_certificates
 from secfunet.card.profile import CardProfile
 from secure_element.commands import VERIFY_PIN_ALIAS
 from secure_element.eap_engine import EapDiscarded, EapEngine, EapFailure, TlsIdView
@@ -55,7 +55,7 @@ class EapApplet:
     def __init__(self, store: CardStore, options: CardOptions, randbytes: RandBytes) -> None:
         self._options = options
         self._randbytes = randbytes
-        self._pins = PinKeeper(store, randbytes)
+        self._pin = PinKeeper(store, randbytes)
         self._identities = Identities(store)
         self.handlers: dict[tuple[int, int], Callable[[CommandApdu], bytes]] = {
             (Cla.EAP, Ins.VERIFY_PIN): self._verify_pin,
@@ -91,53 +91,54 @@ class EapApplet:
         self._engine.select_identity(None)
 
     def _forget_session(self) -> None:
-        self.verified: set[PinRole] = set()
+        self.is_user_verified = False
         self._chosen: str | None = None
         self._cursor: str | None = None
 
     # PINs
 
-    def pin_needed(self, role: PinRole) -> CommandRefusedError:
+    def pin_needed(self) -> CommandRefusedError:
         """What the card answers to whom it does not know."""
-        return CommandRefusedError(Sw.PIN_ATTEMPTS | self._pins.attempts(role))
+        return CommandRefusedError(Sw.PIN_ATTEMPTS | self._pin.attempts)
 
     def _verify_pin(self, command: CommandApdu) -> bytes:
-        role = _role(command)
+        _expect(command, 0x00, 0x00)
         if not command.data:
-            raise self.pin_needed(role)
+            raise self.pin_needed()
         if len(command.data) != PIN_SIZE:
             raise CommandRefusedError(Sw.WRONG_LENGTH)
-        self._check_pin(role, command.data)
-        self.verified.add(role)
+        self._check_pin(command.data)
+        self.is_user_verified = True
         return b""
 
     def _change_pin(self, command: CommandApdu) -> bytes:
-        role = _role(command)
-        old, new = _two_pins(command.data)
+        _expect(command, 0x00, 0x00)
+        if len(command.data) != 2 * PIN_SIZE:
+            raise CommandRefusedError(Sw.WRONG_LENGTH)
+        old, new = command.data[:PIN_SIZE], command.data[PIN_SIZE:]
         _check_new_pin(new)
-        self._check_pin(role, old)
-        self._pins.change(role, new)
-        log.info("PIN changed", extra={"role": role.name.lower()})
+        self._check_pin(old)
+        self._pin.change(new)
+        log.info("PIN changed")
         return b""
 
     def _unblock_pin(self, command: CommandApdu) -> bytes:
         _expect(command, 0x00, 0x00)
-        new, operator_pin = _two_pins(command.data)
-        _check_new_pin(new)
-        self.verified.discard(PinRole.USER)
-        self._check_pin(PinRole.OPERATOR, operator_pin)
-        self._pins.change(PinRole.USER, new)
-        log.info("user PIN replaced by the operator")
+        if len(command.data) != PIN_SIZE:
+            raise CommandRefusedError(Sw.WRONG_LENGTH)
+        _check_new_pin(command.data)
+        self.is_user_verified = False
+        self._pin.change(command.data)
+        log.info("PIN replaced by the administrator")
         return b""
 
-    def _check_pin(self, role: PinRole, untrusted_pin: bytes) -> None:
+    def _check_pin(self, untrusted_pin: bytes) -> None:
         """A failed check takes back what an earlier one opened."""
-        self.verified.discard(role)
+        self.is_user_verified = False
         try:
-            self._pins.verify(role, untrusted_pin)
+            self._pin.verify(untrusted_pin)
         except CommandRefusedError:
-            left = self._pins.attempts(role)
-            log.warning("PIN refused", extra={"role": role.name.lower(), "attempts_left": left})
+            log.warning("PIN refused", extra={"attempts_left": self._pin.attempts})
             raise
 
     # Identities
@@ -196,8 +197,16 @@ class EapApplet:
         return CardProfile(record.eap_id, (record.certificate,), record.authorities).encode()
 
     def _get_certificate(self, command: CommandApdu) -> bytes:
+        """Of the current identity, or of the one that is named."""
         _expect(command, 0x00, 0x00)
-        return self._current_complete().certificate
+        if not command.data:
+            return self._current_complete().certificate
+        record = self._identities.find(command.data)
+        if record is None:
+            raise CommandRefusedError(Sw.NO_IDENTITY)
+        if not record.is_complete:
+            raise CommandRefusedError(Sw.CONDITIONS_NOT_SATISFIED)
+        return record.certificate
 
     # EAP and TLS
 
@@ -313,18 +322,6 @@ class EapApplet:
 def _expect(command: CommandApdu, p1: int, p2: int) -> None:
     if (command.p1, command.p2) != (p1, p2):
         raise CommandRefusedError(Sw.WRONG_P1_P2)
-
-
-def _role(command: CommandApdu) -> PinRole:
-    if command.p1 != 0 or command.p2 not in (PinRole.USER, PinRole.OPERATOR):
-        raise CommandRefusedError(Sw.WRONG_P1_P2)
-    return PinRole(command.p2)
-
-
-def _two_pins(untrusted: bytes) -> tuple[bytes, bytes]:
-    if len(untrusted) != 2 * PIN_SIZE:
-        raise CommandRefusedError(Sw.WRONG_LENGTH)
-    return untrusted[:PIN_SIZE], untrusted[PIN_SIZE:]
 
 
 def _check_new_pin(untrusted: bytes) -> None:

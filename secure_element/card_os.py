@@ -14,7 +14,6 @@ from typing import Final
 
 from secfunet.apdu import ApduFormatError, CommandApdu, ResponseApdu
 from secfunet.card.instructions import AID, AID_OF_DOMAIN, AID_OF_DRAFT, CHAINING, Cla, DomainIns, Ins, KeyIns
-from secfunet.card.parameters import PinRole
 from secfunet.scp03.channel import SECURE_MESSAGING
 from secure_element.applet import CardOptions, EapApplet
 from secure_element.commands import DOMAIN_GUARDS, GUARDS, NAMES, Guard
@@ -152,19 +151,18 @@ class CardOs:
             # Somebody else speaks in the administrator's session.
             self._channel.close()
             raise CommandRefusedError(Sw.SECURITY_STATUS)
-        verified = self._applet.verified
+        is_user = self._applet.is_user_verified
         allowed = {
             Guard.NOBODY: True,
-            Guard.USER: PinRole.USER in verified,
-            Guard.OPERATOR: PinRole.OPERATOR in verified,
-            Guard.EITHER: bool(verified) or is_administrator,
+            Guard.USER: is_user,
+            Guard.EITHER: is_user or is_administrator,
             Guard.ADMINISTRATOR: is_administrator,
         }
         if allowed[guard]:
             return
         if guard is Guard.ADMINISTRATOR:
             raise CommandRefusedError(Sw.SECURITY_STATUS)
-        raise self._applet.pin_needed(PinRole.OPERATOR if guard is Guard.OPERATOR else PinRole.USER)
+        raise self._applet.pin_needed()
 
     def _select(self, command: CommandApdu) -> bytes:
         if (command.p1, command.p2) != (0x04, 0x00):

@@ -22,9 +22,9 @@ from secfunet.card import (
     CardFormatError,
     CardGoneError,
     KeyAlgorithm,
-    PinRole,
     connect_unix,
 )
+from secfunet.card.administrator import AdministratorRefusedError
 from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.card.client import pad_pin
 from secfunet.service.cli import ExitCode, print_version, run
@@ -34,11 +34,11 @@ from secfunet.service.logs import configure_logs
 from secfunet.service.settings import load_settings
 from secure_element.errors import SecureElementError, StoreError
 from secure_element.personalise import (
+    administrator_of,
     change_pin,
     install_certificate,
-    operator_of,
     request_certificate,
-    unblock_pin,
+    rotate_keys,
 )
 from secure_element.pin import ATTEMPTS, make_pin
 from secure_element.settings import CardSettings
@@ -50,17 +50,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-pin_app = typer.Typer(help="PINs of a served card.", no_args_is_help=True)
+pin_app = typer.Typer(help="The PIN of a served card.", no_args_is_help=True)
 app.add_typer(pin_app, name="pin")
+keys_app = typer.Typer(help="The administrator's keys of a served card.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="The card's TOML file.", show_default=False)]
 UserPinOption = Annotated[Path | None, typer.Option(help="File (mode 0600) with the user's PIN; asked for if missing.")]
-OperatorPinOption = Annotated[Path | None, typer.Option(help="The same for the operator's PIN.")]
 KeysFileOption = Annotated[
-    Path | None,
-    typer.Option("--administrator-keys-file", help="The administrator's SCP03 keys, mode 0600.", show_default=False),
+    Path, typer.Option("--administrator-keys-file", help="File (mode 0600) with the administrator's SCP03 keys.")
 ]
-GeneratePinsOption = Annotated[bool, typer.Option(help="Make random PINs and write them to these two files.")]
+GeneratePinOption = Annotated[bool, typer.Option("--generate-pin", help="Make a random PIN and write it to that file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 IdentityOption = Annotated[str, typer.Option(help="Friendly name of the TLS-Id on the card.")]
@@ -72,6 +72,7 @@ _ALGORITHMS: Final = {
     "p-256": KeyAlgorithm.P_256,
     "p-384": KeyAlgorithm.P_384,
 }
+_NEW_PIN: Final = "New PIN of the user (4 to 8 characters)"
 _PIN_LETTERS: Final = string.ascii_letters + string.digits
 _STATUS_TIMEOUT: Final = 5.0
 
@@ -90,12 +91,11 @@ def _common(
 def init(
     config: ConfigOption,
     user_pin_file: UserPinOption = None,
-    operator_pin_file: OperatorPinOption = None,
-    generate_pins: GeneratePinsOption = False,
+    generate_pin: GeneratePinOption = False,
     administrator_keys_file: Annotated[
         Path | None,
         typer.Option(
-            help="The administrator's SCP03 keys: random ones are written to it, unless it exists; beside the store if missing."
+            help="The administrator's SCP03 keys: random ones are written to it, unless it exists. [default: beside the store]"
         ),
     ] = None,
 ) -> None:
@@ -103,14 +103,10 @@ def init(
     settings = load_settings(CardSettings, config)
     if settings.store.exists():
         raise StoreError(f"{settings.store} exists already: its keys would be lost")
-    pins = {
-        PinRole.USER: _new_pin("user", user_pin_file, generate_pins),
-        PinRole.OPERATOR: _new_pin("operator", operator_pin_file, generate_pins),
-    }
+    pin = _new_pin(user_pin_file, generate_pin)
     keys_file = administrator_keys_file or settings.store.with_suffix(".keys")
-    keys = AdministratorKeys.read(keys_file) if keys_file.exists() else AdministratorKeys.generate()
-    keys.write(keys_file)
     private_folder(settings.store.parent)
+    keys = AdministratorKeys.read(keys_file) if keys_file.exists() else _make_keys(keys_file)
     key_file = settings.store_key.file
     if key_file is not None and not key_file.exists():
         private_folder(key_file.parent)
@@ -118,21 +114,26 @@ def init(
         typer.echo(f"store key: {key_file} (whoever has it and the store has the keys: back them up apart)")
     secret = settings.store_key.read(confirm=True)
     contents = StoreContents(
-        {role: make_pin(role, pin, secrets.token_bytes) for role, pin in pins.items()},
+        make_pin(pin, secrets.token_bytes),
         domain=DomainRecord(secrets.token_bytes(KEY_DATA_SIZE), {keys.version: keys.keys}),
     )
     CardStore.create(settings.store, secret, contents).close()
     typer.echo(f"store:     {settings.store}")
     typer.echo(f"keys:      {keys_file} (whoever has them administers the card: give them to whoever does)")
-    attempts = ", ".join(f"{role.name.lower()} {ATTEMPTS[role]} attempts" for role in pins)
-    typer.echo(f"PINs:      {attempts}; serve it with: secure-element serve --config {config}")
+    typer.echo(f"PIN:       {ATTEMPTS} attempts; serve it with: secure-element serve --config {config}")
 
 
-def _new_pin(role: str, path: Path | None, generate: bool) -> bytes:
+def _make_keys(path: Path) -> AdministratorKeys:
+    keys = AdministratorKeys.generate()
+    keys.write(path)
+    return keys
+
+
+def _new_pin(path: Path | None, generate: bool) -> bytes:
     """The padded PIN: generated into ``path``, read from it, or typed."""
     if generate:
         if path is None:
-            raise typer.BadParameter(f"--generate-pins needs --{role}-pin-file: somebody must get to know it")
+            raise typer.BadParameter("--generate-pin needs --user-pin-file: somebody must get to know it")
         if path.exists():
             raise typer.BadParameter(f"{path} exists already")
         private_folder(path.parent)
@@ -140,8 +141,8 @@ def _new_pin(role: str, path: Path | None, generate: bool) -> bytes:
         write_atomically(path, pin + b"\n")
         return pad_pin(pin)
     if path is not None:
-        return pad_pin(read_secret(path).strip())
-    typed = str(typer.prompt(f"New PIN of the {role} (4 to 8 characters)", hide_input=True, confirmation_prompt=True))
+        return pad_pin(_read_pin(path))
+    typed = str(typer.prompt(_NEW_PIN, hide_input=True, confirmation_prompt=True))
     return pad_pin(typed.encode())
 
 
@@ -192,7 +193,7 @@ def request(
     name: Annotated[str, typer.Argument(help="Whose card it is to be: a hypervisor's name, say.")],
     config: ConfigOption,
     out: Annotated[Path, typer.Option(help="PKCS#10, PEM: for 'gose sign-hypervisor'.")],
-    operator_pin_file: OperatorPinOption = None,
+    administrator_keys_file: KeysFileOption,
     identity: IdentityOption = "hypervisor",
     key: Annotated[str, typer.Option(help=", ".join(_ALGORITHMS))] = "rsa-2048",
     renew: Annotated[bool, typer.Option("--renew", help="For the key that the card has already.")] = False,
@@ -201,10 +202,10 @@ def request(
     if key not in _ALGORITHMS:
         raise typer.BadParameter(f"a key is one of {', '.join(_ALGORITHMS)}")
     settings = load_settings(CardSettings, config)
-    pin = _known_pin("operator", operator_pin_file)
+    keys = AdministratorKeys.read(administrator_keys_file)
 
     async def act() -> bytes:
-        async with operator_of(settings.socket, pin) as client:
+        async with administrator_of(settings.socket, keys) as client:
             return await request_certificate(client, label=identity, name=name, algorithm=_ALGORITHMS[key], renew=renew)
 
     write_atomically(out, asyncio.run(act()), mode=0o644)
@@ -216,15 +217,15 @@ def install(
     config: ConfigOption,
     certificate: Annotated[Path, typer.Option(help="The certificate for the card's key, PEM.", exists=True)],
     authority: Annotated[Path, typer.Option(help="ca.pem of the grid: all that the card trusts.", exists=True)],
-    operator_pin_file: OperatorPinOption = None,
+    administrator_keys_file: KeysFileOption,
     identity: IdentityOption = "hypervisor",
 ) -> None:
     """Load a certificate that was made for this card's request."""
     settings = load_settings(CardSettings, config)
-    pin = _known_pin("operator", operator_pin_file)
+    keys = AdministratorKeys.read(administrator_keys_file)
 
     async def act() -> str:
-        async with operator_of(settings.socket, pin) as client:
+        async with administrator_of(settings.socket, keys) as client:
             return await install_certificate(
                 client, label=identity, certificate=certificate.read_bytes(), authority=authority.read_bytes()
             )
@@ -235,43 +236,54 @@ def install(
 @pin_app.command("change")
 def pin_change(
     config: ConfigOption,
-    operator: Annotated[bool, typer.Option("--operator", help="The operator's PIN, not the user's.")] = False,
     old_pin_file: Annotated[Path | None, typer.Option(help="File (mode 0600); asked for if missing.")] = None,
     new_pin_file: Annotated[Path | None, typer.Option(help="File (mode 0600); asked for if missing.")] = None,
 ) -> None:
-    """Replace a PIN by another one. 'status' tells how many attempts are left; a wrong PIN costs one."""
+    """Replace the PIN by another one. 'status' tells how many attempts are left; a wrong PIN costs one."""
     settings = load_settings(CardSettings, config)
-    role = PinRole.OPERATOR if operator else PinRole.USER
-    old = _known_pin(role.name.lower(), old_pin_file)
-    asyncio.run(change_pin(settings.socket, role, old, _unpadded_new(role.name.lower(), new_pin_file)))
-    typer.echo(f"the {role.name.lower()}'s PIN is changed: give its users the new one")
+    old = _read_pin(old_pin_file) if old_pin_file else str(typer.prompt("PIN", hide_input=True)).encode()
+    asyncio.run(change_pin(settings.socket, old, _unpadded_new(new_pin_file)))
+    typer.echo("the PIN is changed: give its users the new one")
 
 
 @pin_app.command("unblock")
 def pin_unblock(
     config: ConfigOption,
-    operator_pin_file: OperatorPinOption = None,
+    administrator_keys_file: KeysFileOption,
     new_pin_file: Annotated[Path | None, typer.Option(help="File (mode 0600); asked for if missing.")] = None,
 ) -> None:
-    """Give the user a new PIN, by the operator's right: for a PIN that is blocked or forgotten."""
+    """Give the user a new PIN, by the administrator's right: for a PIN that is blocked or forgotten."""
     settings = load_settings(CardSettings, config)
-    pin = _known_pin("operator", operator_pin_file)
-    asyncio.run(unblock_pin(settings.socket, pin, _unpadded_new("user", new_pin_file)))
+    keys = AdministratorKeys.read(administrator_keys_file)
+    pin = _unpadded_new(new_pin_file)
+
+    async def act() -> None:
+        async with administrator_of(settings.socket, keys) as client:
+            await client.unblock_pin(pin)
+
+    asyncio.run(act())
     typer.echo("the user's PIN is new, with all its attempts")
 
 
-def _known_pin(role: str, path: Path | None) -> bytes:
+@keys_app.command("rotate")
+def keys_rotate(config: ConfigOption, administrator_keys_file: KeysFileOption) -> None:
+    """Give the card new administrator's keys, and write them to the file. Run again if it was interrupted."""
+    settings = load_settings(CardSettings, config)
+    keys = asyncio.run(rotate_keys(settings.socket, administrator_keys_file))
+    typer.echo(
+        f"the card has key set {keys.version}: {administrator_keys_file} holds it, copies of the old one are worth nothing"
+    )
+
+
+def _read_pin(path: Path) -> bytes:
     """A PIN that exists, as it is: never from the command line."""
-    if path is not None:
-        return read_secret(path).strip()
-    return str(typer.prompt(f"PIN of the {role}", hide_input=True)).encode()
+    return read_secret(path).strip()
 
 
-def _unpadded_new(role: str, path: Path | None) -> bytes:
+def _unpadded_new(path: Path | None) -> bytes:
     if path is not None:
-        return read_secret(path).strip()
-    question = f"New PIN of the {role} (4 to 8 characters)"
-    return str(typer.prompt(question, hide_input=True, confirmation_prompt=True)).encode()
+        return _read_pin(path)
+    return str(typer.prompt(_NEW_PIN, hide_input=True, confirmation_prompt=True)).encode()
 
 
 async def _status(settings: CardSettings) -> dict[str, str | int]:
@@ -286,8 +298,7 @@ async def _status(settings: CardSettings) -> dict[str, str | int]:
         await client.select()
         return report | {
             "state": "free",
-            "user_pin_attempts": await client.pin_attempts(PinRole.USER),
-            "operator_pin_attempts": await client.pin_attempts(PinRole.OPERATOR),
+            "pin_attempts": await client.pin_attempts(),
         }
     finally:
         await client.close()
@@ -301,6 +312,7 @@ def main() -> None:
             StoreError: ExitCode.CONFIG,
             SecureElementError: ExitCode.FAILED,
             CardFormatError: ExitCode.DATA,
+            AdministratorRefusedError: ExitCode.REFUSED,
             CardError: ExitCode.UNAVAILABLE,
             ApduError: ExitCode.FAILED,
         },

@@ -9,13 +9,12 @@ SELECT comes first (else 6999); ``00 A4 04 00 Lc AID``. ``ii`` (short identifier
 
 Class A0, draft-urien-eap-smartcard (PIN needed in brackets; 63 0n: n attempts left):
 
-- ``20 00 00|01`` PIN: Verify-PIN of user | operator. Without data: 63 0n, costs nothing. Blocked: 6983. ``2A`` means the same.
-- ``24 00 00|01`` old new: Change-PIN. ``2C 00 00`` new user PIN, operator PIN: Unblock-PIN. The operator's Verify-PIN unblocks the user's
-  PIN.
+- ``20 00 00`` PIN: Verify-PIN. Without data: 63 0n, costs nothing. Blocked: 6983. ``2A`` means the same.
+- ``24 00 00`` old new: Change-PIN. ``2C 00 00`` new PIN: Unblock-PIN [administrator]. There is no operator's PIN (P2 01): 6B00.
 - ``16 00 80`` name: Set-Identity [user]. 6985: none of that name that is complete.
-- ``18 00 00``: Get-Current-Identity; ``17 00 01`` next, ``17 00 02`` first [user or operator]. 6A88: the card has none.
+- ``18 00 00``: Get-Current-Identity; ``17 00 01`` next, ``17 00 02`` first [user or administrator]. 6A88: the card has none.
 - ``18 01 00`` version of the EAP-TLS method, ``18 02 00`` of the engine (2 bytes; 02 is ours, 00 being taken).
-- ``1A 00 00``: Get-Profile-Data [user or operator], BER.
+- ``1A 00 00``: Get-Profile-Data [user or administrator], BER.
 - ``19 00 00`` Get-State, ``19 10 00`` Reset-State [user].
 - ``80 00|01 00`` EAP packet, Unix time (4 bytes, optional): Process-EAP [user]. 7000 discarded, 7001 or 6985 failed.
 - ``A6 00 00``: Get-Session-Key [user]; Le 80: MSK ‖ EMSK, else the MSK of 64 bytes in the order that the settings say.
@@ -27,14 +26,14 @@ Class A0, private extension for TLS-Tandem [user]:
   only, else 6985.
 - ``82 CC 00`` TlsParameters: Set-TLS-Parameters for the next handshake.
 
-Class 80, the key pair. Personalisation [operator]; data are items of tag (1), length (2), value: 01 name, 02 EAP-ID, 03 certificate, 04
-authority (several), 05 subject's common name; DER; names are 1 to 32 printable ASCII characters:
+Class 80, the key pair. Personalisation [administrator]; data are items of tag (1), length (2), value: 01 name, 02 EAP-ID, 03
+certificate, 04 authority (several), 05 subject's common name; DER; names are 1 to 32 printable ASCII characters:
 
 - ``46 alg 00`` name: make a key pair; 01 RSA-2048, 02 RSA-3072, 03 RSA-4096, 04 P-256, 05 P-384. 6A89: the identity is complete already.
 - ``48 00 00`` {01, 05}: certificate signing request, PKCS#10.
 - ``DA 00 00`` {01, 02, 03, 04...}: load certificate and authorities. 6A80: not for this key, or no certificates.
 - ``E4 00 00`` name: delete an identity and its key.
-- ``CA 00 00``: certificate of the current identity [user or operator].
+- ``CA 00 00``, or with a name: certificate of the current identity, or of that one [user or administrator].
 
 Operations with the current identity's key [user]; P2 is the number of the scheme in ``secfunet.gose.v1``:
 
@@ -76,7 +75,6 @@ class Guard(Enum):
 
     NOBODY = "nobody"
     USER = "user"
-    OPERATOR = "operator"
     EITHER = "either"
     ADMINISTRATOR = "administrator"
     """Nobody's PIN: the secure channel."""
@@ -86,7 +84,7 @@ GUARDS: Final[dict[tuple[int, int], Guard]] = {
     (Cla.EAP, Ins.VERIFY_PIN): Guard.NOBODY,
     (Cla.EAP, VERIFY_PIN_ALIAS): Guard.NOBODY,
     (Cla.EAP, Ins.CHANGE_PIN): Guard.NOBODY,
-    (Cla.EAP, Ins.UNBLOCK_PIN): Guard.NOBODY,
+    (Cla.EAP, Ins.UNBLOCK_PIN): Guard.ADMINISTRATOR,
     (Cla.EAP, Ins.SET_IDENTITY): Guard.USER,
     (Cla.EAP, Ins.GET_NEXT_IDENTITY): Guard.EITHER,
     (Cla.EAP, Ins.GET_CURRENT_IDENTITY): Guard.EITHER,
@@ -98,10 +96,10 @@ GUARDS: Final[dict[tuple[int, int], Guard]] = {
     (Cla.EAP, Ins.GET_SESSION_KEY): Guard.USER,
     (Cla.KEYS, KeyIns.OPERATE): Guard.USER,
     (Cla.KEYS, KeyIns.GET_CERTIFICATE): Guard.EITHER,
-    (Cla.KEYS, KeyIns.GENERATE_KEY): Guard.OPERATOR,
-    (Cla.KEYS, KeyIns.REQUEST_CERTIFICATE): Guard.OPERATOR,
-    (Cla.KEYS, KeyIns.LOAD_IDENTITY): Guard.OPERATOR,
-    (Cla.KEYS, KeyIns.DELETE_IDENTITY): Guard.OPERATOR,
+    (Cla.KEYS, KeyIns.GENERATE_KEY): Guard.ADMINISTRATOR,
+    (Cla.KEYS, KeyIns.REQUEST_CERTIFICATE): Guard.ADMINISTRATOR,
+    (Cla.KEYS, KeyIns.LOAD_IDENTITY): Guard.ADMINISTRATOR,
+    (Cla.KEYS, KeyIns.DELETE_IDENTITY): Guard.ADMINISTRATOR,
     (Cla.KEYS, DomainIns.INITIALIZE_UPDATE): Guard.NOBODY,
 }
 """While the applet is selected."""

@@ -1,4 +1,4 @@
-"""The TLS-Ids of a card: made, completed and deleted under the operator's PIN, found by name, their keys kept ready in memory."""
+"""The TLS-Ids of a card: made, completed and deleted by the card's administrator, found by name, their keys kept ready in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Personalising a served card from beside it: a request comes out, a certificate goes in, and its PINs are changed.
+"""Personalising a served card from beside it: a request comes out, a certificate goes in, its PIN and its keys are changed.
 
 The certification authority is often on another host. Then the card's own host makes the request, the authority signs it there, and the
 certificate is loaded here; the private key stays in the card all the while.
@@ -17,8 +17,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from secfunet.apdu import PinError, StatusError
-from secfunet.card import CardClient, KeyAlgorithm, PinRole, connect_unix
-from secfunet.card.ready import MIN_PIN_ATTEMPTS, PinWithheldError, verify_carefully
+from secfunet.card import CardClient, KeyAlgorithm, connect_unix
+from secfunet.card.administrator import AdministratorRefusedError, CardAdministrator, open_secure_channel
+from secfunet.card.administrator_keys import AdministratorKeys
+from secfunet.card.ready import MIN_PIN_ATTEMPTS
+from secfunet.scp03.put_key import MAX_KEY_VERSION
+from secfunet.service.files import sync_folder
 from secure_element.errors import SecureElementError
 
 CONNECT_TIMEOUT = 5.0  # seconds
@@ -29,20 +33,12 @@ class PersonalisationError(SecureElementError):
 
 
 @contextlib.asynccontextmanager
-async def operator_of(socket: Path, pin: bytes) -> AsyncIterator[CardClient]:
-    """The card at ``socket``, its operator's PIN verified. Raises PersonalisationError, CardError."""
+async def administrator_of(socket: Path, keys: AdministratorKeys) -> AsyncIterator[CardClient]:
+    """The card at ``socket``, its applet selected, through a secure channel. Raises AdministratorRefusedError, CardError."""
     client = CardClient(await connect_unix(socket, timeout=CONNECT_TIMEOUT))
     try:
         await client.select()
-        try:
-            await verify_carefully(client, pin, PinRole.OPERATOR)
-        except PinWithheldError as error:
-            raise PersonalisationError(str(error)) from None
-        except PinError as error:
-            raise PersonalisationError(
-                f"the operator's PIN is refused; {error.attempts_remaining} attempts are left"
-            ) from None
-        yield client
+        yield await open_secure_channel(client, keys)
     finally:
         await client.close()
 
@@ -57,7 +53,7 @@ async def request_certificate(
     """
     names = await client.identities()
     if label in names:
-        if await _is_complete(client, label, names) and not renew:
+        if await _is_complete(client, label) and not renew:
             raise PersonalisationError(
                 f"the card holds '{label}' already: --renew asks for a new certificate for its key"
             )
@@ -85,38 +81,56 @@ async def install_certificate(client: CardClient, *, label: str, certificate: by
         await client.load_identity(label, name.encode("ascii"), der, [root.public_bytes(Encoding.DER)])
     except StatusError as error:
         raise PersonalisationError(f"the card refuses the certificate for '{label}': {error}") from None
-    if (await client.identities())[0] == label and not hmac.compare_digest(await client.certificate(), der):
+    if not hmac.compare_digest(await client.certificate(label), der):
         raise PersonalisationError("the card does not hold the certificate that it was given: it is not to be trusted")
     return name
 
 
-async def change_pin(socket: Path, role: PinRole, old: bytes, new: bytes) -> None:
+async def change_pin(socket: Path, old: bytes, new: bytes) -> None:
     """Raises PersonalisationError; a wrong PIN costs one attempt, the last one is never spent."""
     client = CardClient(await connect_unix(socket, timeout=CONNECT_TIMEOUT))
     try:
         await client.select()
-        left = await client.pin_attempts(role)
+        left = await client.pin_attempts()
         if left < MIN_PIN_ATTEMPTS:
             raise PersonalisationError(f"the PIN was not tried: {left} attempts are left")
         try:
-            await client.change_pin(old, new, role)
+            await client.change_pin(old, new)
         except PinError as error:
             raise PersonalisationError(f"the PIN is refused; {error.attempts_remaining} attempts are left") from None
     finally:
         await client.close()
 
 
-async def unblock_pin(socket: Path, operator_pin: bytes, new_user_pin: bytes) -> None:
-    """A new PIN for the user, by the operator's right. Raises PersonalisationError."""
-    async with operator_of(socket, operator_pin) as client:
-        await client.unblock_pin(new_user_pin, operator_pin)
+async def rotate_keys(socket: Path, path: Path) -> AdministratorKeys:
+    """New administrator's keys for the card, in the file ``path``; the old ones are worth nothing then.
 
-
-async def _is_complete(client: CardClient, label: str, names: tuple[str, ...]) -> bool:
-    if names[0] != label:
-        # The card speaks of its first TLS-Id only, unless its user chooses another.
-        return True
+    The new ones are on disk, in ``path``.new, before the card has them: whenever this dies, a second run finds out which the card holds.
+    Raises AdministratorRefusedError, CardError.
+    """
+    old, coming = AdministratorKeys.read(path), path.with_name(path.name + ".new")
+    client = CardClient(await connect_unix(socket, timeout=CONNECT_TIMEOUT))
     try:
-        return bool(await client.certificate())
+        if coming.exists():
+            new = AdministratorKeys.read(coming)
+            with contextlib.suppress(AdministratorRefusedError):
+                await CardAdministrator.open(client, new)
+                coming.replace(path)
+                return new
+        new = AdministratorKeys.generate(old.version % MAX_KEY_VERSION + 1, size=len(old.keys.enc))
+        administrator = await CardAdministrator.open(client, old)
+        new.write(coming)
+        await administrator.put_keys(new, replaced=old.version)
+        await CardAdministrator.open(client, new)
+    finally:
+        await client.close()
+    coming.replace(path)
+    sync_folder(path.parent)
+    return new
+
+
+async def _is_complete(client: CardClient, label: str) -> bool:
+    try:
+        return bool(await client.certificate(label))
     except StatusError:
         return False

@@ -78,7 +78,9 @@ class SecureChannel:
         except Scp03SecurityError:
             log.warning("an administrator was refused", extra={"key_version": handshake.key_version})
             raise CommandRefusedError(Sw.SECURITY_STATUS) from None
-        log.info("secure channel opened", extra={"key_version": handshake.key_version, "level": f"{command.p1:02X}"})
+        log.info(
+            "secure channel opened", extra={"key_version": handshake.key_version, "security_level": f"{command.p1:02X}"}
+        )
 
     def unwrap(self, command: CommandApdu, *, extended: bool) -> CommandApdu:
         """The command that the administrator meant. Raises CommandRefusedError 6982, and then the channel is closed."""

@@ -1,4 +1,4 @@
-"""What a card keeps: PINs, identities and their private keys, its administrators' keys, in one encrypted file that a crash leaves whole.
+"""What a card keeps: PIN, identities and their private keys, its administrator's keys, in one encrypted file that a crash leaves whole.
 
 The file is ``header ‖ AES-256-GCM ciphertext``; the header (authenticated with it) is ``"SFNSE" ‖ version 02 ‖ kind ‖ key salt (16) ‖
 write salt (32)``. Kind 01: the store key is a random secret of at least 32 bytes; kind 02: it is a passphrase, stretched by scrypt
@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from secfunet.card.parameters import KeyAlgorithm, PinRole
+from secfunet.card.parameters import KeyAlgorithm
 from secfunet.scp03 import KeySet, Scp03FormatError
 from secfunet.service.files import write_atomically
 from secure_element.errors import StoreError
@@ -110,25 +110,18 @@ class DomainRecord:
 class StoreContents:
     """All that the card keeps, as one immutable value."""
 
-    pins: Mapping[PinRole, PinRecord]
+    pin: PinRecord
     identities: tuple[IdentityRecord, ...] = ()
     domain: DomainRecord = field(default_factory=DomainRecord)
-
-    def with_pin(self, role: PinRole, record: PinRecord) -> StoreContents:
-        """The same with another record for one PIN."""
-        return replace(self, pins={**self.pins, role: record})
 
     def encode(self) -> bytes:
         """JSON, binary values in base64."""
         document = {
-            "pins": {
-                role.name.lower(): {
-                    "salt": _text(pin.salt),
-                    "verifier": _text(pin.verifier),
-                    "attempts": pin.attempts,
-                    "limit": pin.limit,
-                }
-                for role, pin in self.pins.items()
+            "pin": {
+                "salt": _text(self.pin.salt),
+                "verifier": _text(self.pin.verifier),
+                "attempts": self.pin.attempts,
+                "limit": self.pin.limit,
             },
             "domain": {
                 "key_data": _text(self.domain.key_data),
@@ -155,7 +148,7 @@ class StoreContents:
         try:
             document = json.loads(content)
             return cls(
-                pins={PinRole[role.upper()]: _pin(pin) for role, pin in document["pins"].items()},
+                pin=_pin(document["pin"]),
                 domain=_domain(document["domain"]),
                 identities=tuple(_identity(identity) for identity in document["identities"]),
             )

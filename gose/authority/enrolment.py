@@ -27,12 +27,13 @@ from typing import Final
 from gose.authority.certificate_authority import CertificateAuthority, check_request
 from gose.authority.errors import EnrolmentError
 from gose.registry import AlreadyEnrolledError, Identity, NotEnrolledError, Registry
-from secfunet.apdu import PinError, StatusError
+from secfunet.apdu import StatusError
+from secfunet.card.administrator import AdministratorRefusedError, open_secure_channel
+from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.card.client import CardClient
-from secfunet.card.errors import CardBusyError, CardFormatError
-from secfunet.card.parameters import KeyAlgorithm, PinRole
+from secfunet.card.errors import CardBusyError
+from secfunet.card.parameters import KeyAlgorithm
 from secfunet.card.ports import CardPort
-from secfunet.card.ready import PinWithheldError, verify_carefully
 from secfunet.card.unix import connect_unix
 from secfunet.identity import Holder, der_of, thumbprint
 
@@ -48,26 +49,22 @@ _SW_IDENTITY_IS_COMPLETE: Final = 0x6A89
 
 @dataclass(frozen=True)
 class CardAccess:
-    """How to reach a card with the right to personalise it. ``user_pin``: only needed if the card holds several identities."""
+    """How to reach a card with the right to personalise it."""
 
     connect: Callable[[], Awaitable[CardClient]] = field(repr=False)
-    operator_pin: bytes = field(repr=False)
-    user_pin: bytes | None = field(default=None, repr=False)
+    keys: AdministratorKeys = field(repr=False)
     where: str = "the card"
 
     @classmethod
-    def at_socket(cls, path: Path, operator_pin: bytes, user_pin: bytes | None = None) -> CardAccess:
+    def at_socket(cls, path: Path, keys: AdministratorKeys) -> CardAccess:
         """A card at a Unix socket."""
-        return cls.through(
-            lambda: connect_unix(path, timeout=CONNECT_TIMEOUT), operator_pin, user_pin, where=f"the card at {path}"
-        )
+        return cls.through(lambda: connect_unix(path, timeout=CONNECT_TIMEOUT), keys, where=f"the card at {path}")
 
     @classmethod
     def through(
         cls,
         connect_port: Callable[[], Awaitable[CardPort]],
-        operator_pin: bytes,
-        user_pin: bytes | None = None,
+        keys: AdministratorKeys,
         *,
         where: str,
     ) -> CardAccess:
@@ -84,7 +81,7 @@ class CardAccess:
                         raise
                     await asyncio.sleep(RETRY_PAUSE)
 
-        return cls(connect, operator_pin, user_pin, where=where)
+        return cls(connect, keys, where=where)
 
 
 @dataclass(frozen=True)
@@ -153,11 +150,9 @@ async def _personalise(
     clock: Callable[[], float],
 ) -> Identity:
     """Rules 2 to 7."""
-    if card.user_pin is None and set(await client.identities()) - {order.label}:
-        raise EnrolmentError(f"{card.where} holds other identities too: give its user's PIN (--user-pin-file)")
     pending = registry.pending(*order.holder)
     if pending is not None and pending.seid == order.seid and pending.expires_at > clock():
-        loaded = await _read_certificate(client, order.label, card)
+        loaded = await _read_certificate(client, order.label)
         if loaded is not None and hmac.compare_digest(loaded, pending.certificate):
             return registry.finish_enrolment(pending.thumbprint)
     await _make_key(client, order, card)
@@ -173,7 +168,7 @@ async def _personalise(
         certificate.not_valid_after_utc.timestamp(),
     )
     await client.load_identity(order.label, order.holder.name.encode("ascii"), issued, [der_of(authority.certificate)])
-    loaded = await _read_certificate(client, order.label, card)
+    loaded = await _read_certificate(client, order.label)
     if loaded is None or not hmac.compare_digest(loaded, issued):
         raise EnrolmentError(f"{card.where} does not hold the certificate that it was given: it is not to be trusted")
     return registry.finish_enrolment(thumbprint(issued))
@@ -201,7 +196,7 @@ def _check_order(order: EnrolmentOrder, registry: Registry) -> None:
 
 @contextlib.asynccontextmanager
 async def _personalisation(card: CardAccess) -> AsyncIterator[CardClient]:
-    """A card whose applet is selected and whose operator's PIN is verified."""
+    """A card whose applet is selected, through its administrator's secure channel."""
     try:
         client = await card.connect()
     except CardBusyError as error:
@@ -211,24 +206,13 @@ async def _personalisation(card: CardAccess) -> AsyncIterator[CardClient]:
         ) from error
     try:
         await client.select()
-        await _verify_pin(client, card.operator_pin, PinRole.OPERATOR, card)
-        yield client
+        try:
+            secure = await open_secure_channel(client, card.keys)
+        except AdministratorRefusedError as error:
+            raise EnrolmentError(f"{card.where}: {error}") from None
+        yield secure
     finally:
         await client.close()
-
-
-async def _verify_pin(client: CardClient, pin: bytes, role: PinRole, card: CardAccess) -> None:
-    whose = role.name.lower()
-    try:
-        await verify_carefully(client, pin, role)
-    except PinWithheldError as error:
-        raise EnrolmentError(f"{card.where}: {error}") from None
-    except PinError as error:
-        raise EnrolmentError(
-            f"{card.where} refuses the {whose}'s PIN; {error.attempts_remaining} attempts are left"
-        ) from None
-    except CardFormatError as error:
-        raise EnrolmentError(f"the {whose}'s PIN for {card.where} is none: {error}") from None
 
 
 async def _make_key(client: CardClient, order: EnrolmentOrder, card: CardAccess) -> None:
@@ -246,20 +230,9 @@ async def _make_key(client: CardClient, order: EnrolmentOrder, card: CardAccess)
         await client.generate_key(order.label, order.algorithm)
 
 
-async def _read_certificate(client: CardClient, label: str, card: CardAccess) -> bytes | None:
+async def _read_certificate(client: CardClient, label: str) -> bytes | None:
     """The certificate of the identity ``label``, None if the card has none of that name that is complete."""
-    names = await client.identities()
-    if label not in names:
-        return None
-    if names[0] != label:  # the card speaks of its first identity unless a user chooses another one
-        if card.user_pin is None:
-            raise EnrolmentError(f"{card.where} does not say whether it holds '{label}' to others than its user")
-        await _verify_pin(client, card.user_pin, PinRole.USER, card)
-        try:
-            await client.set_identity(label)
-        except StatusError:
-            return None
     try:
-        return await client.certificate()
+        return await client.certificate(label)
     except StatusError:
         return None

@@ -98,10 +98,7 @@ NAMED_RULES: Final[dict[str, tuple[ApduRule, ...]]] = {
     # An administrator of the card.
     "personalise": (
         *_PREPARE,
-        _rule(Cla.EAP, Ins.VERIFY_PIN, 0x00, 0x01),
         _rule(Cla.EAP, Ins.CHANGE_PIN, 0x00, 0x00),
-        _rule(Cla.EAP, Ins.CHANGE_PIN, 0x00, 0x01),
-        _rule(Cla.EAP, Ins.UNBLOCK_PIN, 0x00),
         _rule(Cla.EAP, Ins.GET_NEXT_IDENTITY, 0x00, None),
         _rule(Cla.EAP, Ins.GET_CURRENT_IDENTITY, 0x00, None),
         _rule(Cla.EAP, Ins.GET_PROFILE_DATA, 0x00),
@@ -109,10 +106,5 @@ NAMED_RULES: Final[dict[str, tuple[ApduRule, ...]]] = {
         *_select(AID_OF_DOMAIN),
         ApduRule(bytes((Cla.KEYS, DomainIns.INITIALIZE_UPDATE, 0x00, 0x00)), b"\xff\xff\x00\xff"),
         *(ApduRule(bytes((cla | _SECURE, 0x00, 0x00, 0x00)), b"\xef\x00\x00\x00") for cla in Cla),
-        ApduRule(bytes((Cla.KEYS, KeyIns.GENERATE_KEY, 0x00, 0x00)), b"\xef\xff\x00\xff"),
-        *(
-            _rule(Cla.KEYS, ins, 0x00, may_chain=True)
-            for ins in (KeyIns.REQUEST_CERTIFICATE, KeyIns.LOAD_IDENTITY, KeyIns.DELETE_IDENTITY)
-        ),
     ),
 }

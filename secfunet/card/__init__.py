@@ -2,7 +2,7 @@
 
 from secfunet.card.client import CardClient
 from secfunet.card.errors import CardBusyError, CardError, CardFormatError, CardGoneError, LeaseEndedError
-from secfunet.card.parameters import EapState, KeyAlgorithm, NegotiatedTls, PinRole, Segmentation, TlsParameters
+from secfunet.card.parameters import EapState, KeyAlgorithm, NegotiatedTls, Segmentation, TlsParameters
 from secfunet.card.pool import CardPool, SingleCard
 from secfunet.card.ports import CardPort
 from secfunet.card.ready import CardOpener, PinWithheldError, ready_card, verify_carefully
@@ -21,7 +21,6 @@ __all__ = [
     "KeyAlgorithm",
     "LeaseEndedError",
     "NegotiatedTls",
-    "PinRole",
     "PinWithheldError",
     "Segmentation",
     "SingleCard",

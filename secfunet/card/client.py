@@ -23,7 +23,6 @@ from secfunet.card.parameters import (
     EapState,
     KeyAlgorithm,
     NegotiatedTls,
-    PinRole,
     Segmentation,
     TlsParameters,
     decode_certificates,
@@ -36,6 +35,9 @@ KeyRequest = tuple[KeyOperation, int, bytes]
 
 KeyOutcome = bytes | CardError | ApduError
 """What became of it."""
+
+SHORT_DATA = 255
+"""Bytes of data that a short APDU carries."""
 
 _MAX_IDENTITIES = 256
 _SW_OK = 0x9000
@@ -59,21 +61,17 @@ class CardClient:
         """Selects the applet; PINs and the state of EAP are as after power-on."""
         await self._send(Cla.ISO, Ins.SELECT, 0x04, 0x00, aid)
 
-    async def verify_pin(self, pin: bytes, role: PinRole = PinRole.USER) -> None:
-        """Opens the commands of ``role`` until the next select or reset. Raises PinError."""
-        await self._send(Cla.EAP, Ins.VERIFY_PIN, 0x00, role, pad_pin(pin))
+    async def verify_pin(self, pin: bytes) -> None:
+        """Opens the user's commands until the next select or reset. Raises PinError."""
+        await self._send(Cla.EAP, Ins.VERIFY_PIN, 0x00, 0x00, pad_pin(pin))
 
-    async def change_pin(self, old: bytes, new: bytes, role: PinRole = PinRole.USER) -> None:
-        """Replaces a PIN; the old one is checked as by verify_pin. Raises PinError."""
-        await self._send(Cla.EAP, Ins.CHANGE_PIN, 0x00, role, pad_pin(old) + pad_pin(new))
+    async def change_pin(self, old: bytes, new: bytes) -> None:
+        """Replaces the PIN; the old one is checked as by verify_pin. Raises PinError."""
+        await self._send(Cla.EAP, Ins.CHANGE_PIN, 0x00, 0x00, pad_pin(old) + pad_pin(new))
 
-    async def unblock_pin(self, new_user_pin: bytes, operator_pin: bytes) -> None:
-        """Gives the user a new PIN and all attempts back. Raises PinError about the operator's PIN."""
-        await self._send(Cla.EAP, Ins.UNBLOCK_PIN, 0x00, 0x00, pad_pin(new_user_pin) + pad_pin(operator_pin))
-
-    async def pin_attempts(self, role: PinRole = PinRole.USER) -> int:
+    async def pin_attempts(self) -> int:
         """How many attempts are left; asking costs none."""
-        response = await self._answer(CommandApdu(Cla.EAP, Ins.VERIFY_PIN, 0x00, role))
+        response = await self._answer(CommandApdu(Cla.EAP, Ins.VERIFY_PIN, 0x00, 0x00))
         if response.sw >> 8 != 0x63:
             raise status_error(response.sw, Ins.VERIFY_PIN)
         return response.sw & 0x0F
@@ -106,9 +104,11 @@ class CardClient:
         """The profile of the current identity, BER (``secfunet.card.profile``)."""
         return await self._send(Cla.EAP, Ins.GET_PROFILE_DATA, 0x00, 0x00)
 
-    async def certificate(self) -> bytes:
-        """The certificate of the current identity, DER."""
-        return await self._send(Cla.KEYS, KeyIns.GET_CERTIFICATE, 0x00, 0x00)
+    async def certificate(self, name: str = "") -> bytes:
+        """The certificate of the current identity, or of that name, DER. Raises StatusError 6985 if it is not complete, 6A88 if it is not
+        there.
+        """
+        return await self._send(Cla.KEYS, KeyIns.GET_CERTIFICATE, 0x00, 0x00, name.encode())
 
     # EAP and TLS
 
@@ -198,7 +198,7 @@ class CardClient:
             raise CardFormatError("a content key has 32 bytes")
         return key
 
-    # Personalisation (operator PIN)
+    # Personalisation (through the administrator's secure channel, secfunet.card.administrator)
 
     async def generate_key(self, name: str, algorithm: KeyAlgorithm) -> None:
         """Makes a key pair in the card for the new identity ``name``. RSA may take seconds, RSA-4096 tens of them."""
@@ -219,6 +219,10 @@ class CardClient:
         ]
         await self._send(Cla.KEYS, KeyIns.LOAD_IDENTITY, 0x00, 0x00, encode_tlv(items))
 
+    async def unblock_pin(self, new_pin: bytes) -> None:
+        """Gives the user a new PIN and all attempts."""
+        await self._send(Cla.EAP, Ins.UNBLOCK_PIN, 0x00, 0x00, pad_pin(new_pin))
+
     async def delete_identity(self, name: str) -> None:
         """Destroys the identity and its private key."""
         await self._send(Cla.KEYS, KeyIns.DELETE_IDENTITY, 0x00, 0x00, name.encode())
@@ -228,6 +232,22 @@ class CardClient:
         await self.port.close()
 
     # Exchanges
+
+    async def exchange(self, command: CommandApdu) -> ResponseApdu:
+        """One command of any length, in segments if need be, and its whole answer, whatever its status word says."""
+        if self.segmentation is Segmentation.EXTENDED:
+            return await self._answer(command)
+        cla, ins, p1, p2, rest = command.cla, command.ins, command.p1, command.p2, command.data
+        while len(rest) > SHORT_DATA:
+            segment, rest = rest[:SEGMENT_SIZE], rest[SEGMENT_SIZE:]
+            if (cla, ins) == (Cla.EAP, Ins.PROCESS_EAP):
+                part = CommandApdu(cla, ins, p1 | 0x01, p2, segment)
+            else:
+                part = CommandApdu(cla | CHAINING, ins, p1, p2, segment)
+            response = await self._answer(part)
+            if response.sw != _SW_OK:
+                return response
+        return await self._answer(CommandApdu(cla, ins, p1, p2, rest, None if rest else 256))
 
     async def _operate(self, operation: KeyOperation, number: int, data: bytes) -> bytes:
         return await self._send(Cla.KEYS, KeyIns.OPERATE, operation, number, data)
@@ -272,17 +292,8 @@ class CardClient:
         return MAX_RESPONSE if self.segmentation is Segmentation.EXTENDED else 256
 
     async def _send(self, cla: int, ins: int, p1: int, p2: int, data: bytes = b"") -> bytes:
-        """Sends a command of any length, in segments if need be; returns the whole data of the answer."""
-        if self.segmentation is Segmentation.EXTENDED:
-            return _data_of(await self._answer(CommandApdu(cla, ins, p1, p2, data, self._le())), ins)
-        while len(data) > 255:
-            segment, data = data[:SEGMENT_SIZE], data[SEGMENT_SIZE:]
-            if (cla, ins) == (Cla.EAP, Ins.PROCESS_EAP):
-                command = CommandApdu(cla, ins, p1 | 0x01, p2, segment)
-            else:
-                command = CommandApdu(cla | CHAINING, ins, p1, p2, segment)
-            _data_of(await self._answer(command), ins)
-        return _data_of(await self._answer(CommandApdu(cla, ins, p1, p2, data, None if data else 256)), ins)
+        """The whole data of the answer to a command of any length."""
+        return _data_of(await self.exchange(CommandApdu(cla, ins, p1, p2, data, self._le())), ins)
 
     async def _answer(self, command: CommandApdu) -> ResponseApdu:
         """One command, and whatever it takes to fetch its whole answer."""

@@ -15,7 +15,7 @@ from typing import Final
 from secfunet.apdu import ApduError
 from secfunet.card.client import CardClient
 from secfunet.card.errors import CardError, CardGoneError, LeaseEndedError
-from secfunet.card.instructions import CHAINING, Cla, Ins, MethodFunction
+from secfunet.card.instructions import CHAINING, Cla, DomainIns, Ins, MethodFunction
 from secfunet.card.parameters import TlsParameters
 from secfunet.card.ports import CardPort
 
@@ -68,6 +68,8 @@ class _LeasedPort:
         if len(command) < _HEADER:
             return
         cla, ins, p1 = command[0] & ~CHAINING, command[1], command[2]
+        if (cla, ins) == (Cla.KEYS, DomainIns.INITIALIZE_UPDATE):
+            self.is_spent = True  # an administrator's channel is nobody else's
         if cla not in (Cla.ISO, Cla.EAP):
             return
         # Verify-PIN without a PIN only asks how many attempts are left.

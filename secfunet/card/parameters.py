@@ -19,13 +19,6 @@ class EapState(IntEnum):
     NOT_AUTHENTICATED = 4
 
 
-class PinRole(IntEnum):
-    """Whose PIN (P2 of Verify-PIN): the user's opens the operations, the operator's the personalisation."""
-
-    USER = 0
-    OPERATOR = 1
-
-
 class KeyAlgorithm(IntEnum):
     """A key pair's algorithm and size (P1 of the key generation command)."""
 

@@ -15,7 +15,7 @@ from typing import Final
 from secfunet.apdu import PinError
 from secfunet.card.client import CardClient
 from secfunet.card.instructions import Ins
-from secfunet.card.parameters import PinRole, Segmentation
+from secfunet.card.parameters import Segmentation
 from secfunet.card.ports import CardPort
 
 MIN_PIN_ATTEMPTS: Final = 2
@@ -30,13 +30,13 @@ class PinWithheldError(PinError):
         self.args = (reason,)
 
 
-async def verify_carefully(card: CardClient, pin: bytes, role: PinRole = PinRole.USER) -> None:
+async def verify_carefully(card: CardClient, pin: bytes) -> None:
     """Verify-PIN, unless that could block the card. Raises PinWithheldError, PinError."""
-    attempts = await card.pin_attempts(role)
+    attempts = await card.pin_attempts()
     if attempts < MIN_PIN_ATTEMPTS:
         left = "only the last attempt at it is left" if attempts else "it is blocked"
-        raise PinWithheldError(f"the {role.name.lower()}'s PIN was not tried: {left}", attempts)
-    await card.verify_pin(pin, role)
+        raise PinWithheldError(f"the user's PIN was not tried: {left}", attempts)
+    await card.verify_pin(pin)
 
 
 async def ready_card(
@@ -44,7 +44,6 @@ async def ready_card(
     *,
     pin: bytes,
     identity: str | None = None,
-    role: PinRole = PinRole.USER,
     segmentation: Segmentation = Segmentation.EXTENDED,
 ) -> CardClient:
     """Selects the applet, verifies the PIN and (if one is named) sets the TLS-Id. Closes ``port`` when that fails.
@@ -54,7 +53,7 @@ async def ready_card(
     card = CardClient(port, segmentation=segmentation)
     try:
         await card.select()
-        await verify_carefully(card, pin, role)
+        await verify_carefully(card, pin)
         if identity is not None:
             await card.set_identity(identity)
     except BaseException:

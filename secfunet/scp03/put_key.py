@@ -24,6 +24,7 @@ FIRST_OF_SEVERAL: Final = 0x81
 KEY_TYPE_AES: Final = 0x88
 CHECK_VALUE_SIZE: Final = 3
 KEYS: Final = 3
+MAX_KEY_VERSION: Final = 0x7F
 
 
 def key_check_value(key: bytes) -> bytes:
@@ -39,7 +40,7 @@ class PutKey:
     keys: KeySet
 
     def __post_init__(self) -> None:
-        if not 1 <= self.version <= 0x7F:
+        if not 1 <= self.version <= MAX_KEY_VERSION:
             raise Scp03FormatError("a key version is 1 to 127")
 
     @property

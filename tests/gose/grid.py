@@ -280,7 +280,7 @@ async def new_grid(folder: Path, *, vms: Sequence[str] = ("vm-1",), servers: int
                         "socket": cards[seid].socket,
                         "role": role,
                         "user_pin_file": cards[seid].user_pin_file,
-                        "operator_pin_file": cards[seid].operator_pin_file,
+                        "administrator_keys_file": cards[seid].keys_file,
                     }
                     for seid, role in seids.items()
                 ],
@@ -301,7 +301,7 @@ async def new_grid(folder: Path, *, vms: Sequence[str] = ("vm-1",), servers: int
                         seid=seid,
                         server_names=settings.names if role == "server" else (),
                     ),
-                    CardAccess.at_socket(cards[seid].socket, cards[seid].operator_pin),
+                    CardAccess.at_socket(cards[seid].socket, cards[seid].keys),
                     authority.certificate_authority,
                     registry,
                     clock=time.time,

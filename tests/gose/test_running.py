@@ -101,7 +101,7 @@ async def served(short_folder: Path) -> AsyncIterator[Served]:
             lines += [
                 "[[secure_elements]]",
                 *(f'seid = "{seid}"', f'socket = "{card.socket}"', f'role = "{role}"'),
-                *(f'user_pin_file = "{card.user_pin_file}"', f'operator_pin_file = "{card.operator_pin_file}"'),
+                *(f'user_pin_file = "{card.user_pin_file}"', f'administrator_keys_file = "{card.keys_file}"'),
             ]
         config = short_folder / "gose.toml"
         config.write_text("\n".join(lines) + "\n")

@@ -72,7 +72,7 @@ async def test_an_administrators_day(gose: Gose, tmp_path: Path) -> None:
     async with running_card(folder, name="vm") as vm, running_card(folder, name="server") as server:
         elements = "".join(
             f'[[secure_elements]]\nseid = "{role}-1"\nsocket = "{card.socket}"\nrole = "{role}"\n'
-            f'user_pin_file = "{card.user_pin_file}"\noperator_pin_file = "{card.operator_pin_file}"\n'
+            f'user_pin_file = "{card.user_pin_file}"\nadministrator_keys_file = "{card.keys_file}"\n'
             for role, card in (("vm", vm), ("server", server))
         )
         (tmp_path / "gose.toml").write_text(
@@ -80,7 +80,7 @@ async def test_an_administrators_day(gose: Gose, tmp_path: Path) -> None:
         )
         async with running_card(folder, name="host") as host:
             assert gose("init").returncode == 0
-            options = ("--card", str(host.socket), "--operator-pin-file", str(host.operator_pin_file))
+            options = ("--card", str(host.socket), "--administrator-keys-file", str(host.keys_file))
             host_pem, vm_pem = tmp_path / "host.pem", tmp_path / "vm.pem"
             done = gose("enrol-hypervisor", "host", *options, "--out", str(host_pem))
             assert done.returncode == 0, done.stderr
@@ -91,7 +91,7 @@ async def test_an_administrators_day(gose: Gose, tmp_path: Path) -> None:
         assert gose("enrol-server", "login", "--seid", "vm-1").returncode == ExitCode.FAILED
         wrong = gose("enrol-vm", "web2", "--seid", "gone", "--out", str(vm_pem))
         assert wrong.returncode == ExitCode.FAILED
-        assert "operator_pin_file" in wrong.stderr
+        assert "administrator_keys_file" in wrong.stderr
 
         printed = gose("issue-token", "--vm", "web", "--hypervisor", "host", "--operations", "sign", "--valid", "1h")
         claims = unverified_claims(printed.stdout.strip())

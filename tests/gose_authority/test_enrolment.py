@@ -15,7 +15,8 @@ from gose.authority.certificate_authority import CertificateAuthority, new_autho
 from gose.authority.enrolment import CardAccess, EnrolmentOrder, enrol
 from gose.authority.errors import EnrolmentError, IssuanceError
 from gose.registry import AlreadyEnrolledError, Identity, Registry
-from secfunet.card import CardClient, KeyAlgorithm, PinRole, connect_unix
+from secfunet.card import CardClient, KeyAlgorithm, connect_unix
+from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.gose.v1 import operation_pb2
 from secfunet.identity import Holder, Role, load_certificate, verify_certificate
 from tests.support.cards import CardProcess, running_card
@@ -36,11 +37,11 @@ def registry(tmp_path: Path) -> Registry:
     return Registry(tmp_path / "grid.sqlite")
 
 
-def access(card: CardProcess, client: type[CardClient] = CardClient, *, with_user: bool = True) -> CardAccess:
+def access(card: CardProcess, client: type[CardClient] = CardClient) -> CardAccess:
     async def connect() -> CardClient:
         return client(await connect_unix(card.socket, timeout=10))
 
-    return CardAccess(connect, card.operator_pin, card.user_pin if with_user else None)
+    return CardAccess(connect, card.keys)
 
 
 async def run(order: EnrolmentOrder, how: CardAccess, registry: Registry) -> Identity:
@@ -144,8 +145,6 @@ async def test_a_card_with_several_identities(card: CardProcess, registry: Regis
     other = dataclasses.replace(
         QUICK, holder=Holder(Role.SERVER, "s"), label="other", seid=None, server_names=("localhost",)
     )
-    with pytest.raises(EnrolmentError, match="user-pin-file"):
-        await run(other, access(card, with_user=False), registry)
     second = await run(other, access(card), registry)
     assert await certificate_on(card, "other") == second.certificate
     assert await certificate_on(card, "vm") == first.certificate
@@ -159,24 +158,14 @@ async def test_a_hypervisor_has_an_rsa_key(card: CardProcess, registry: Registry
     assert identity.seid is None
 
 
-async def test_the_last_attempt_at_a_pin_is_not_spent(card: CardProcess, registry: Registry) -> None:
-    wrong = dataclasses.replace(access(card), operator_pin=b"00000000")
-    said = []
-    for _ in range(20):
-        with pytest.raises(EnrolmentError) as caught:
-            await run(QUICK, wrong, registry)
-        said.append(str(caught.value))
-    assert "refuses" in said[0]
-    assert "last attempt" in said[-1]
-    client = CardClient(await connect_unix(card.socket, timeout=10))
-    await client.select()
-    assert await client.pin_attempts(PinRole.OPERATOR) == 1
-    await client.close()
-
-
-async def test_a_pin_that_is_none(card: CardProcess, registry: Registry) -> None:
-    with pytest.raises(EnrolmentError, match="4 to 8"):
-        await run(QUICK, dataclasses.replace(access(card), operator_pin=b""), registry)
+async def test_nobody_but_its_administrator_personalises_a_card(card: CardProcess, registry: Registry) -> None:
+    same_version = dataclasses.replace(access(card), keys=AdministratorKeys.generate(card.keys.version))
+    with pytest.raises(EnrolmentError, match="not the administrator's keys"):
+        await run(QUICK, same_version, registry)
+    with pytest.raises(EnrolmentError, match="of version 9"):
+        await run(QUICK, dataclasses.replace(access(card), keys=AdministratorKeys.generate(9)), registry)
+    assert registry.pending(Role.VM, "web") is None
+    await run(QUICK, access(card), registry)  # nothing was blocked by that
 
 
 class OfSomebodyElse(CardClient):
@@ -190,8 +179,8 @@ class OfSomebodyElse(CardClient):
 class KeepsAnother(CardClient):
     """A card that says thank you and keeps another certificate."""
 
-    async def certificate(self) -> bytes:
-        return (await super().certificate())[:-1] + b"\0"
+    async def certificate(self, name: str = "") -> bytes:
+        return (await super().certificate(name))[:-1] + b"\0"
 
 
 async def test_cards_that_cheat(card: CardProcess, registry: Registry) -> None:
@@ -210,11 +199,14 @@ async def test_a_card_in_use_is_not_personalised(
     held = await card.connect()
     try:
         with pytest.raises(EnrolmentError, match="gose serve"):
-            await run(QUICK, CardAccess.at_socket(card.socket, card.operator_pin), registry)
+            await run(QUICK, CardAccess.at_socket(card.socket, card.keys), registry)
     finally:
         await held.close()
-    await run(QUICK, CardAccess.at_socket(card.socket, card.operator_pin), registry)
+    await run(QUICK, CardAccess.at_socket(card.socket, card.keys), registry)
 
 
-def test_pins_are_not_in_a_repr() -> None:
-    assert "4321" not in repr(CardAccess.at_socket(Path("x"), b"43210000", b"43211111"))
+def test_keys_are_not_in_a_repr() -> None:
+    keys = AdministratorKeys.generate()
+    shown = repr(CardAccess.at_socket(Path("x"), keys)) + repr(keys)
+    assert repr(keys.keys.enc) not in shown
+    assert keys.keys.enc.hex() not in shown

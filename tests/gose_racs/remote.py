@@ -12,6 +12,7 @@ from typing import Any
 from gose.authority import CardAccess, EnrolmentOrder, enrol
 from gose.cards import CardWays
 from gose.settings import RacsSettings, SecureElementSettings
+from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.card.parameters import KeyAlgorithm
 from secfunet.identity import Holder, Role
 from tests.gose.grid import TestGrid, free_ports, new_grid
@@ -50,7 +51,7 @@ async def new_remote_grid(folder: Path, remote: Mapping[str, str], *, servers: i
                     "role": role,
                     "racs": {"address": address, "seid": seid},
                     "user_pin_file": cards[seid].user_pin_file,
-                    "operator_pin_file": cards[seid].operator_pin_file,
+                    "administrator_keys_file": cards[seid].keys_file,
                 }
             )
             for seid, role in remote.items()
@@ -78,7 +79,7 @@ async def new_remote_grid(folder: Path, remote: Mapping[str, str], *, servers: i
 async def _enrol(grid: TestGrid, seid: str, role: Role, name: str) -> None:
     element = grid.settings.secure_element(seid)
     assert element is not None
-    assert element.operator_pin_file is not None
+    assert element.administrator_keys_file is not None
     ways = CardWays.of(grid.settings)
     with grid.registry() as registry:
         identity = await enrol(
@@ -92,7 +93,7 @@ async def _enrol(grid: TestGrid, seid: str, role: Role, name: str) -> None:
             ),
             CardAccess.through(
                 lambda: ways.connect(element, timeout=5),
-                element.operator_pin_file.read_bytes().strip(),
+                AdministratorKeys.read(element.administrator_keys_file),
                 where=element.place,
             ),
             grid.authority.certificate_authority,

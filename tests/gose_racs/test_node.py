@@ -136,7 +136,7 @@ async def test_only_commands_that_a_rule_means_reach_the_card(node: TestNode) ->
             "802A800120" + DIGEST.hex(),  # decrypt
             "802A9E0120" + DIGEST.hex(),  # a scheme that deny takes away
             "80460000" + "04" + "78787878",  # make a key
-            "A0200001" + "08" + "00" * 8,  # the operator's PIN
+            "A0200001" + "08" + "00" * 8,  # another PIN
             "012A9E0720" + DIGEST.hex(),  # another logical channel, another class
             "902A9E0720" + DIGEST.hex(),  # chaining is another class, too
             "802A9E",

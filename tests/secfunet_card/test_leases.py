@@ -17,19 +17,19 @@ from secfunet.card import (
     EapState,
     KeyAlgorithm,
     LeaseEndedError,
-    PinRole,
     Segmentation,
     SingleCard,
     TlsParameters,
     connect_unix,
     ready_card,
 )
+from secfunet.card.administrator import open_secure_channel
 from secfunet.card.parameters import TLS_1_2
 from secfunet.tandem.card_link import EapCardLink
 from secfunet.tandem.parameters import TandemParameters
 from secure_element.card_os import CardOs
 from secure_element.server import CardServer
-from tests.support.local_card import OPERATOR_PIN, USER_PIN, new_store, personalised, ready_client
+from tests.support.local_card import KEYS, USER_PIN, new_store, personalised, ready_client
 from tests.support.pki import CertificateAuthority
 
 
@@ -135,9 +135,9 @@ async def test_identity_pin_and_reset_are_not_for_the_next(world: World) -> None
         await card.set_identity("other")
     await nothing_is_left(world)
     async with world.pool.lease(timeout=5) as card:
-        await card.verify_pin(OPERATOR_PIN, PinRole.OPERATOR)
+        await open_secure_channel(card, KEYS)
     await nothing_is_left(world)
-    with pytest.raises(PinError):
+    with pytest.raises(StatusError):
         async with world.pool.lease(timeout=5) as card:
             await card.generate_key("mine", KeyAlgorithm.P_256)
     async with world.pool.lease(timeout=5) as card:

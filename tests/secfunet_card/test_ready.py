@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from secfunet.apdu import PinError, StatusError
-from secfunet.card import CardGoneError, CardOpener, PinRole, PinWithheldError, Segmentation, ready_card
+from secfunet.card import CardGoneError, CardOpener, PinWithheldError, Segmentation, ready_card
 from secfunet.card.client import CardClient
 from secure_element.card_os import CardOs
-from tests.support.local_card import OPERATOR_PIN, USER_PIN, LocalPort, new_store
+from tests.support.local_card import USER_PIN, LocalPort, new_store
 
 
-async def attempts(card: CardOs, role: PinRole = PinRole.USER) -> int:
+async def attempts(card: CardOs) -> int:
     client = CardClient(LocalPort(card))
     await client.select()
-    return await client.pin_attempts(role)
+    return await client.pin_attempts()
 
 
 class ClosingPort(LocalPort):
@@ -29,12 +29,10 @@ class ClosingPort(LocalPort):
         await super().close()
 
 
-@pytest.mark.parametrize("role", list(PinRole))
 @pytest.mark.parametrize("segmentation", list(Segmentation))
-async def test_the_pin_opens_the_card(tmp_path: Path, role: PinRole, segmentation: Segmentation) -> None:
+async def test_the_pin_opens_the_card(tmp_path: Path, segmentation: Segmentation) -> None:
     port = ClosingPort(CardOs(new_store(tmp_path)))
-    pin = USER_PIN if role is PinRole.USER else OPERATOR_PIN
-    client = await ready_card(port, pin=pin, role=role, segmentation=segmentation)
+    client = await ready_card(port, pin=USER_PIN, segmentation=segmentation)
     assert await client.identities() == ()
     assert not port.is_closed
 

@@ -9,16 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secfunet.apdu import PinError, StatusError
-from secfunet.card import CardClient, EapState, KeyAlgorithm, PinRole, Segmentation, TlsParameters
+from secfunet.card import CardClient, EapState, KeyAlgorithm, Segmentation, TlsParameters
+from secfunet.card.administrator import open_secure_channel
 from secfunet.card.profile import CardProfile
 from secure_element.applet import CardOptions, SessionKeyOrder
 from secure_element.card_os import CardOs
 from secure_element.identities import MAX_IDENTITIES
 from secure_element.segmentation import AnswerStyle
 from tests.support.local_card import (
-    OPERATOR_PIN,
+    KEYS,
     USER_PIN,
     LocalPort,
+    administrator_client,
     new_store,
     open_store,
     personalised,
@@ -27,7 +29,7 @@ from tests.support.local_card import (
 from tests.support.pki import CertificateAuthority
 
 
-async def test_pins_are_changed_and_unblocked(tmp_path: Path) -> None:
+async def test_the_pin_is_changed_and_unblocked(tmp_path: Path) -> None:
     store = new_store(tmp_path)
     client = await ready_client(CardOs(store))
     await client.change_pin(USER_PIN, b"12345678")
@@ -41,17 +43,13 @@ async def test_pins_are_changed_and_unblocked(tmp_path: Path) -> None:
             await client.change_pin(USER_PIN, b"1111")
         assert wrong.value.attempts_remaining == left
     assert await client.pin_attempts() == 0
-    with pytest.raises(PinError) as wrong:
-        await client.unblock_pin(b"4711", b"99999999")
-    assert wrong.value.attempts_remaining == 9
-    await client.unblock_pin(b"4711", OPERATOR_PIN)
+    await refused(0x6982, client.unblock_pin(b"4711"))  # not without the administrator
+    await (await open_secure_channel(client, KEYS)).unblock_pin(b"4711")
     store.close()
     client = CardClient(LocalPort(CardOs(open_store(tmp_path))))
     await client.select()
     await client.verify_pin(b"4711")
-    await client.change_pin(OPERATOR_PIN, b"87654321", PinRole.OPERATOR)
-    await client.verify_pin(b"87654321", PinRole.OPERATOR)
-    assert await client.pin_attempts(PinRole.OPERATOR) == 10
+    assert await client.pin_attempts() == 3
 
 
 async def test_a_pin_that_nobody_can_type_is_refused(tmp_path: Path) -> None:
@@ -61,6 +59,7 @@ async def test_a_pin_that_nobody_can_type_is_refused(tmp_path: Path) -> None:
     for new in (b"\xff" * 8, b"123".ljust(8, b"\xff"), b"12\xff45678"):
         assert card.process(b"\xa0\x24\0\0\x10" + old + new) == b"\x6a\x80"
     assert card.process(b"\xa0\x20\0\0") == b"\x63\x03"
+    assert card.process(b"\xa0\x20\0\1") == b"\x6b\0"  # there is no operator's
 
 
 async def refused(sw: int, awaitable: object) -> None:
@@ -73,7 +72,7 @@ async def test_personalisation_refuses_what_does_not_fit(tmp_path: Path) -> None
     authority = CertificateAuthority()
     store = new_store(tmp_path)
     card = CardOs(store)
-    client = await ready_client(card, role=PinRole.OPERATOR)
+    client = await administrator_client(card)
     assert await client.identities() == ()
     await refused(0x6A88, client.current_identity())
     await refused(0x6A88, client.certificate_signing_request("a", "a"))
@@ -120,10 +119,10 @@ async def test_what_the_user_may_not_do(tmp_path: Path) -> None:
         user.load_identity("vm", b"", b"", ()),
         user.delete_identity("vm"),
     ):
-        await refused(0x630A, attempt)  # the operator's ten attempts
-    operator = await ready_client(card, role=PinRole.OPERATOR)
-    await refused(0x6303, operator.sign(7, bytes(32)))
-    await refused(0x6303, operator.set_identity("vm"))
+        await refused(0x6982, attempt)
+    administrator = await administrator_client(card)
+    await refused(0x6303, administrator.sign(7, bytes(32)))
+    await refused(0x6303, administrator.set_identity("vm"))
 
 
 async def full_eap(client: CardClient, server: CardClient) -> None:

@@ -16,7 +16,8 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from secfunet.card import KeyAlgorithm, PinRole
+from secfunet.card import KeyAlgorithm
+from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.service.files import UnsafeFileError
 from secfunet.service.settings import SettingsError, load_settings
 from secure_element.applet import SessionKeyOrder
@@ -48,13 +49,13 @@ def config_in(folder: Path, text: str = MINIMAL) -> Path:
     return path
 
 
-def generate_pins(folder: Path) -> tuple[str, ...]:
+def generate_pin(folder: Path) -> tuple[str, ...]:
     return (
-        "--generate-pins",
+        "--generate-pin",
         "--user-pin-file",
         str(folder / "user.pin"),
-        "--operator-pin-file",
-        str(folder / "op.pin"),
+        "--administrator-keys-file",
+        str(folder / "its.keys"),
     )
 
 
@@ -64,17 +65,21 @@ def test_help_and_version() -> None:
         assert command(*words).returncode == 0
 
 
-def test_init_makes_store_key_and_pins_once(tmp_path: Path) -> None:
+def test_init_makes_store_keys_and_pin_once(tmp_path: Path) -> None:
     config = config_in(tmp_path)
-    made = command("init", "--config", str(config), *generate_pins(tmp_path))
+    made = command("init", "--config", str(config), *generate_pin(tmp_path))
     assert made.returncode == 0, made.stderr
-    for name in ("state/card.store", "card.key", "user.pin", "op.pin"):
+    for name in ("state/card.store", "card.key", "user.pin", "its.keys"):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
     pin = (tmp_path / "user.pin").read_text().strip()
     assert len(pin) == 8
     assert pin not in made.stdout + made.stderr
+    keys = AdministratorKeys.read(tmp_path / "its.keys")
+    assert keys.version == 1
+    assert len(keys.keys.enc) == 32
+    assert keys.keys.enc.hex() not in made.stdout + made.stderr
     before = (tmp_path / "state/card.store").read_bytes()
-    again = command("init", "--config", str(config), *generate_pins(tmp_path))
+    again = command("init", "--config", str(config), *generate_pin(tmp_path))
     assert again.returncode == 78
     assert "exists already" in again.stderr
     assert (tmp_path / "state/card.store").read_bytes() == before
@@ -84,28 +89,34 @@ def test_init_refuses_what_is_unsafe(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     (tmp_path / "user.pin").write_text("123456\n")
     (tmp_path / "user.pin").chmod(0o644)
-    (tmp_path / "op.pin").touch(0o600)
-    (tmp_path / "op.pin").write_text("12\n")
-    files = ("--user-pin-file", str(tmp_path / "user.pin"), "--operator-pin-file", str(tmp_path / "op.pin"))
+    files = ("--user-pin-file", str(tmp_path / "user.pin"))
     refused = command("init", "--config", str(config), *files)
     assert refused.returncode == 78
     assert "chmod 600" in refused.stderr
+    (tmp_path / "user.pin").write_text("12\n")
     (tmp_path / "user.pin").chmod(0o600)
     refused = command("init", "--config", str(config), *files)
     assert refused.returncode == 65
     assert "4 to 8" in refused.stderr
+    (tmp_path / "user.pin").write_text("1234\n")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/card.keys").write_text("version = 1")
+    (tmp_path / "state/card.keys").chmod(0o600)
+    refused = command("init", "--config", str(config), *files)
+    assert refused.returncode == 65
+    assert "administrator's keys" in refused.stderr
     assert not (tmp_path / "state/card.store").exists()
-    assert command("init", "--config", str(config), "--generate-pins").returncode == 2
+    assert command("init", "--config", str(config), "--generate-pin").returncode == 2
 
 
-def test_pins_and_passphrase_are_asked_for(tmp_path: Path) -> None:
+def test_pin_and_passphrase_are_asked_for(tmp_path: Path) -> None:
     config = config_in(tmp_path, 'socket = "s"\nstore = "st"\n[store_key]\nprompt = true\n')
-    answers = "1234\n1234\noperator\noperator\ncorrect horse\ncorrect horse\n"
+    answers = "1234\n1234\ncorrect horse\ncorrect horse\n"
     result = CliRunner().invoke(app, ["init", "--config", str(config)], input=answers)
     assert result.exit_code == 0, result.output
     assert "horse" not in result.output
     store = CardStore.open(tmp_path / "st", StoreSecret(b"correct horse", is_passphrase=True))
-    assert {role: pin.attempts for role, pin in store.contents.pins.items()} == {PinRole.USER: 3, PinRole.OPERATOR: 10}
+    assert store.contents.pin.attempts == 3
     store.close()
 
 
@@ -166,7 +177,7 @@ async def test_a_served_card(tmp_path: Path) -> None:
             assert not os.access(f"/proc/{card.process.pid}/mem", os.R_OK)
         status = await asyncio.to_thread(command, "status", "--config", str(card.config), "--json")
         report = json.loads(status.stdout)
-        assert (report["state"], report["user_pin_attempts"], report["operator_pin_attempts"]) == ("free", 3, 10)
+        assert (report["state"], report["pin_attempts"]) == ("free", 3)
         client = await card.connect("vm")
         await client.sign(1, bytes(32))
         busy = await asyncio.to_thread(command, "status", "--config", str(card.config))
@@ -183,6 +194,6 @@ async def test_a_served_card(tmp_path: Path) -> None:
         assert await card.stop() == 0
         log = card.log.read_text()
         assert "Traceback" not in log
-        for secret in (card.user_pin, card.operator_pin, (tmp_path / "card.key").read_bytes().strip()):
+        for secret in (card.user_pin, card.keys.keys.enc.hex().encode(), (tmp_path / "card.key").read_bytes().strip()):
             assert secret.decode() not in log
         assert {json.loads(line)["level"] for line in log.splitlines()} <= {"debug", "info"}

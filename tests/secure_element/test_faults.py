@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from secfunet.apdu import PinError, StatusError
-from secfunet.card import CardClient, KeyAlgorithm, PinRole, connect_unix
+from secfunet.card import CardClient, KeyAlgorithm, connect_unix
+from secfunet.card.administrator import open_secure_channel
 from secure_element.card_os import CardOs
 from tests.support.cards import CardProcess, personalise, running_card
-from tests.support.local_card import new_store, personalised, ready_client
+from tests.support.local_card import KEYS, new_store, personalised, ready_client
 from tests.support.pki import CertificateAuthority
 
 MEMORY_FAILURE = 0x6581
@@ -49,17 +50,12 @@ async def test_a_full_disk_takes_nothing_away(tmp_path: Path) -> None:
         await user.close()
         client = CardClient(await connect_unix(card.socket, timeout=5))
         await client.select()
-        with pytest.raises(StatusError) as refused:
-            await client.verify_pin(card.operator_pin, PinRole.OPERATOR)
-        assert refused.value.sw == MEMORY_FAILURE
-        limit_disk(card, resource.RLIM_INFINITY)
-        await client.verify_pin(card.operator_pin, PinRole.OPERATOR)
+        administrator = await open_secure_channel(client, card.keys)  # needs no room
         before = store.read_bytes()
-        limit_disk(card, 16)
         for change in (
-            client.generate_key("new", KeyAlgorithm.P_256),
-            client.delete_identity("vm"),
-            client.change_pin(card.operator_pin, b"87654321", PinRole.OPERATOR),
+            administrator.generate_key("new", KeyAlgorithm.P_256),
+            administrator.delete_identity("vm"),
+            administrator.unblock_pin(b"87654321"),
         ):
             with pytest.raises(StatusError) as refused:
                 await change
@@ -67,10 +63,9 @@ async def test_a_full_disk_takes_nothing_away(tmp_path: Path) -> None:
         assert store.read_bytes() == before
         assert not leftovers(tmp_path)
         limit_disk(card, resource.RLIM_INFINITY)
-        await client.verify_pin(card.operator_pin, PinRole.OPERATOR)
-        assert await client.identities() == ("vm",)
-        await client.generate_key("new", KeyAlgorithm.P_256)
-        await client.close()
+        assert await administrator.identities() == ("vm",)
+        await administrator.generate_key("new", KeyAlgorithm.P_256)
+        await administrator.close()
         await card.kill()
         await card.start()
         user = await card.connect("vm")
@@ -85,13 +80,13 @@ async def test_a_destroyed_key_is_gone_from_memory(tmp_path: Path) -> None:
     user = await ready_client(card, "vm")
     await user.reset_state()
     assert await user.process_eap(bytes.fromhex("010000060D20"))  # a Context with the key is built
-    await user.verify_pin(b"00000000", PinRole.OPERATOR)
-    await user.generate_key("other", KeyAlgorithm.P_256)
+    administrator = await open_secure_channel(user, KEYS)
+    await administrator.generate_key("other", KeyAlgorithm.P_256)
     keys = card._applet._identities
     gone = [weakref.ref(keys.key_of(record)) for record in keys.records] + [weakref.ref(card._applet._engine._stacks)]
-    await user.generate_key("other", KeyAlgorithm.P_256)
-    await user.delete_identity("vm")
+    await administrator.generate_key("other", KeyAlgorithm.P_256)
+    await administrator.delete_identity("vm")
     gc.collect()
     assert [reference() for reference in gone] == [None, None, None]
     with pytest.raises(StatusError):
-        await user.process_eap(bytes.fromhex("010000060D20"))
+        await administrator.process_eap(bytes.fromhex("010000060D20"))

@@ -1,4 +1,4 @@
-"""A card that is personalised from its own host, by an authority on another one; and its PINs. With the commands, as a person runs them."""
+"""A card that is personalised from its own host, by an authority on another one; its PIN and keys. By commands, as a person runs them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from cryptography import x509
 
 from demo.processes import run
+from secfunet.card.administrator_keys import AdministratorKeys
 from tests.support.cards import running_card
 
 pytestmark = pytest.mark.e2e
@@ -30,7 +31,7 @@ def serial(path: Path) -> int:
 async def test_three_steps_over_two_hosts(tmp_path: Path) -> None:
     request, certificate, authority = tmp_path / "xen.csr", tmp_path / "xen.pem", tmp_path / "grid/authority/ca.pem"
     async with running_card(tmp_path) as card:
-        here = ("--config", card.config, "--operator-pin-file", card.operator_pin_file)
+        here = ("--config", card.config, "--administrator-keys-file", card.keys_file)
         await run("secure-element", "request", "xen-1", "--out", request, "--key", "rsa-2048", *here)
         first = x509.load_pem_x509_csr(request.read_bytes()).public_key()
         # A run that died before the certificate came is run again: it is the same key.
@@ -64,33 +65,31 @@ async def test_a_certificate_for_another_key_is_refused(tmp_path: Path) -> None:
     request, certificate = tmp_path / "csr", tmp_path / "pem"
     async with running_card(tmp_path / "a") as one, running_card(tmp_path / "b") as other:
         for card, name in ((one, "xen-1"), (other, "xen-2")):
-            pin = ("--config", card.config, "--operator-pin-file", card.operator_pin_file)
-            await run("secure-element", "request", name, "--out", request, *pin)
+            here = ("--config", card.config, "--administrator-keys-file", card.keys_file)
+            await run("secure-element", "request", name, "--out", request, *here)
         await grid(tmp_path, "sign-hypervisor", "xen-2", "--request", request, "--out", certificate)
         authority = tmp_path / "grid/authority/ca.pem"
-        pin = ("--config", one.config, "--operator-pin-file", one.operator_pin_file)
+        here = ("--config", one.config, "--administrator-keys-file", one.keys_file)
         files = ("--certificate", certificate, "--authority", authority)
-        refused = await run("secure-element", "install", *files, *pin, check=False)
+        refused = await run("secure-element", "install", *files, *here, check=False)
         assert refused.exit_code == 1
         assert "refuses the certificate" in refused.errors
         files = ("--certificate", certificate, "--authority", certificate)
-        refused = await run("secure-element", "install", *files, *pin, check=False)
+        refused = await run("secure-element", "install", *files, *here, check=False)
         assert "no certificate of that authority" in refused.errors
 
 
 async def test_a_request_for_another_name_is_refused(tmp_path: Path) -> None:
     async with running_card(tmp_path) as card:
-        pin = ("--config", card.config, "--operator-pin-file", card.operator_pin_file)
-        await run("secure-element", "request", "xen-2", "--out", tmp_path / "csr", *pin)
+        here = ("--config", card.config, "--administrator-keys-file", card.keys_file)
+        await run("secure-element", "request", "xen-2", "--out", tmp_path / "csr", *here)
         with pytest.raises(Exception, match="xen-1"):
             await grid(tmp_path, "sign-hypervisor", "xen-1", "--request", tmp_path / "csr", "--out", tmp_path / "pem")
         with pytest.raises(Exception, match="no PKCS#10"):
-            await grid(
-                tmp_path, "sign-hypervisor", "xen-1", "--request", card.operator_pin_file, "--out", tmp_path / "pem"
-            )
+            await grid(tmp_path, "sign-hypervisor", "xen-1", "--request", card.keys_file, "--out", tmp_path / "pem")
 
 
-async def test_pins_are_changed_and_unblocked(tmp_path: Path) -> None:
+async def test_a_pin_is_changed_and_unblocked(tmp_path: Path) -> None:
     def secret(name: str, value: bytes) -> Path:
         path = tmp_path / name
         path.touch(mode=0o600)
@@ -109,8 +108,36 @@ async def test_pins_are_changed_and_unblocked(tmp_path: Path) -> None:
         withheld = await run(*change, "--old-pin-file", tmp_path / "wrong", check=False)
         assert "not tried: 1 attempts" in withheld.errors
         status = json.loads((await run("secure-element", "status", *here, "--json")).output)
-        assert status["user_pin_attempts"] == 1
-        operator = ("--operator-pin-file", card.operator_pin_file)
-        await run("secure-element", "pin", "unblock", *here, *operator, "--new-pin-file", card.user_pin_file)
+        assert status["pin_attempts"] == 1
+        keys = ("--administrator-keys-file", card.keys_file)
+        await run("secure-element", "pin", "unblock", *here, *keys, "--new-pin-file", card.user_pin_file)
         status = json.loads((await run("secure-element", "status", *here, "--json")).output)
-        assert status["user_pin_attempts"] == 3
+        assert status["pin_attempts"] == 3
+
+
+async def test_keys_are_rotated_however_often_it_is_interrupted(tmp_path: Path) -> None:
+    async with running_card(tmp_path) as card:
+        here = ("--config", card.config, "--administrator-keys-file", card.keys_file)
+        first = card.keys
+        said = await run("secure-element", "keys", "rotate", *here)
+        second = card.keys
+        assert b"key set 2" in said.output
+        assert second.keys != first.keys
+        coming = card.keys_file.with_name(card.keys_file.name + ".new")
+        assert not coming.exists()
+        # It died before the card had the new keys, and after: the next run finds out.
+        AdministratorKeys.generate(3).write(coming)
+        await run("secure-element", "keys", "rotate", *here)
+        third = card.keys
+        assert third.version == 3
+        second.write(card.keys_file)
+        third.write(coming)
+        await run("secure-element", "keys", "rotate", *here)
+        assert card.keys == third
+        # The old keys are worth nothing.
+        first.write(tmp_path / "old.keys")
+        words = ("--config", card.config, "--administrator-keys-file", tmp_path / "old.keys", "--out", tmp_path / "csr")
+        refused = await run("secure-element", "request", "xen-1", *words, check=False)
+        assert refused.exit_code == 77
+        assert "no administrator's keys of version 1" in refused.errors
+        await run("secure-element", "request", "xen-1", *here, "--out", tmp_path / "csr")

@@ -11,14 +11,16 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import load_der_private_key
 
-from secfunet.card import KeyAlgorithm, PinRole
+from secfunet.apdu import ApduFormatError, CommandApdu, ResponseApdu
+from secfunet.card import KeyAlgorithm
 from secfunet.card.client import pad_pin
 from secfunet.card.tlv import encode_tlv
+from secfunet.scp03 import HostChannel, HostHandshake
 from secfunet.service.logs import JsonFormatter
 from secure_element.card_os import CardOs
-from secure_element.commands import GUARDS
+from secure_element.commands import GUARDS, Guard
 from secure_element.store import CardStore
-from tests.support.local_card import OPERATOR_PIN, STORE_KEY, USER_PIN, new_store, personalised
+from tests.support.local_card import KEYS, STORE_KEY, USER_PIN, new_store, personalised
 from tests.support.pki import CertificateAuthority
 
 WINDOW = 12
@@ -31,7 +33,7 @@ def secrets_of(store: CardStore) -> list[bytes]:
     """Private components of all keys, in both byte orders, the keys as they are stored, the store key, the PINs' hashes, the
     administrators' keys.
     """
-    found = [STORE_KEY, *(pin.verifier for pin in store.contents.pins.values())]
+    found = [STORE_KEY, store.contents.pin.verifier]
     for keys in store.contents.domain.key_sets.values():
         found += [keys.enc, keys.mac, keys.dek]
     for record in store.contents.identities:
@@ -128,31 +130,59 @@ async def test_no_command_yields_a_private_key(tmp_path: Path, caplog: pytest.Lo
     succeeded = 0
     known = [record.private_key for record in store.contents.identities]
 
+    def note_keys() -> None:
+        if known != [record.private_key for record in store.contents.identities]:
+            known[:] = [record.private_key for record in store.contents.identities]
+            searcher.add(secrets_of(store))  # a key was made
+
     def ask(command: bytes) -> None:
         nonlocal succeeded
         response = card.process(command)
         succeeded += response[-2:] == b"\x90\0"
-        if known != [record.private_key for record in store.contents.identities]:
-            known[:] = [record.private_key for record in store.contents.identities]
-            searcher.add(secrets_of(store))  # a key was made
+        note_keys()
         searcher.check(response)
         while response[-2] in (0x61, 0x9F):
             response = card.process(bytes((0xA0, 0xC0, 0, 0, response[-1])))
             searcher.check(response)
 
-    for verified in ((), (PinRole.USER,), (PinRole.OPERATOR,), (PinRole.USER, PinRole.OPERATOR)):
-        prepare(card, verified)
+    channel: HostChannel | None = None
+
+    def ask_as_administrator(command: bytes) -> None:
+        nonlocal succeeded, channel
+        if channel is None:
+            prepare(card, is_user=False)
+            handshake = HostHandshake(KEYS.keys, chance.randbytes(8))
+            update = card.process(handshake.initialize_update.encode())
+            assert card.process(handshake.authenticate(update[:-2]).encode()) == b"\x90\0"
+            channel = handshake.channel
+        try:
+            plain = CommandApdu.decode(command)
+            wrapped = channel.wrap(CommandApdu(plain.cla & 0xEF, *command[1:4], plain.data, 65536))
+        except ApduFormatError:
+            return
+        answer = ResponseApdu.decode(card.process(wrapped.encode()))
+        note_keys()
+        if answer.sw == 0x6982 or plain.ins in (0x50, 0xC0, 0x12):
+            channel = None
+            return
+        succeeded += answer.sw == 0x9000
+        searcher.check(channel.unwrap(answer).data)
+
+    for is_user in (False, True):
+        prepare(card, is_user=is_user)
         for command in useful_commands():
             ask(command)
-        classes = range(256) if len(verified) != 1 else (0x00, 0x10, 0x80, 0x90, 0xA0, 0xB0)
-        for command in random_commands(chance, classes):
+        for command in random_commands(chance, range(256)):
             ask(command)
             if command[1] == 0xA4:
-                prepare(card, verified)
+                prepare(card, is_user=is_user)
+    # The administrator, who speaks through the channel: what comes out is searched as he reads it.
+    for command in (*useful_commands(), *random_commands(chance, (0x00, 0x10, 0x80, 0x90, 0xA0))):
+        ask_as_administrator(command)
     assert card.process(bytes.fromhex("00A4040008A000000151000000"))[-2] in (0x61, 0x90)
     for command in random_commands(chance, (0x00, 0x80, 0x84)):
         ask(command)
-    prepare(card, ())
+    prepare(card, is_user=False)
     for _ in range(40):  # the PIN instructions, until nothing is left
         ins = chance.choice(sorted(PIN_INSTRUCTIONS))
         size = chance.choice((8, 16))
@@ -166,11 +196,10 @@ async def test_no_command_yields_a_private_key(tmp_path: Path, caplog: pytest.Lo
         assert "internal error" not in record.getMessage()
 
 
-def prepare(card: CardOs, roles: Iterable[PinRole]) -> None:
+def prepare(card: CardOs, *, is_user: bool) -> None:
     assert card.process(bytes.fromhex("00A404000711223344556601")) == b"\x90\0"
-    for role in roles:
-        pin = pad_pin(USER_PIN if role is PinRole.USER else OPERATOR_PIN)
-        assert card.process(bytes((0xA0, 0x20, 0, role, 8)) + pin) == b"\x90\0"
+    if is_user:
+        assert card.process(bytes((0xA0, 0x20, 0, 0, 8)) + pad_pin(USER_PIN)) == b"\x90\0"
 
 
 async def test_the_search_would_find_a_leak(tmp_path: Path) -> None:
@@ -183,12 +212,12 @@ async def test_the_search_would_find_a_leak(tmp_path: Path) -> None:
 
 async def test_every_command_but_the_pins_needs_one(tmp_path: Path) -> None:
     card = await personalised(new_store(tmp_path), CertificateAuthority(), ("ec", KeyAlgorithm.P_256))
-    only = {"user": PinRole.USER, "operator": PinRole.OPERATOR}
-    for roles in ((), (PinRole.USER,), (PinRole.OPERATOR,)):
+    for is_user in (False, True):
         for (cla, ins), guard in GUARDS.items():
-            if guard.value == "nobody":
+            if guard is Guard.NOBODY:
                 continue
-            prepare(card, roles)
+            prepare(card, is_user=is_user)
             response = card.process(bytes((cla, ins, 0xEE, 0xEE, 0)))
-            allowed = bool(roles) if guard.value == "either" else only[guard.value] in roles
-            assert (response[0] != 0x63) == allowed, (roles, hex(cla), hex(ins))
+            is_allowed = is_user and guard is not Guard.ADMINISTRATOR
+            refusal = b"\x69\x82" if guard is Guard.ADMINISTRATOR else b"\x63\x03"
+            assert (response != refusal) == is_allowed, (is_user, hex(cla), hex(ins))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import stat
 import struct
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from secfunet.apdu import PinError, StatusError
+from secfunet.apdu import CommandApdu, PinError, StatusError
 from secfunet.card import (
     CardBusyError,
     CardClient,
@@ -21,13 +22,13 @@ from secfunet.card import (
     CardPort,
     KeyAlgorithm,
     LeaseEndedError,
-    PinRole,
     SingleCard,
     connect_unix,
 )
+from secfunet.scp03 import HostChannel, HostHandshake, SecurityLevel
 from secure_element.card_os import ATR, CardOs
 from secure_element.server import CardServer, SocketInUseError
-from tests.support.local_card import OPERATOR_PIN, USER_PIN, new_store, personalised
+from tests.support.local_card import KEYS, USER_PIN, new_store, personalised
 from tests.support.pki import CertificateAuthority
 
 
@@ -112,26 +113,34 @@ async def test_what_one_client_opened_the_next_does_not_have(served: Path) -> No
 
 async def test_atr_is_given_while_a_key_is_made_and_leaving_does_not_hurt(served: Path) -> None:
     client = CardClient(await connect_unix(served, timeout=2))
-    await client.select()
-    await client.verify_pin(OPERATOR_PIN, PinRole.OPERATOR)
     await client.close()
     reader, writer = await raw(served)
-    pin = bytes.fromhex("A020000108") + OPERATOR_PIN
-    make = bytes((0x80, 0x46, KeyAlgorithm.RSA_4096, 0, 3)) + b"big"
-    writer.write(
-        frame(b"\1") + frame(SELECT) + frame(pin) + frame(make) + frame(b"\4") + frame(bytes.fromhex("A018000000"))
-    )
-    assert [await read_frame(reader) for _ in range(3)] == [b"\x90\0", b"\x90\0", ATR]
+    channel = await administrator(reader, writer)
+    make = channel.wrap(CommandApdu(0x80, 0x46, KeyAlgorithm.RSA_4096, 0, b"big")).encode()
+    name = channel.wrap(CommandApdu(0xA0, 0x18, 0, 0, le=256)).encode()
+    writer.write(frame(make) + frame(b"\4") + frame(name))
+    assert await read_frame(reader) == ATR
     assert await asyncio.wait_for(read_frame(reader), 60) == b"\x90\0"
-    assert await read_frame(reader) == b"\x6c\x03"  # what came meanwhile waited its turn
-    writer.write(frame(make[:-3] + b"two"))
+    assert await read_frame(reader) == b"big\x90\0"  # what came meanwhile waited its turn
+    writer.write(frame(channel.wrap(CommandApdu(0x80, 0x46, KeyAlgorithm.RSA_4096, 0, b"two")).encode()))
     await asyncio.sleep(0.05)
     writer.transport.abort()  # in the middle of the work
     client = await until_free(served)
     await client.select()
-    await client.verify_pin(OPERATOR_PIN, PinRole.OPERATOR)
+    await client.verify_pin(USER_PIN)
     assert await client.identities() == ("big", "two")
     await client.close()
+
+
+async def administrator(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> HostChannel:
+    """Powers the card on and opens a channel that protects commands only."""
+    handshake = HostHandshake(KEYS.keys, os.urandom(8))
+    writer.write(frame(b"\1") + frame(SELECT) + frame(handshake.initialize_update.encode()))
+    assert await read_frame(reader) == b"\x90\0"
+    answer = await read_frame(reader)
+    writer.write(frame(handshake.authenticate(answer[:-2], SecurityLevel.C_MAC_C_DEC).encode()))
+    assert await read_frame(reader) == b"\x90\0"
+    return handshake.channel
 
 
 async def until_free(path: Path) -> CardClient:
@@ -143,9 +152,9 @@ async def until_free(path: Path) -> CardClient:
 
 async def test_too_many_commands_at_once_end_the_connection(served: Path) -> None:
     reader, writer = await raw(served)
-    make = bytes((0x80, 0x46, KeyAlgorithm.RSA_4096, 0, 3)) + b"big"
-    pin = bytes.fromhex("A020000108") + OPERATOR_PIN
-    writer.write(frame(b"\1") + frame(SELECT) + frame(pin) + frame(make) + frame(SELECT) * 100)
+    channel = await administrator(reader, writer)
+    make = channel.wrap(CommandApdu(0x80, 0x46, KeyAlgorithm.RSA_4096, 0, b"big")).encode()
+    writer.write(frame(make) + frame(SELECT) * 100)
     with contextlib.suppress(ConnectionResetError):
         assert len(await reader.read()) <= 8
     writer.close()

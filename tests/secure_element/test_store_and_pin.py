@@ -12,22 +12,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secfunet.card import KeyAlgorithm, PinRole
+from secfunet.card import KeyAlgorithm
 from secfunet.card.client import pad_pin
+from secfunet.scp03 import KeySet
 from secure_element import pin as pin_module
 from secure_element.card_os import CardOs
 from secure_element.errors import CommandRefusedError, StoreError
 from secure_element.pin import ATTEMPTS, PinKeeper
-from secure_element.store import HEADER_SIZE, CardStore, IdentityRecord, PinRecord, StoreContents, StoreSecret
+from secure_element.store import (
+    HEADER_SIZE,
+    CardStore,
+    DomainRecord,
+    IdentityRecord,
+    PinRecord,
+    StoreContents,
+    StoreSecret,
+)
 from tests.support.cards import personalise, running_card
-from tests.support.local_card import OPERATOR_PIN, STORE_KEY, USER_PIN, new_store, open_store
+from tests.support.local_card import STORE_KEY, USER_PIN, new_store, open_store
 from tests.support.pki import CertificateAuthority
 
 # Writes states one after another, as fast as it can, and says each one's number before it begins it and after it is done.
 WRITER = """
 import dataclasses, pathlib, sys
 from secfunet.card import KeyAlgorithm
-from secure_element.store import CardStore, IdentityRecord, StoreSecret
+from secure_element.store import CardStore, DomainRecord, IdentityRecord, StoreSecret
 store = CardStore.open(pathlib.Path(sys.argv[1]), StoreSecret(bytes(range(100, 132))))
 number = int(sys.argv[2])
 while True:
@@ -82,11 +91,11 @@ async def test_kill_of_the_card_during_personalisation(tmp_path: Path) -> None:
             in_hand: list[str] = []
 
             async def churn(turn: int, in_hand: list[str]) -> None:
-                operator = await card.connect(role=PinRole.OPERATOR)
+                administrator = await card.administer()
                 for step in range(10000):
                     in_hand[:] = [f"{turn}-{step}"]
-                    await operator.generate_key(in_hand[0], KeyAlgorithm.P_256)
-                    await operator.delete_identity(in_hand[0])
+                    await administrator.generate_key(in_hand[0], KeyAlgorithm.P_256)
+                    await administrator.delete_identity(in_hand[0])
 
             work = asyncio.create_task(churn(number, in_hand))
             await asyncio.sleep(0.1 + chance.random() * 0.1)
@@ -110,7 +119,7 @@ def test_the_file_is_sealed_and_private(tmp_path: Path) -> None:
     path = tmp_path / "card.store"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     content = path.read_bytes()
-    assert b"pins" not in content
+    assert b"key_sets" not in content
     assert STORE_KEY not in content
     store.replace(store.contents)
     assert path.read_bytes()[HEADER_SIZE:] != content[HEADER_SIZE:]  # another key for every write
@@ -142,7 +151,7 @@ def test_another_key_and_a_second_process_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="opened by a key"):
         CardStore.open(tmp_path / "card.store", StoreSecret(b"a passphrase", is_passphrase=True))
     with pytest.raises(StoreError, match="exists already"):
-        CardStore.create(tmp_path / "card.store", StoreSecret(STORE_KEY), StoreContents({}))
+        CardStore.create(tmp_path / "card.store", StoreSecret(STORE_KEY), StoreContents(NO_PIN))
     with pytest.raises(StoreError, match="at least 32"):
         StoreSecret(bytes(31))
     with pytest.raises(StoreError, match="init"):
@@ -152,12 +161,13 @@ def test_another_key_and_a_second_process_are_refused(tmp_path: Path) -> None:
 def test_a_passphrase_opens_its_store(tmp_path: Path) -> None:
     path = tmp_path / "card.store"
     secret = StoreSecret(b"correct horse", is_passphrase=True)
-    CardStore.create(path, secret, StoreContents({})).close()
+    CardStore.create(path, secret, StoreContents(NO_PIN)).close()
     CardStore.open(path, secret).close()
     with pytest.raises(StoreError):
         CardStore.open(path, StoreSecret(b"wrong horse", is_passphrase=True))
 
 
+NO_PIN = PinRecord(b"", b"", 0, 0)
 pins = st.builds(PinRecord, st.binary(max_size=16), st.binary(max_size=32), st.integers(0, 10), st.integers(1, 10))
 identities = st.builds(
     IdentityRecord,
@@ -170,13 +180,24 @@ identities = st.builds(
 )
 
 
-@given(st.dictionaries(st.sampled_from(list(PinRole)), pins), st.lists(identities, max_size=4).map(tuple))
-def test_contents_round_trip(pin_records: dict[PinRole, PinRecord], records: tuple[IdentityRecord, ...]) -> None:
-    contents = StoreContents(pin_records, records)
-    assert StoreContents.decode(contents.encode()) == contents
+key_sets = st.sampled_from((48, 72, 96)).flatmap(lambda size: st.binary(min_size=size, max_size=size)).map(KeySet.split)
+domains = st.builds(
+    DomainRecord,
+    st.binary(min_size=10, max_size=10),
+    st.dictionaries(st.integers(1, 127), key_sets, max_size=4),
+    st.dictionaries(st.sampled_from((0x42, 0x45)), st.binary(min_size=1, max_size=20)),
+)
 
 
-@given(st.one_of(st.binary(max_size=60), st.sampled_from([b"{}", b'{"pins": []}', b'{"pins": {}, "identities": [1]}'])))
+@given(pins, st.lists(identities, max_size=4).map(tuple), domains)
+def test_contents_round_trip(pin: PinRecord, records: tuple[IdentityRecord, ...], domain: DomainRecord) -> None:
+    contents = StoreContents(pin, records, domain)
+    decoded = StoreContents.decode(contents.encode())
+    assert decoded == contents
+    assert list(decoded.domain.key_sets) == list(domain.key_sets)  # the newest is the last
+
+
+@given(st.one_of(st.binary(max_size=60), st.sampled_from([b"{}", b'{"pin": []}', b'{"pin": {}, "identities": [1]}'])))
 def test_any_bytes_are_contents_or_the_error(content: bytes) -> None:
     with pytest.raises(StoreError):
         StoreContents.decode(content)
@@ -184,19 +205,18 @@ def test_any_bytes_are_contents_or_the_error(content: bytes) -> None:
 
 def test_no_secret_in_a_repr(tmp_path: Path) -> None:
     record = IdentityRecord("name", KeyAlgorithm.P_256, b"private-key-bytes")
-    contents = StoreContents(new_store(tmp_path).contents.pins, (record,))
+    contents = StoreContents(new_store(tmp_path).contents.pin, (record,))
     assert "private-key-bytes" not in repr(contents)
     assert str(STORE_KEY) not in repr(StoreSecret(STORE_KEY))
-    for pin in contents.pins.values():
-        assert str(pin.verifier) not in repr(contents)
+    assert str(contents.pin.verifier) not in repr(contents)
 
 
 # PINs
 
 
-def refused(keeper: PinKeeper, role: PinRole, pin: bytes) -> int:
+def refused(keeper: PinKeeper, pin: bytes) -> int:
     with pytest.raises(CommandRefusedError) as refusal:
-        keeper.verify(role, pad_pin(pin))
+        keeper.verify(pad_pin(pin))
     return refusal.value.sw
 
 
@@ -206,26 +226,23 @@ def keeper_of(store: CardStore) -> PinKeeper:
 
 def test_attempts_are_counted_and_survive(tmp_path: Path) -> None:
     store = new_store(tmp_path)
-    assert ATTEMPTS == {PinRole.USER: 3, PinRole.OPERATOR: 10}
-    assert [refused(keeper_of(store), PinRole.USER, b"9999") for _ in range(2)] == [0x6302, 0x6301]
+    assert ATTEMPTS == 3
+    assert [refused(keeper_of(store), b"9999") for _ in range(2)] == [0x6302, 0x6301]
     store.close()
     store = open_store(tmp_path)
     keeper = keeper_of(store)
-    assert keeper.attempts(PinRole.USER) == 1
-    keeper.verify(PinRole.USER, pad_pin(USER_PIN))
-    assert keeper.attempts(PinRole.USER) == 3
-    assert [refused(keeper, PinRole.USER, b"9999") for _ in range(3)] == [0x6302, 0x6301, 0x6300]
-    assert refused(keeper, PinRole.USER, USER_PIN) == 0x6983  # the right one, too late
+    assert keeper.attempts == 1
+    keeper.verify(pad_pin(USER_PIN))
+    assert keeper.attempts == 3
+    assert [refused(keeper, b"9999") for _ in range(3)] == [0x6302, 0x6301, 0x6300]
+    assert refused(keeper, USER_PIN) == 0x6983  # the right one, too late
     store.close()
     store = open_store(tmp_path)
     keeper = keeper_of(store)
-    assert refused(keeper, PinRole.USER, USER_PIN) == 0x6983
-    keeper.verify(PinRole.OPERATOR, pad_pin(OPERATOR_PIN))  # unblocks
-    keeper.verify(PinRole.USER, pad_pin(USER_PIN))
-    assert [refused(keeper, PinRole.OPERATOR, b"9999") for _ in range(10)] == [
-        0x6300 + left for left in range(9, -1, -1)
-    ]
-    assert refused(keeper, PinRole.OPERATOR, OPERATOR_PIN) == 0x6983
+    assert refused(keeper, USER_PIN) == 0x6983
+    keeper.change(pad_pin(b"4711"))  # an administrator's right
+    keeper.verify(pad_pin(b"4711"))
+    assert keeper.attempts == 3
 
 
 def test_the_count_is_durable_before_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,9 +255,9 @@ def test_the_count_is_durable_before_the_comparison(tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(pin_module, "_verifier", die)
         with pytest.raises(KeyboardInterrupt):
-            keeper_of(store).verify(PinRole.USER, pad_pin(USER_PIN))
+            keeper_of(store).verify(pad_pin(USER_PIN))
     store.close()
-    assert keeper_of(open_store(tmp_path)).attempts(PinRole.USER) == 2
+    assert keeper_of(open_store(tmp_path)).attempts == 2
 
 
 def test_no_attempt_without_a_durable_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,9 @@ from pathlib import Path
 
 from cryptography import x509
 
-from secfunet.card import CardClient, CardError, KeyAlgorithm, PinRole, Segmentation, connect_unix
+from secfunet.card import CardClient, CardError, KeyAlgorithm, Segmentation, connect_unix
+from secfunet.card.administrator import open_secure_channel
+from secfunet.card.administrator_keys import AdministratorKeys
 from tests.support.pki import CertificateAuthority
 
 START_TIMEOUT = 20.0
@@ -32,9 +34,8 @@ class CardProcess:
     folder: Path
     socket: Path
     user_pin: bytes
-    operator_pin: bytes
     user_pin_file: Path
-    operator_pin_file: Path
+    keys_file: Path
     config: Path
     log: Path
     process: asyncio.subprocess.Process | None = field(default=None, repr=False)
@@ -69,18 +70,29 @@ class CardProcess:
             self.process.kill()
         await self.process.wait()
 
+    @property
+    def keys(self) -> AdministratorKeys:
+        """Those that administer it now."""
+        return AdministratorKeys.read(self.keys_file)
+
+    async def administer(self, *, segmentation: Segmentation = Segmentation.EXTENDED) -> CardClient:
+        """A client through the administrator's secure channel, the applet selected."""
+        client = CardClient(await connect_unix(self.socket, timeout=10), segmentation=segmentation)
+        try:
+            await client.select()
+            return await open_secure_channel(client, self.keys)
+        except BaseException:
+            await client.close()
+            raise
+
     async def connect(
-        self,
-        identity: str | None = None,
-        *,
-        role: PinRole = PinRole.USER,
-        segmentation: Segmentation = Segmentation.EXTENDED,
+        self, identity: str | None = None, *, segmentation: Segmentation = Segmentation.EXTENDED
     ) -> CardClient:
         """A client that is ready for work: applet selected, PIN verified, identity set."""
         client = CardClient(await connect_unix(self.socket, timeout=10), segmentation=segmentation)
         try:
             await client.select()
-            await client.verify_pin(self.user_pin if role is PinRole.USER else self.operator_pin, role)
+            await client.verify_pin(self.user_pin)
             if identity is not None:
                 await client.set_identity(identity)
         except BaseException:
@@ -97,28 +109,25 @@ async def running_card(folder: Path, *, name: str = "card", settings: str = "") 
     """
     short = Path("/tmp") / f"card-{secrets.token_hex(6)}"  # noqa: S108 - a random name for a link into the test's own folder
     short.symlink_to(folder)
-    pins = {role: secrets.token_hex(4).encode() for role in PinRole}
     card = CardProcess(
         folder=folder,
         socket=(short if len(str(folder)) > 80 else folder) / f"{name}.sock",
-        user_pin=pins[PinRole.USER],
-        operator_pin=pins[PinRole.OPERATOR],
+        user_pin=secrets.token_hex(4).encode(),
         user_pin_file=folder / f"{name}.user-pin",
-        operator_pin_file=folder / f"{name}.operator-pin",
+        keys_file=folder / f"{name}.keys",
         config=folder / f"{name}.toml",
         log=folder / f"{name}.log",
     )
     card.config.write_text(
         f'socket = "{card.socket}"\nstore = "{name}.store"\n{settings}\n[store_key]\nfile = "{name}.key"\n'
     )
-    for path, pin in ((card.user_pin_file, card.user_pin), (card.operator_pin_file, card.operator_pin)):
-        path.touch(0o600)
-        path.write_bytes(pin + b"\n")
+    card.user_pin_file.touch(0o600)
+    card.user_pin_file.write_bytes(card.user_pin + b"\n")
     try:
         init = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-m", "secure_element.cli", "init", "--config", str(card.config)),
-            *("--user-pin-file", str(card.user_pin_file), "--operator-pin-file", str(card.operator_pin_file)),
+            *("--user-pin-file", str(card.user_pin_file)),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
@@ -146,12 +155,12 @@ async def personalise(
     server: bool = True,
 ) -> bytes:
     """Gives the card an identity whose key it makes; returns its certificate (DER). The card trusts ``authority`` unless told otherwise."""
-    operator = await card.connect(role=PinRole.OPERATOR)
+    administrator = await card.administer()
     try:
-        await operator.generate_key(name, algorithm)
-        request = await operator.certificate_signing_request(name, common_name or name)
+        await administrator.generate_key(name, algorithm)
+        request = await administrator.certificate_signing_request(name, common_name or name)
         certificate = authority.issue_for_request(request, names=names, client=client, server=server)
-        await operator.load_identity(name, name.encode(), certificate, authorities or (authority.der,))
+        await administrator.load_identity(name, name.encode(), certificate, authorities or (authority.der,))
     finally:
-        await operator.close()
+        await administrator.close()
     return certificate

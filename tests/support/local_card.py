@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from secfunet.card import CardClient, KeyAlgorithm, PinRole, Segmentation
+from secfunet.card import CardClient, KeyAlgorithm, Segmentation
+from secfunet.card.administrator import open_secure_channel
 from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.card.client import pad_pin
 from secfunet.scp03 import KeySet
@@ -16,7 +17,6 @@ from secure_element.store import CardStore, DomainRecord, StoreContents, StoreSe
 from tests.support.pki import CertificateAuthority
 
 USER_PIN = b"0000"
-OPERATOR_PIN = b"00000000"
 STORE_KEY = bytes(range(100, 132))
 KEYS = AdministratorKeys(1, KeySet.split(bytes(range(150, 198))))
 KEY_DATA = b"local card"
@@ -43,13 +43,10 @@ class LocalPort:
 
 
 def new_store(folder: Path) -> CardStore:
-    """A fresh store with the two PINs above."""
-    pins = {
-        role: make_pin(role, pad_pin(pin), os.urandom)
-        for role, pin in ((PinRole.USER, USER_PIN), (PinRole.OPERATOR, OPERATOR_PIN))
-    }
+    """A fresh store with the PIN and the keys above."""
+    pin = make_pin(pad_pin(USER_PIN), os.urandom)
     domain = DomainRecord(KEY_DATA, {KEYS.version: KEYS.keys})
-    return CardStore.create(folder / "card.store", StoreSecret(STORE_KEY), StoreContents(pins, domain=domain))
+    return CardStore.create(folder / "card.store", StoreSecret(STORE_KEY), StoreContents(pin, domain=domain))
 
 
 def open_store(folder: Path) -> CardStore:
@@ -58,19 +55,22 @@ def open_store(folder: Path) -> CardStore:
 
 
 async def ready_client(
-    card: CardOs,
-    identity: str | None = None,
-    *,
-    role: PinRole = PinRole.USER,
-    segmentation: Segmentation = Segmentation.EXTENDED,
+    card: CardOs, identity: str | None = None, *, segmentation: Segmentation = Segmentation.EXTENDED
 ) -> CardClient:
     """Selected, verified, identity set."""
     client = CardClient(LocalPort(card), segmentation=segmentation)
     await client.select()
-    await client.verify_pin(USER_PIN if role is PinRole.USER else OPERATOR_PIN, role)
+    await client.verify_pin(USER_PIN)
     if identity is not None:
         await client.set_identity(identity)
     return client
+
+
+async def administrator_client(card: CardOs, *, segmentation: Segmentation = Segmentation.EXTENDED) -> CardClient:
+    """The applet selected, through the administrator's secure channel."""
+    client = CardClient(LocalPort(card), segmentation=segmentation)
+    await client.select()
+    return await open_secure_channel(client, KEYS)
 
 
 async def personalised(
@@ -81,7 +81,7 @@ async def personalised(
 ) -> CardOs:
     """A card with these identities."""
     card = CardOs(store, options)
-    client = await ready_client(card, role=PinRole.OPERATOR)
+    client = await administrator_client(card)
     for name, algorithm in identities:
         await client.generate_key(name, algorithm)
         certificate = authority.issue_for_request(await client.certificate_signing_request(name, name))

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from secfunet.card import CardClient, CardGoneError, CardPort, KeyAlgorithm, PinRole, SingleCard, ready_card
+from secfunet.card import CardClient, CardGoneError, CardPort, KeyAlgorithm, SingleCard, ready_card
 from secfunet.errors import SecFuNetError
 from secfunet.tandem.aio import TandemServer, close_writer, open_tandem_connection, start_tandem_server
 from secfunet.tandem.errors import HandshakeTimeoutError, PeerStalledError
 from secfunet.tandem.parameters import TandemParameters
 from secfunet.tls.records import ContentType, encode_record
 from secure_element.card_os import CardOs
-from tests.support.local_card import OPERATOR_PIN, USER_PIN, LocalPort, new_store
+from tests.support.local_card import USER_PIN, LocalPort, administrator_client, new_store
 from tests.support.pki import CertificateAuthority
 from tests.tandem.conftest import NAMES
 from tests.tandem.test_both_ends import VERSIONS, Echo, only, port_of
@@ -73,12 +73,12 @@ async def ends(tmp_path: Path) -> AsyncIterator[Ends]:
         folder = tmp_path / name
         folder.mkdir()
         card = CardOs(new_store(folder))
-        operator = await ready_card(LocalPort(card), pin=OPERATOR_PIN, role=PinRole.OPERATOR)
-        await operator.generate_key(name, KeyAlgorithm.P_256)
-        request = await operator.certificate_signing_request(name, name)
+        administrator = await administrator_client(card)
+        await administrator.generate_key(name, KeyAlgorithm.P_256)
+        request = await administrator.certificate_signing_request(name, name)
         certificate = authority.issue_for_request(request, names=NAMES)
-        await operator.load_identity(name, name.encode(), certificate, (authority.der,))
-        await operator.close()
+        await administrator.load_identity(name, name.encode(), certificate, (authority.der,))
+        await administrator.close()
         made.append(card)
     ends = Ends(*made)
     yield ends
