@@ -78,6 +78,7 @@ class AgentService:
             except RuntimeError:
                 raise DoorError(f"{inner} cannot be listened at: is the path of the state folder too long?") from None
             await server.start()
+            stack.push_async_callback(server.stop, None)  # where what comes below cannot be made
             # Left in the opposite order: no new callers, then those inside get their answers, then the way to dom0 is closed.
             await stack.enter_async_context(self._transport)
             life = asyncio.create_task(self._live(), name="vm-agent-life")
