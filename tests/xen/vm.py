@@ -55,12 +55,22 @@ class Vm:
     token: str = field(repr=False)
 
     @classmethod
-    def make(cls, name: str, number: int, *, grid: Host, host: Host, orchestrator: Orchestrator, folder: Path) -> Vm:
+    def make(
+        cls,
+        name: str,
+        number: int,
+        *,
+        grid: Host,
+        host: Host,
+        orchestrator: Orchestrator,
+        folder: Path,
+        memory_mib: int = 224,
+    ) -> Vm:
         """Creates the domain through the orchestrator API, stopped. ``number``: the last part of its address."""
         address = f"192.168.77.{number}"
         vmid = certificate(grid, name)
         token = issue_token(grid, name, host.name)
-        made = orchestrator.create(name, vmid.public_bytes(Encoding.DER), address=address)
+        made = orchestrator.create(name, vmid.public_bytes(Encoding.DER), address=address, memory_mib=memory_mib)
         return cls(name, made.uuid, vmid, Guest(host, name, address), orchestrator, folder, token)
 
     def boot(self) -> None:
