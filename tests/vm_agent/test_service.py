@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import grp
 import hashlib
+import json
 import os
 import socket
 import stat
@@ -26,6 +28,7 @@ from secfunet.agent.v1 import local_pb2, local_pb2_grpc
 from secfunet.gose.v1 import operation_pb2
 from secfunet.identity import thumbprint
 from secfunet.middleware.v1 import agent_pb2
+from secfunet.service.files import write_atomically
 from tests.vm_agent.conftest import eventually
 from tests.vm_agent.double import Grid, MiddlewareDouble
 from vm_agent.errors import facts_of
@@ -454,3 +457,32 @@ async def test_metrics_tell_what_was_done(middleware: MiddlewareDouble, options:
         text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5).read().decode())
     assert "vm_agent_operations_total 1.0" in text
     assert "vm_agent_connected 1.0" in text
+
+
+async def test_a_handshake_that_takes_seconds_comes_to_its_end(
+    middleware: MiddlewareDouble, options: AgentOptions, folder: Path
+) -> None:
+    """A host that is very busy, or emulated: each piece on the way takes more than a second."""
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                await asyncio.sleep(1.2)
+                writer.write(data)
+                await writer.drain()
+            writer.close()
+
+    async def relay(path: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_unix_connection(path)
+        await asyncio.gather(carry(reader, inner_writer), carry(inner_reader, writer))
+
+    join = json.loads((folder / "join.json").read_text())
+    async with contextlib.AsyncExitStack() as stack:
+        for door in ("enrol", "agent"):
+            path = str(folder / join[door].removeprefix("unix:"))
+            server = await asyncio.start_unix_server(functools.partial(relay, path), folder / f"slow-{door}")
+            stack.callback(server.close)
+            join[door] = f"unix:slow-{door}"
+        write_atomically(folder / "join.json", json.dumps(join).encode())
+        service, _ = await stack.enter_async_context(running(options))
+        await eventually(lambda: service.status().connected, timeout=60)
