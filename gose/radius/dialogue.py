@@ -89,6 +89,8 @@ class Dialogues:
 
     async def answer(self, nas: str, request: AccessRequest) -> Reply:
         """The answer to a request of the client ``nas``. Raises RadiusDiscard for what is not answered."""
+        if not request.eap and request.state is None:
+            return Reply(Code.ACCESS_CHALLENGE, EapPacket(EapCode.REQUEST, 0, EapType.IDENTITY).encode())
         try:
             packet = EapPacket.decode(request.eap)
         except EapFormatError as error:

@@ -57,7 +57,10 @@ class RadiusDiscard(GoseError):
 
 @dataclass(frozen=True)
 class AccessRequest:
-    """An authenticated request. ``key`` is the same for a retransmission and for nothing else of the same client (RFC 5080, 2.2.2)."""
+    """An authenticated request; ``eap`` is empty for EAP-Start (RFC 3579, 2.1).
+
+    ``key`` is the same for a retransmission and for nothing else of the same client (RFC 5080, 2.2.2).
+    """
 
     eap: bytes
     state: bytes | None
@@ -97,8 +100,9 @@ def parse_request(untrusted: bytes, secret: bytes) -> AccessRequest:
     states = [value for kind, value in attributes if kind == Attribute.STATE]
     if len(states) > 1:
         raise RadiusDiscard("malformed", "there is more than one State")
-    eap = b"".join(value for kind, value in attributes if kind == Attribute.EAP_MESSAGE)
-    if not 0 < len(eap) <= MAX_EAP:
+    messages = [value for kind, value in attributes if kind == Attribute.EAP_MESSAGE]
+    eap = b"".join(messages)
+    if not messages or len(eap) > MAX_EAP:
         raise RadiusDiscard("malformed", "there is no EAP packet, or a very long one")
     return AccessRequest(eap, states[0] if states else None, (untrusted[1], untrusted[4:20]), packet)
 

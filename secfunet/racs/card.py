@@ -127,8 +127,11 @@ class _RacsCard:
                 break
             except RacsError as error:
                 raise self._gone(error) from None
-        if not responses:
-            raise self._gone("the server has answered nothing")
+        if response.failed is None and len(responses) < len(lines):
+            # What was done and not answered must not be sent again.
+            gone = self._gone("the server has left out a status")
+            if not responses:
+                raise gone
         return responses
 
     async def _ask(self, commands: Sequence[Command]) -> Response:

@@ -140,7 +140,7 @@ class RadiusClient(asyncio.DatagramProtocol):
         self._number = (self._number + 1) & 0xFF
         packet = AuthPacket(id=self._number, secret=self.secret, authenticator=secrets.token_bytes(16))
         packet[Attribute.USER_NAME.value] = [b"somebody"]
-        packet[Attribute.EAP_MESSAGE.value] = [eap[start : start + 253] for start in range(0, len(eap), 253)]
+        packet[Attribute.EAP_MESSAGE.value] = [eap[start : start + 253] for start in range(0, len(eap) or 1, 253)]
         packet[Attribute.PROXY_STATE.value] = [b"one", b"two"]
         if state is not None:
             packet[Attribute.STATE.value] = [state]

@@ -252,6 +252,19 @@ async def test_a_peer_that_goes_away_does_not_keep_the_card(grid: TestGrid) -> N
             await still_serves(grid, service)
 
 
+async def test_a_client_that_asks_for_the_first_word(grid: TestGrid) -> None:
+    peer = engine_of(grid, grid.hypervisor("hv-a"))
+    async with grid.running() as service, client_of(grid) as client:
+        answer = await client.ask(b"")
+        assert (answer.code, answer.state) == (Code.ACCESS_CHALLENGE, None)
+        assert EapPacket.decode(answer.eap) == EapPacket(EapCode.REQUEST, 0, EapType.IDENTITY)
+        assert in_work(service) == 0
+        answer = await client.ask(peer.process(answer.eap))
+        while answer.code == Code.ACCESS_CHALLENGE:
+            answer = await client.ask(peer.process(answer.eap), answer.state)
+        assert answer.code == Code.ACCESS_ACCEPT
+
+
 async def test_names_alone_take_no_card(grid: TestGrid) -> None:
     async with grid.running(handshakes=8) as service, client_of(grid) as client:
         for _ in range(8):
