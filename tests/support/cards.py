@@ -24,7 +24,7 @@ from secfunet.card.administrator import open_secure_channel
 from secfunet.card.administrator_keys import AdministratorKeys
 from tests.support.pki import CertificateAuthority
 
-START_TIMEOUT = 20.0
+START_TIMEOUT = 60.0
 
 
 @dataclass
@@ -133,11 +133,12 @@ async def running_card(folder: Path, *, name: str = "card", settings: str = "") 
         )
         output, _ = await init.communicate()
         assert init.returncode == 0, output.decode()
-        await card.start()
         try:
+            await card.start()
             yield card
         finally:
-            await card.stop()
+            if card.process is not None:
+                await card.stop()
     finally:
         short.unlink()
 
