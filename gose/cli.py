@@ -22,6 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from gose.authority import AuthorityFolder, CardAccess, EnrolmentOrder, create_authority, enrol, sign_request
+from gose.authority.binding import bind
 from gose.authority.enrolment import CONNECT_TIMEOUT
 from gose.authority.errors import (
     AuthorityDamagedError,
@@ -40,6 +41,7 @@ from secfunet.apdu import ApduError
 from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.card.errors import CardBusyError, CardError, CardGoneError
 from secfunet.card.parameters import KeyAlgorithm
+from secfunet.container import ContainerProfile
 from secfunet.identity import Holder, IdentityError, Role, check_name, pem_of
 from secfunet.operation import OPERATIONS
 from secfunet.racs.errors import RacsRefusedError
@@ -265,6 +267,29 @@ def enrol_cards(
             enrol_vm(element.seid, element.seid, certificate, key, valid, config=config)
 
 
+@app.command("bind-vm")
+def bind_vm(
+    name: str,
+    hypervisor: Annotated[str, typer.Option(help="Name of the hypervisor that alone is to read the VM's results.")],
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Have the VM's card seal its results itself, for that hypervisor only; again: for another one. Then issue a new token."""
+    settings = load_settings(GoseSettings, config)
+    with _registry(settings) as registry:
+        recipient = registry.named(Role.HYPERVISOR, hypervisor)
+        _bind(settings, registry, name, recipient)
+    typer.echo(f"the card of {name} is bound to {hypervisor}: tokens of before are worth nothing, issue a new one")
+
+
+@app.command("unbind-vm")
+def unbind_vm(name: str, config: ConfigOption = CONFIG) -> None:
+    """Have the service provider seal the VM's results again. Then issue a new token."""
+    settings = load_settings(GoseSettings, config)
+    with _registry(settings) as registry:
+        _bind(settings, registry, name, None)
+    typer.echo(f"the card of {name} is bound to nobody: issue a new token")
+
+
 @app.command("issue-token")
 def issue_token(
     vm: Annotated[str, typer.Option(help="Name of the VM.")],
@@ -402,6 +427,14 @@ def _access(settings: GoseSettings, element: SecureElementSettings) -> CardAcces
         AdministratorKeys.read(element.administrator_keys_file),
         where=f"the card at {element.place}",
     )
+
+
+def _bind(settings: GoseSettings, registry: Registry, name: str, hypervisor: Identity | None) -> None:
+    vm = registry.named(Role.VM, name)
+    element = _element(settings, vm.seid or "", Role.VM)
+    profile = ContainerProfile.named(settings.container_profile)
+    access = _access(settings, element)
+    asyncio.run(bind(vm, hypervisor, element.label, access, registry, profile=profile, now=time.time()))
 
 
 def _enrol(settings: GoseSettings, order: EnrolmentOrder, access: CardAccess, out: Path | None) -> None:

@@ -52,6 +52,14 @@ CREATE TABLE IF NOT EXISTS tokens (
   expires_at REAL NOT NULL
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS tokens_by_expiry ON tokens (expires_at);
+CREATE TABLE IF NOT EXISTS bindings (
+  vmid TEXT PRIMARY KEY,
+  hvid TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS reservations (
+  seid TEXT PRIMARY KEY,
+  until REAL NOT NULL
+) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS revocations (
   sequence INTEGER PRIMARY KEY AUTOINCREMENT,
   kind TEXT NOT NULL CHECK (kind IN ('token', 'vm', 'hypervisor', 'server')),
@@ -262,6 +270,37 @@ class Registry:
             database.execute("UPDATE identities SET state = 'active' WHERE thumbprint = ?", (thumbprint,))
             active = database.execute(_IDENTITY + "WHERE i.thumbprint = ?", (thumbprint,)).fetchone()
         return _identity(active)
+
+    # --- bindings, and what an administrator does to a card that is in service
+
+    def binding(self, vmid: str) -> str | None:
+        """The HVID that the card of that VM was bound to, or None."""
+        row = self._one("SELECT hvid FROM bindings WHERE vmid = ?", vmid)
+        return None if row is None else str(row[0])
+
+    def record_binding(self, vmid: str, hvid: str | None) -> None:
+        """Records to whom a VM's card was bound; None: to nobody any more."""
+        with self._transaction() as database:
+            database.execute("DELETE FROM bindings WHERE vmid = ?", (vmid,))
+            if hvid is not None:
+                database.execute("INSERT INTO bindings (vmid, hvid) VALUES (?, ?)", (vmid, hvid))
+
+    @contextlib.contextmanager
+    def reserved(self, seid: str, *, seconds: float) -> Iterator[None]:
+        """A running grid lets go of that card for as long as the context lasts, ``seconds`` at most."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT OR REPLACE INTO reservations (seid, until) VALUES (?, ?)", (seid, self._clock() + seconds)
+            )
+        try:
+            yield
+        finally:
+            with self._transaction() as database:
+                database.execute("DELETE FROM reservations WHERE seid = ?", (seid,))
+
+    def is_reserved(self, seid: str) -> bool:
+        """Whether an administrator wants the card for himself now."""
+        return self._one("SELECT 1 FROM reservations WHERE seid = ? AND until > ?", seid, self._clock()) is not None
 
     # --- tokens
 

@@ -60,6 +60,8 @@ class RegistryStanding:
             if (seid, certificate) in self._good_cards:
                 return
             identity = self._registry.in_secure_element(seid)
+            if self._registry.is_reserved(seid):
+                raise CardNotAdmittedError(seid, "its administrator has it")
         except sqlite3.Error as error:
             raise CardNotAdmittedError(seid, f"the registry cannot be read: {error}") from error
         if identity is None:

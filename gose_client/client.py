@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import re
 import secrets
@@ -30,13 +31,14 @@ from secfunet.card.errors import CardError
 from secfunet.card.pool import CardPool
 from secfunet.container import ContainerProfile
 from secfunet.identity import load_certificate, rsa_key_of
+from secfunet.vm_auth_token import unverified_claims
 
 _log = logging.getLogger(__name__)
 
 _BEGIN_AGAIN: Final = frozenset({"LOGIN_UNKNOWN"})
 _MAX_BEGINNINGS = 4
 _MAX_LOGINS = 8  # at the same time
-_MAX_AUTHORITIES = 16
+_MAX_AUTHORITIES = 1024  # the grid's, and a bound VM's own certificate each
 _CORRELATION = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 
@@ -140,6 +142,10 @@ class GoseClient:
                     raise translated from error
                 await deadline.pause(translated)
             else:
+                if unverified_claims(vm_auth_token).from_card:
+                    # The token came from whoever started the VM, not through the grid: what the service provider says of the authority of
+                    # a bound VM's containers is not believed.
+                    grant = dataclasses.replace(grant, container_authority=vm_certificate)
                 self._remember_authority(grant.container_authority)
                 _log.info(
                     "session opened",

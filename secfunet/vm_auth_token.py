@@ -11,6 +11,8 @@ Claims (RFC 7519):
     iat nbf exp  UTC seconds, integers
     jti          the token's name, 1 to 64 characters of base64url: by it the token is revoked
     ops          a list of "sign", "decrypt", "encrypt", at least one, none twice
+    res          "card": the VM's card is bound to that hypervisor, and signs the containers of its results itself; not there: the
+                 container authority does
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ _JTI: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _MAX_TIME: Final = 2**53
 _THUMBPRINT_CLAIM: Final = "x5t#S256"
 _CLAIMS: Final = frozenset({"iss", "aud", "sub", "cnf", "iat", "nbf", "exp", "jti", "ops"})
+_OPTIONAL: Final = frozenset({"res"})
+_FROM_CARD: Final = "card"
 _HEADER: Final = frozenset({"typ", "alg", "kid"})
 
 TokenPublicKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey
@@ -90,6 +94,7 @@ class VmAuthToken:
     issued_at: int
     not_before: int
     expires_at: int
+    from_card: bool = False
 
 
 def key_id(key: TokenPublicKey) -> str:
@@ -120,6 +125,7 @@ def issue_token(
     issued_at: float,
     expires_at: float,
     jti: str | None = None,
+    from_card: bool = False,
 ) -> str:
     """A token, valid from ``issued_at`` until ``expires_at`` (UTC seconds; fractions are dropped). ``jti`` None: 128 random bits.
 
@@ -136,6 +142,8 @@ def issue_token(
         "jti": secrets.token_urlsafe(16) if jti is None else jti,
         "ops": sorted(operations),
     }
+    if from_card:
+        claims["res"] = _FROM_CARD
     try:
         _parse_claims(claims)
     except TokenError:
@@ -286,7 +294,7 @@ def _no_constant(name: str) -> Any:
 
 
 def _parse_claims(untrusted: dict[str, Any]) -> VmAuthToken:
-    if untrusted.keys() != _CLAIMS:
+    if untrusted.keys() - _OPTIONAL != _CLAIMS or untrusted.get("res", _FROM_CARD) != _FROM_CARD:
         raise TokenError(TokenRefusal.MALFORMED)
     confirmation = untrusted["cnf"]
     operations = untrusted["ops"]
@@ -314,6 +322,7 @@ def _parse_claims(untrusted: dict[str, Any]) -> VmAuthToken:
             issued_at=_time(untrusted["iat"]),
             not_before=_time(untrusted["nbf"]),
             expires_at=_time(untrusted["exp"]),
+            from_card="res" in untrusted,
         )
     except IdentityError:
         raise TokenError(TokenRefusal.MALFORMED) from None

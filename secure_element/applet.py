@@ -15,6 +15,7 @@ from secfunet.card.errors import CardFormatError
 from secfunet.card.instructions import MIN_PIN_SIZE, PIN_SIZE, Cla, Ins, KeyIns, KeyOperation, MethodFunction
 from secfunet.card.parameters import TlsParameters, encode_certificates
 from secfunet.card.profile import CardProfile
+from secure_element.binding import Bindings
 from secure_element.commands import VERIFY_PIN_ALIAS
 from secure_element.eap_engine import EapDiscarded, EapEngine, EapFailure, TlsIdView
 from secure_element.errors import CommandRefusedError, Sw
@@ -57,6 +58,7 @@ class EapApplet:
         self._randbytes = randbytes
         self._pin = PinKeeper(store, randbytes)
         self._identities = Identities(store)
+        self._bindings = Bindings(self._identities, randbytes)
         self.handlers: dict[tuple[int, int], Callable[[CommandApdu], bytes]] = {
             (Cla.EAP, Ins.VERIFY_PIN): self._verify_pin,
             (Cla.EAP, VERIFY_PIN_ALIAS): self._verify_pin,
@@ -77,6 +79,9 @@ class EapApplet:
             (Cla.KEYS, KeyIns.REQUEST_CERTIFICATE): self._request_certificate,
             (Cla.KEYS, KeyIns.LOAD_IDENTITY): self._load_identity,
             (Cla.KEYS, KeyIns.DELETE_IDENTITY): self._delete_identity,
+            (Cla.KEYS, KeyIns.BIND_IDENTITY): self._bind_identity,
+            (Cla.KEYS, KeyIns.GET_BINDING): self._get_binding,
+            (Cla.KEYS, KeyIns.SEAL): self._seal,
         }
         self.reset()
 
@@ -84,6 +89,7 @@ class EapApplet:
         """Everything volatile is forgotten: PINs, EAP, sessions to resume."""
         self._forget_tls()
         self._forget_session()
+        self._bindings.forget()
 
     def select(self) -> None:
         """PINs, identity and EAP state are as after power-on; TLS sessions to resume stay."""
@@ -220,6 +226,8 @@ class EapApplet:
 
     def _process_eap(self, command: CommandApdu) -> bytes:
         _expect(command, 0x00, 0x00)
+        if any(record.recipient and record.name == self._chosen for record in self._identities.records):
+            raise CommandRefusedError(Sw.CONDITIONS_NOT_SATISFIED)  # nobody speaks TLS in the name of a bound identity
         if len(command.data) < 4:
             raise CommandRefusedError(Sw.DISCARDED)
         length = int.from_bytes(command.data[2:4])
@@ -277,7 +285,10 @@ class EapApplet:
     # The key pair
 
     def _operate(self, command: CommandApdu) -> bytes:
-        key = self._identities.key_of(self._current_complete())
+        record = self._current_complete()
+        if record.recipient:
+            raise CommandRefusedError(Sw.CONDITIONS_NOT_SATISFIED)  # its results are not for everybody to see
+        key = self._identities.key_of(record)
         operations: dict[int, Callable[[KeyPair, int, bytes], bytes]] = {
             KeyOperation.SIGN: KeyPair.sign,
             KeyOperation.DECRYPT: KeyPair.decrypt,
@@ -312,6 +323,22 @@ class EapApplet:
         self._forget_tls()
         log.info("identity deleted")
         return b""
+
+    def _bind_identity(self, command: CommandApdu) -> bytes:
+        _expect(command, command.p1, 0x00)
+        name = self._bindings.bind(command.p1, command.data)
+        self._forget_tls()
+        log.info("binding changed", extra={"identity": name})
+        return b""
+
+    def _get_binding(self, command: CommandApdu) -> bytes:
+        _expect(command, 0x00, 0x00)
+        binding = self._bindings.binding_of(self._current_complete())
+        return binding.encode() if binding is not None else b""
+
+    def _seal(self, command: CommandApdu) -> bytes:
+        _expect(command, 0x00, 0x00)
+        return self._bindings.seal(self._current_complete(), command.data)
 
     def _forget_tls(self) -> None:
         """An identity was changed: no identity is set, and whatever TLS kept of one (its key in Contexts, its sessions) is gone."""

@@ -35,6 +35,12 @@ certificate, 04 authority (several), 05 subject's common name; DER; names are 1 
 - ``E4 00 00`` name: delete an identity and its key.
 - ``CA 00 00``, or with a name: certificate of the current identity, or of that one [user or administrator].
 
+A bound identity's results go to one hypervisor; then Operate and Process-EAP answer 6985:
+
+- ``4A profile 00`` {01, 06 certificate of the hypervisor}: bind [administrator]; without 06: unbind. 6A81: its key is not RSA.
+- ``4C 00 00``: profile (1), SHA-256 of that certificate; nothing if it is not bound [user or administrator].
+- ``2C 00 00`` {01 time, 02 operation...}: do and seal [user]; {01 container, 02 failure...}. 6985: not bound.
+
 Operations with the current identity's key [user]; P2 is the number of the scheme in ``secfunet.gose.v1``:
 
 - ``2A 9E scheme`` digest: sign. ``2A 80 scheme`` ciphertext: decrypt. ``2A 86 scheme`` plaintext: encrypt.
@@ -100,6 +106,9 @@ GUARDS: Final[dict[tuple[int, int], Guard]] = {
     (Cla.KEYS, KeyIns.REQUEST_CERTIFICATE): Guard.ADMINISTRATOR,
     (Cla.KEYS, KeyIns.LOAD_IDENTITY): Guard.ADMINISTRATOR,
     (Cla.KEYS, KeyIns.DELETE_IDENTITY): Guard.ADMINISTRATOR,
+    (Cla.KEYS, KeyIns.BIND_IDENTITY): Guard.ADMINISTRATOR,
+    (Cla.KEYS, KeyIns.GET_BINDING): Guard.EITHER,
+    (Cla.KEYS, KeyIns.SEAL): Guard.USER,
     (Cla.KEYS, DomainIns.INITIALIZE_UPDATE): Guard.NOBODY,
 }
 """While the applet is selected."""

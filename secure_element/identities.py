@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Final
 
 from cryptography import x509
@@ -68,7 +68,7 @@ class Identities:
 
     def request_certificate(self, untrusted: bytes) -> bytes:
         """A certificate signing request, PKCS#10 in DER."""
-        items = _single(_items(untrusted), {PersonalisationTag.NAME, PersonalisationTag.SUBJECT})
+        items = single(items_of(untrusted), {PersonalisationTag.NAME, PersonalisationTag.SUBJECT})
         record = self._existing(items[PersonalisationTag.NAME])
         try:
             subject = items[PersonalisationTag.SUBJECT].decode()
@@ -78,9 +78,9 @@ class Identities:
 
     def load(self, untrusted: bytes) -> str:
         """Takes certificate and authorities; returns the name. The certificate must be for this key."""
-        items = _items(untrusted)
+        items = items_of(untrusted)
         authorities = tuple(value for tag, value in items if tag == PersonalisationTag.AUTHORITY)
-        values = _single(
+        values = single(
             [item for item in items if item[0] != PersonalisationTag.AUTHORITY],
             {PersonalisationTag.NAME, PersonalisationTag.EAP_ID, PersonalisationTag.CERTIFICATE},
         )
@@ -93,10 +93,10 @@ class Identities:
             _certificate(authority)
         if _public_key(parsed) != self.key_of(record).public_key_der:
             raise CommandRefusedError(Sw.WRONG_DATA)
-        complete = replace(
+        complete = dataclasses.replace(
             record, eap_id=values[PersonalisationTag.EAP_ID], certificate=certificate, authorities=authorities
         )
-        self._write(tuple(complete if other is record else other for other in self.records))
+        self.replace(record, complete)
         return record.name
 
     def delete(self, untrusted_name: bytes) -> str:
@@ -105,6 +105,10 @@ class Identities:
         self._write(tuple(other for other in self.records if other is not record))
         return record.name
 
+    def replace(self, record: IdentityRecord, by: IdentityRecord) -> None:
+        """Writes another record in the place of one."""
+        self._write(tuple(by if other is record else other for other in self.records))
+
     def _existing(self, untrusted_name: bytes) -> IdentityRecord:
         record = self.find(untrusted_name)
         if record is None:
@@ -112,7 +116,7 @@ class Identities:
         return record
 
     def _write(self, records: tuple[IdentityRecord, ...]) -> None:
-        self._store.replace(replace(self._store.contents, identities=records))
+        self._store.replace(dataclasses.replace(self._store.contents, identities=records))
         # A key that the store no longer has is none of memory's, either.
         kept = {record.private_key for record in records}
         self._keys = {encoded: key for encoded, key in self._keys.items() if encoded in kept}
@@ -124,14 +128,15 @@ def _name(untrusted: bytes) -> str:
     return untrusted.decode("ascii")
 
 
-def _items(untrusted: bytes) -> list[tuple[int, bytes]]:
+def items_of(untrusted: bytes) -> list[tuple[int, bytes]]:
+    """The items of a command's data. Raises CommandRefusedError."""
     try:
         return decode_tlv(untrusted)
     except CardFormatError:
         raise CommandRefusedError(Sw.WRONG_DATA) from None
 
 
-def _single(items: list[tuple[int, bytes]], wanted: set[PersonalisationTag]) -> dict[int, bytes]:
+def single(items: list[tuple[int, bytes]], wanted: set[PersonalisationTag]) -> dict[int, bytes]:
     """All the wanted items and no other, each once."""
     if len(items) != len(wanted) or {tag for tag, _ in items} != wanted:
         raise CommandRefusedError(Sw.WRONG_DATA)

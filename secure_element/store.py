@@ -88,6 +88,8 @@ class IdentityRecord:
     eap_id: bytes = b""
     certificate: bytes = b""
     authorities: tuple[bytes, ...] = ()
+    recipient: bytes = b""  # certificate of the hypervisor that it is bound to; empty: it is not
+    profile: int = 0  # of its containers, if it is bound
 
     @property
     def is_complete(self) -> bool:
@@ -136,6 +138,8 @@ class StoreContents:
                     "eap_id": _text(identity.eap_id),
                     "certificate": _text(identity.certificate),
                     "authorities": [_text(authority) for authority in identity.authorities],
+                    "recipient": _text(identity.recipient),
+                    "profile": identity.profile,
                 }
                 for identity in self.identities
             ],
@@ -293,4 +297,6 @@ def _identity(identity: Any) -> IdentityRecord:
         eap_id=_bytes(identity["eap_id"]),
         certificate=_bytes(identity["certificate"]),
         authorities=tuple(_bytes(authority) for authority in identity["authorities"]),
+        recipient=_bytes(identity.get("recipient", "")),
+        profile=int(identity.get("profile", 0)),
     )

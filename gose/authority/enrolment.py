@@ -113,7 +113,7 @@ async def enrol(
     """
     _check_order(order, registry)
     try:
-        async with asyncio.timeout(ENROLMENT_TIMEOUT), _personalisation(card) as client:
+        async with asyncio.timeout(ENROLMENT_TIMEOUT), administered(card) as client:
             return await _personalise(client, order, card, authority, registry, clock)
     except TimeoutError:
         raise EnrolmentError(f"{card.where} was not ready within {ENROLMENT_TIMEOUT:g} s: run this again") from None
@@ -195,7 +195,7 @@ def _check_order(order: EnrolmentOrder, registry: Registry) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _personalisation(card: CardAccess) -> AsyncIterator[CardClient]:
+async def administered(card: CardAccess) -> AsyncIterator[CardClient]:
     """A card whose applet is selected, through its administrator's secure channel."""
     try:
         client = await card.connect()

@@ -48,6 +48,11 @@ class TokenAuthority:
             raise TokenNotIssuedError("a token is valid for at least a second and at most a year")
         the_vm = _in_good_standing(registry.named(Role.VM, vm), now)
         the_hypervisor = _in_good_standing(registry.named(Role.HYPERVISOR, hypervisor), now)
+        bound_to = registry.binding(the_vm.thumbprint)
+        if bound_to not in (None, the_hypervisor.thumbprint):
+            raise TokenNotIssuedError(
+                f"the card of '{vm}' is bound to another hypervisor: 'gose bind-vm {vm} --hypervisor {hypervisor}' first"
+            )
         begin = int(now)
         end = int(min(now + valid, the_vm.expires_at, the_hypervisor.expires_at))
         if end <= begin:
@@ -63,6 +68,7 @@ class TokenAuthority:
             issued_at=begin,
             expires_at=end,
             jti=jti,
+            from_card=bound_to is not None,
         )
         registry.record_token(jti, the_vm.thumbprint, the_hypervisor.thumbprint, allowed, now, end)
         return token

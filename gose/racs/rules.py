@@ -85,6 +85,8 @@ NAMED_RULES: Final[dict[str, tuple[ApduRule, ...]]] = {
             _rule(Cla.KEYS, KeyIns.OPERATE, operation, None, may_chain=True)
             for operation in (KeyOperation.SIGN, KeyOperation.DECRYPT, KeyOperation.ENCRYPT)
         ),
+        _rule(Cla.KEYS, KeyIns.GET_BINDING, 0x00),
+        _rule(Cla.KEYS, KeyIns.SEAL, 0x00, may_chain=True),
     ),
     # A card that opens TLS connections.
     "tls": (

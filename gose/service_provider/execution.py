@@ -30,10 +30,11 @@ from gose.slots.errors import SlotError
 from gose.slots.rack import Rack
 from gose.standing import RegistryStanding
 from gose.state import state_unavailable
-from secfunet.apdu import ApduError
+from secfunet.apdu import ApduError, StatusError
+from secfunet.card.binding import Binding, SealedOperation, SealRequest
 from secfunet.card.client import KeyRequest
 from secfunet.card.errors import CardError, CardGoneError
-from secfunet.card.instructions import KeyOperation
+from secfunet.card.instructions import KeyIns, KeyOperation
 from secfunet.container import ContainerProfile, ContainerSealer
 from secfunet.gose.v1 import operation_pb2
 from secfunet.identity import load_certificate, rsa_key_of
@@ -211,7 +212,10 @@ class Executor:
                 raise Refusal(Reason.CARD_NOT_IN_GRID, "the VM's secure element is not in this grid")
 
             async def work(card: ReadyCard) -> None:
-                await self._work(card, flight, deadline, outputs)
+                if card.binding is None:
+                    await self._work(card, flight, deadline, outputs)
+                else:
+                    await self._work_bound(card, card.binding, flight, session, scope, deadline)
 
             await bank.submit(work, deadline=deadline)
             if outputs:
@@ -253,6 +257,37 @@ class Executor:
                 if refusal.reason is Reason.CARD_UNAVAILABLE:
                     card.port.is_lost = True
                 flight.outcomes[one.question.request_id] = refusal
+
+    async def _work_bound(
+        self, card: ReadyCard, binding: Binding, flight: _Flight, session: Session, scope: bytes, deadline: float
+    ) -> None:
+        """Likewise, with a card that seals its results itself: what they are nobody here gets to know."""
+        if binding.hvid != session.hvid:
+            raise Refusal(Reason.CARD_REFUSED, "the VM's card is bound to another hypervisor", detail=binding.hvid)
+        for begin in range(0, len(flight.tasks), HANDFUL):
+            if self._monotonic() >= deadline:
+                return
+            handful = flight.tasks[begin : begin + HANDFUL]
+            operations = tuple(_sealed_operation_of(one) for one in handful)
+            try:
+                answer = await card.client.seal(SealRequest(int(self._clock()), operations))
+            except (CardError, ApduError) as error:
+                card.port.is_lost = True
+                for one in flight.tasks[begin:]:
+                    flight.outcomes[one.question.request_id] = refusal_of(error)
+                return
+            failed = {request_id: refusal_of(StatusError(sw, KeyIns.SEAL)) for request_id, sw in answer.failures}
+            done = [one.question for one in handful if one.question.request_id not in failed]
+            flight.outcomes.update(
+                {
+                    one.question.request_id: failed[one.question.request_id]
+                    for one in handful
+                    if one.question not in done
+                }
+            )
+            if done and answer.container:
+                self._answers.keep(scope, done, answer.container)
+                flight.outcomes.update({question.request_id: answer.container for question in done})
 
     async def _seal(self, flight: _Flight, session: Session, scope: bytes, outputs: list[tuple[_Task, bytes]]) -> None:
         began = self._monotonic()
@@ -328,6 +363,11 @@ class Executor:
                     },
                 },
             )
+
+
+def _sealed_operation_of(task: _Task) -> SealedOperation:
+    operation, scheme, payload = _request_of(task)
+    return SealedOperation(operation, scheme, task.question.request_id, payload)
 
 
 def _request_of(one: _Task) -> KeyRequest:

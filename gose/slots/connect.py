@@ -11,6 +11,7 @@ from gose.settings import Limits, SecureElementSettings
 from gose.slots.errors import SlotError
 from gose.slots.port import GuardedPort
 from secfunet.apdu import PinError
+from secfunet.card.binding import Binding
 from secfunet.card.client import CardClient
 from secfunet.card.ready import CardOpener, PinWithheldError
 from secfunet.service.files import read_secret
@@ -30,6 +31,7 @@ class ReadyCard:
 
     client: CardClient
     port: GuardedPort
+    binding: Binding | None = None
 
 
 ConnectCard = Callable[[], Awaitable[ReadyCard]]
@@ -51,6 +53,7 @@ class CardConnector:
         try:
             async with asyncio.timeout(self._limits.card_connect_timeout):
                 client = await self._open()
+                binding = await self._binding(client)
         except PinWithheldError as error:
             raise PinRefusedError(self._element.seid, f"{error}; unblock the card, or correct its PIN file") from None
         except PinError:
@@ -59,7 +62,17 @@ class CardConnector:
             ) from None
         if not isinstance(client.port, GuardedPort):
             raise AssertionError("a client keeps the port that it was made with")
-        return ReadyCard(client, client.port)
+        return ReadyCard(client, client.port, binding)
+
+    async def _binding(self, client: CardClient) -> Binding | None:
+        """To whom a VM's card is bound: read anew with each connection, for an administrator who changes it takes the card."""
+        if self._element.role != "vm":
+            return None
+        try:
+            return await client.binding()
+        except BaseException:
+            await client.close()
+            raise
 
     async def _connect(self) -> GuardedPort:
         limits = self._limits

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from secfunet.apdu import MAX_RESPONSE, ApduError, CommandApdu, ResponseApdu, status_error
+from secfunet.apdu import MAX_RESPONSE, ApduError, CommandApdu, ResponseApdu, StatusError, status_error
+from secfunet.card.binding import Binding, SealedAnswer, SealRequest
 from secfunet.card.errors import CardError, CardFormatError, CardGoneError
 from secfunet.card.instructions import (
     AID,
@@ -41,6 +42,7 @@ SHORT_DATA = 255
 
 _MAX_IDENTITIES = 256
 _SW_OK = 0x9000
+_SW_UNKNOWN_INSTRUCTION = 0x6D00
 _SW_NO_IDENTITY = 0x6A88
 
 
@@ -191,6 +193,20 @@ class CardClient:
                 break
         return outcomes
 
+    async def binding(self) -> Binding | None:
+        """To whom the current identity is bound; None: to nobody, or the card does not know what that is."""
+        try:
+            return Binding.decode(await self._send(Cla.KEYS, KeyIns.GET_BINDING, 0x00, 0x00))
+        except StatusError as error:
+            if error.sw != _SW_UNKNOWN_INSTRUCTION:
+                raise
+            return None
+
+    async def seal(self, request: SealRequest) -> SealedAnswer:
+        """Operations of a bound identity, their outputs in a container."""
+        data = request.encode()
+        return SealedAnswer.decode(await self._send(Cla.KEYS, KeyIns.SEAL, 0x00, 0x00, data))
+
     async def unwrap_key(self, profile: int, header: bytes) -> bytes:
         """The 32-byte content key in a container's header. Raises StatusError 6A80 whatever is wrong with the header."""
         key = await self._operate(KeyOperation.UNWRAP_KEY, profile, header)
@@ -222,6 +238,13 @@ class CardClient:
     async def unblock_pin(self, new_pin: bytes) -> None:
         """Gives the user a new PIN and all attempts."""
         await self._send(Cla.EAP, Ins.UNBLOCK_PIN, 0x00, 0x00, pad_pin(new_pin))
+
+    async def bind_identity(self, name: str, profile: int, hypervisor: bytes = b"") -> None:
+        """From now on the results of ``name`` go to the hypervisor of that certificate (DER) only; empty: to everybody again."""
+        items = [(PersonalisationTag.NAME, name.encode())]
+        if hypervisor:
+            items.append((PersonalisationTag.HYPERVISOR, hypervisor))
+        await self._send(Cla.KEYS, KeyIns.BIND_IDENTITY, profile, 0x00, encode_tlv(items))
 
     async def delete_identity(self, name: str) -> None:
         """Destroys the identity and its private key."""

@@ -67,8 +67,11 @@ class KeyIns(IntEnum):
     """Instructions of class 80: the key pair and its personalisation."""
 
     OPERATE = 0x2A
+    SEAL = 0x2C
     GENERATE_KEY = 0x46
     REQUEST_CERTIFICATE = 0x48
+    BIND_IDENTITY = 0x4A
+    GET_BINDING = 0x4C
     GET_CERTIFICATE = 0xCA
     LOAD_IDENTITY = 0xDA
     DELETE_IDENTITY = 0xE4
@@ -103,3 +106,4 @@ class PersonalisationTag(IntEnum):
     CERTIFICATE = 3
     AUTHORITY = 4
     SUBJECT = 5
+    HYPERVISOR = 6

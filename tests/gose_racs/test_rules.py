@@ -73,6 +73,9 @@ def named(name: str) -> Grant:
         ("A020000108" + "30" * 8, set()),
         ("802A9E0720" + "00" * 32, {"operate"}),
         ("902A9E07F0" + "00" * 240, {"operate"}),
+        ("802C000010" + "00" * 16, {"operate"}),
+        ("804C000000", {"operate"}),
+        ("804A010003787878", set()),
         ("802A8201", set()),  # a content key is for the hypervisor's own card to unwrap
         ("A080000006010100060D20", {"tls"}),
         ("A0800100F0", {"tls"}),

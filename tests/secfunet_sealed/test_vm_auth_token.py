@@ -279,3 +279,11 @@ def test_weak_or_strange_authority_keys_are_refused() -> None:
         token(ec.generate_private_key(ec.SECP384R1()))
     with pytest.raises(ValueError):
         TokenVerifier(ISSUER, AUDIENCE, {})
+
+
+def test_whose_signature_the_results_have() -> None:
+    assert verify(token()).from_card is False
+    bound = token(from_card=True)
+    assert verify(bound).from_card is True
+    assert unverified_claims(bound).from_card is True
+    assert json.loads(base64.urlsafe_b64decode(bound.split(".")[1] + "=="))["res"] == "card"
