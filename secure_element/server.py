@@ -30,6 +30,7 @@ GRACE: Final = 0.1
 """How long a second client waits for the first to go, seconds."""
 
 MAX_WAITING_FRAMES: Final = 16
+MAX_EARLY: Final = 256 * 1024  # bytes of a client that waits for the card
 MAX_UNREAD: Final = 1024 * 1024
 MAX_TOGETHER: Final = 64 * 1024
 """Bytes of answers that are gathered for one write."""
@@ -52,6 +53,8 @@ class _Session(asyncio.Protocol):
         self._work: asyncio.Task[None] | None = None
         self._answers: list[bytes] | None = None  # those to the frames of one read leave together
         self._answers_size = 0
+        self._is_started = False
+        self._early = bytearray()
         self._is_powered = False
         self._is_dropped = False
         self._is_lost = False
@@ -64,10 +67,21 @@ class _Session(asyncio.Protocol):
 
     def start(self) -> None:
         """The card is this client's now."""
+        self._is_started = True
         if self.transport is not None and not self.transport.is_closing():
             self.transport.resume_reading()
+            if self._early:
+                early = bytes(self._early)
+                self._early.clear()
+                self.data_received(early)
 
     def data_received(self, data: bytes) -> None:
+        if not self._is_started:
+            # Reading was paused when the connection was made, but asyncio up to 3.11.3 begins to read all the same: nothing is obeyed yet.
+            self._early += data
+            if len(self._early) > MAX_EARLY:
+                self._drop("more than a client may send before it has the card")
+            return
         self._answers = []
         try:
             for body in self._decoder.feed(data):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ from testbed.machine import Machine, Plan, free_ports
 from testbed.tools import require_tools, run
 
 NUMBERS = {"xen1": 1, "xen2": 2, "grid1": 10}
-PRISTINE = "pristine"
+PRISTINE = "pristine"  # as a user names it; the folder also has a digest of what makes it
 SNAPSHOT = "saved"
 BOOT_TIMEOUT = 600.0  # seconds; some twenty on a quiet machine
 RESUME_TIMEOUT = 300.0  # seconds; two or three on a quiet machine
@@ -230,17 +231,31 @@ def _kind(host: str) -> str:
 
 def _saved(images: Path, state: str, host: str) -> Path:
     """The saved disk of a host. Of the pristine Xen hosts there is one for all."""
-    name = f"{'grid1' if _kind(host) == 'grid' else 'xen1'}" if state == PRISTINE else host
-    path = images / "states" / state / f"{name}.qcow2"
+    if state == PRISTINE:
+        path = _pristine(images, "grid1" if _kind(host) == "grid" else "xen1")
+    else:
+        path = images / "states" / state / f"{host}.qcow2"
     if not path.exists():
         raise TestbedError(f"no host {host} was saved as '{state}'")
     return path
 
 
+def _pristine(images: Path, name: str) -> Path:
+    return images / "states" / f"{PRISTINE}-{pristine_digest()}" / f"{name}.qcow2"
+
+
+def pristine_digest() -> str:
+    """Of what makes hosts pristine beside the images: this module and ``host``. 8 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for module in (Path(__file__), Path(__file__).with_name("host.py")):
+        digest.update(module.read_bytes())
+    return digest.hexdigest()[:8]
+
+
 def _make_pristine(kind: str, images: Path) -> None:
     """Boots a host of this kind for the first time, and saves it."""
     name = "grid1" if kind == "grid" else "xen1"
-    target = images / "states" / PRISTINE / f"{name}.qcow2"
+    target = _pristine(images, name)
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _locked(images / "states" / f"{name}.lock"):
         if target.exists():
@@ -256,13 +271,7 @@ def _make_pristine(kind: str, images: Path) -> None:
             host.wait_until_reachable(timeout=RESUME_TIMEOUT)
             host.set_clock()
             if kind == "grid":
-                host.run(
-                    "echo grid1 >/etc/hostname; hostname grid1; echo number=10 >/etc/testbed; sed -i s/.$/a/ /etc/machine-id"
-                )
-                host.run(
-                    "/usr/lib/testbed/network; ip addr del 192.168.78.1/24 dev $(ip -o addr show to 192.168.78.1 | awk '{print $2}')",
-                    check=False,
-                )
+                host.become(NUMBERS["grid1"], name="grid1")
             host.run("systemctl is-system-running --wait", check=False)
             host.run("sync")
             host.hang_up()
@@ -280,7 +289,7 @@ def _settle(host: Host, state: str) -> None:
         # The disk that guests share may be another than when the host was saved.
         host.run("blockdev --flushbufs /dev/vdb; echo 3 >/proc/sys/vm/drop_caches")
     if state == PRISTINE and host.number > 1 and _kind(host.name) == "xen":
-        host.become(host.number)
+        host.become(host.number, name=host.name)
 
 
 @contextlib.contextmanager

@@ -123,12 +123,12 @@ class Host:
         """A resumed host lives in the past."""
         self.run(f"date -s @{time.time():.3f} >/dev/null")
 
-    def become(self, number: int) -> None:
-        """Gives a host that was resumed from the save of ``xen1`` an identity of its own."""
+    def become(self, number: int, *, name: str) -> None:
+        """Gives a host that is the twin of ``xen1`` an identity of its own."""
         self.run(
             f"""set -e
-echo xen{number} >/etc/hostname; hostname xen{number}; echo number={number} >/etc/testbed
-sed -i s/.$/{number}/ /etc/machine-id
+echo {name} >/etc/hostname; hostname {name}; echo number={number} >/etc/testbed
+sed -i s/.$/{number:x}/ /etc/machine-id
 for path in /sys/class/net/*; do
     read -r mac <$path/address
     case $mac in
@@ -142,7 +142,8 @@ ip link set $lan address 52:54:00:77:{number:02x}:03
 ip link set xenbr0 address 52:54:00:77:ff:{number:02x}
 ip addr add 192.168.78.{number}/24 dev $management; ip addr add 192.168.77.{number}/24 dev xenbr0
 sed -i 's/^host_uuid.*/host_uuid = "{LIBVIRT_UUID}{number:02x}"/' /etc/libvirt/libvirtd.conf
-systemctl restart libvirtd.service
+[ ! -e /proc/xen/capabilities ] || systemctl restart libvirtd.service
+ip -4 -o addr show dev $management | grep -q 192.168.78.{number}/24
 """,
             timeout=300,
         )

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 128
 BUFFER_BYTES = 65536
+MAX_EARLY = 4 * BUFFER_BYTES  # bytes that are kept for a caller who is not yet connected inside
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -51,6 +52,14 @@ class _Half(asyncio.BufferedProtocol):
         self.other: _Half | None = None
         self.transport: asyncio.Transport | None = None
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._early = bytearray()
+
+    def connect(self, other: _Half) -> None:
+        """From now on what comes goes to ``other``, and first what came before."""
+        self.other = other
+        if self._early and other.transport is not None:
+            other.transport.write(bytes(self._early))
+        self._early.clear()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if not isinstance(transport, asyncio.Transport):
@@ -63,6 +72,11 @@ class _Half(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         if self.other is not None and self.other.transport is not None:
             self.other.transport.write(bytes(self._buffer[:nbytes]))
+            return
+        # Reading was paused when the connection was made, but asyncio up to 3.11.3 begins to read all the same.
+        self._early += self._buffer[:nbytes]
+        if len(self._early) > MAX_EARLY and self.transport is not None:
+            self.transport.abort()
 
     def eof_received(self) -> bool:
         return False  # HTTP/2 has no half-closed connection: both sides close, after what they still had to write
@@ -163,7 +177,7 @@ class LocalDoor:
             log.warning("a local program could not be served: %s", error, extra=facts)
             outer.transport.abort()
             return
-        outer.other = half
+        outer.connect(half)
         if outer.transport.is_closing():
             if half.transport is not None:
                 half.transport.close()

@@ -32,7 +32,7 @@ from secfunet.service.files import write_atomically
 from tests.vm_agent.conftest import eventually
 from tests.vm_agent.double import Grid, MiddlewareDouble
 from vm_agent.errors import facts_of
-from vm_agent.local_socket import DoorError
+from vm_agent.local_socket import DoorError, _Half
 from vm_agent.options import AgentOptions
 from vm_agent.server import AgentService
 
@@ -486,3 +486,21 @@ async def test_a_handshake_that_takes_seconds_comes_to_its_end(
         write_atomically(folder / "join.json", json.dumps(join).encode())
         service, _ = await stack.enter_async_context(running(options))
         await eventually(lambda: service.status().connected, timeout=60)
+
+
+async def test_what_comes_before_a_caller_is_connected_inside_is_not_lost() -> None:
+    """asyncio up to 3.11.3 reads from a connection whose reading was paused as it was made."""
+    left, right = socket.socketpair()
+    near, far = _Half(), _Half()
+    loop = asyncio.get_running_loop()
+    await loop.create_connection(lambda: far, sock=left)
+    for piece in (b"first ", b"and second"):
+        near.get_buffer(-1)[: len(piece)] = piece
+        near.buffer_updated(len(piece))
+    near.connect(far)
+    near.get_buffer(-1)[:4] = b", on"
+    near.buffer_updated(4)
+    assert await asyncio.to_thread(right.recv, 100) == b"first and second, on"
+    assert far.transport is not None
+    far.transport.close()
+    right.close()

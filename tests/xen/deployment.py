@@ -19,6 +19,7 @@ from release.deb import build as build_deb
 from release.wheels import collect
 from testbed import Host, Testbed
 from testbed.agent_disk import agent_disk
+from testbed.bed import pristine_digest
 from testbed.build import build
 from testbed.guests import domain_template
 
@@ -147,7 +148,7 @@ def changed(output: str) -> set[tuple[str, str]]:
 
 def _content(release: Release) -> str:
     """Of what is deployed, and how."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(pristine_digest().encode())
     for path in (release.archive, Path(__file__), *_files(COLLECTION)):
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:12]
