@@ -91,6 +91,8 @@ def forward(ssh: list[str], local: Path, remote: str) -> None:
     """A Unix socket here that leads to one there, over the shared connection. Raises CalledProcessError."""
     local.unlink(missing_ok=True)
     *words, destination = ssh
+    # The shared connection has to be there before something can be asked of it.
+    subprocess.run([*ssh, "--", "true"], capture_output=True, check=True)
     # An earlier one of the same name would win.
     for act, check in (("cancel", False), ("forward", True)):
         local.unlink(missing_ok=True)
