@@ -23,7 +23,7 @@ from tests.xen.orchestrator import Orchestrator
 from tests.xen.vm import Vm
 
 DOM0, PORT = "192.168.77.1", 7999
-AGENT_PYTHON, DOM0_PYTHON = "/usr/lib/secfunet/vm-agent/bin/python3", "/opt/secfunet/current/bin/python"
+AGENT_PYTHON, DOM0_PYTHON = "/usr/lib/secfunet/vm-agent/bin/python3", "/opt/secfunet/current/bin/python3"
 SETTINGS = "/etc/secfunet/secure-middleware.toml"
 UUID = "5ec0f07e-be4c-4bed-8000-000000000001"
 

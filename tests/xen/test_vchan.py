@@ -74,7 +74,7 @@ def test_a_neighbour_cannot_read_the_others_join_secret(bed: Testbed, web: Vm, d
     path = f"{home(domain)}/{JOIN_PATH}"
     # It was used and is gone; so that there is something to read, dom0 writes as it does for a new run.
     host.run(
-        f"/opt/secfunet/current/bin/python -c 'from secfunet.xen.xenstore import Xenstore; "
+        f"/opt/secfunet/current/bin/python3 -c 'from secfunet.xen.xenstore import Xenstore; "
         f'Xenstore().write("{path}", b"x" * 40, readers=({domain},))\''
     )
     try:
