@@ -90,7 +90,7 @@ def test_a_neighbour_with_the_others_join_secret_is_refused_and_recorded(bed: Te
     web.guest.hang_up()
     web.orchestrator.stop(web.uuid)
     web.orchestrator.start(web.uuid, web.token)
-    stolen = bed[HOST].run(f"xenstore-read {home(web.guest.domain_id)}/{JOIN_PATH}").stdout
+    stolen = bed[HOST].run(f"xenstore-read -R {home(web.guest.domain_id)}/{JOIN_PATH}").stdout
     join = json.loads(stolen)
     assert join["uuid"] == web.uuid
     answer = attack(db.guest, ENROL_WITH, f"unix:{AGENT_STATE}/c/enrol", data=stolen)
@@ -118,7 +118,7 @@ def test_the_join_secret_is_nowhere_but_in_xenstore_and_gone_once_used(bed: Test
     web.orchestrator.stop(web.uuid)
     web.orchestrator.start(web.uuid, web.token)
     path = f"{home(web.guest.domain_id)}/{JOIN_PATH}"
-    secret = json.loads(host.run(f"xenstore-read {path}").stdout)["join_secret"]
+    secret = json.loads(host.run(f"xenstore-read -R {path}").stdout)["join_secret"]
     assert len(secret) >= 43
     host.write("/run/secret-to-look-for", secret)
     look = "grep -rlaF -f /run/secret-to-look-for"
