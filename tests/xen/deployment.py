@@ -16,7 +16,7 @@ from typing import Any
 
 from release.archive import build as build_archive
 from release.deb import build as build_deb
-from release.wheels import collect
+from release.wheels import collect, locked_entries
 from testbed import Host, Testbed
 from testbed.agent_disk import agent_disk
 from testbed.bed import pristine_digest
@@ -107,7 +107,7 @@ def play(
 
 def deployed_state(release: Release, folder: Path) -> str:
     """The name of the state in which ``xen1`` and ``grid1`` are deployed; made if it is not there."""
-    state = f"deployed-{_content(release)}"
+    state = f"deployed-{_content()}"
     if Testbed.has_state(state, HOSTS):
         return state
     for old in (build() / "states").glob("deployed-*"):
@@ -146,11 +146,14 @@ def changed(output: str) -> set[tuple[str, str]]:
     return found
 
 
-def _content(release: Release) -> str:
-    """Of what is deployed, and how."""
+def _content() -> str:
+    """Of what is deployed, and how. Not of the archive's bytes: what is compiled for it (libvirt-python) is never the same twice."""
     digest = hashlib.sha256(pristine_digest().encode())
-    for path in (release.archive, Path(__file__), *_files(COLLECTION)):
-        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    for entry in locked_entries().values():
+        digest.update(entry.encode())
+    rooms = ("secfunet", "secure_element", "gose", "gose_client", "dom0_middleware", "release", "protos", "ansible")
+    for path in (Path(__file__), *(file for room in rooms for file in _files(ROOT / room))):
+        digest.update(str(path.relative_to(ROOT)).encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:12]
 
 
