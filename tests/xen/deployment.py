@@ -112,7 +112,7 @@ def deployed_state(release: Release, folder: Path) -> str:
         return state
     for old in (build() / "states").glob("deployed-*"):
         shutil.rmtree(old)
-    with Testbed.resume("deploy", hosts=HOSTS) as bed:
+    with Testbed.resume(f"d-{_content()}", hosts=HOSTS) as bed:
         hosts = inventory({HOST: host_variables(release, folder)}, common_release=str(release.archive))
         before = {name: listing(bed[name]) for name in HOSTS}
         check = play(bed, "site", hosts, folder, "--check", "--diff")
