@@ -147,7 +147,7 @@ def changed(output: str) -> set[tuple[str, str]]:
 
 
 def _content() -> str:
-    """Of what is deployed, and how. Not of the archive's bytes: what is compiled for it (libvirt-python) is never the same twice."""
+    """Of what is deployed, and how. Not of the archive's bytes: the README is in them, too."""
     digest = hashlib.sha256(pristine_digest().encode())
     for entry in locked_entries().values():
         digest.update(entry.encode())
