@@ -124,6 +124,28 @@ def deployed_state(release: Release, folder: Path) -> str:
     return state
 
 
+def migration_state(release: Release, folder: Path) -> str:
+    """The name of the state in which two Xen hosts, each a destination of the other, and a grid are deployed; made if it is not there."""
+    state = f"pair-{_content(release)}"
+    names = (HOST, SECOND_HOST, GRID)
+    if Testbed.has_state(state, names):
+        return state
+    for old in (build() / "states").glob("pair-*"):
+        shutil.rmtree(old)
+    with Testbed.resume("pair", hosts=names) as bed:
+        for name in (HOST, SECOND_HOST):
+            bed[name].accept_migrations()
+        hosts = {
+            name: host_variables(
+                release, folder, dom0_middleware_destinations={other: f"xen+tcp://{bed[other].address}/system"}
+            )
+            for name, other in ((HOST, SECOND_HOST), (SECOND_HOST, HOST))
+        }
+        play(bed, "site", inventory(hosts, common_release=str(release.archive)), folder)
+        bed.save(state)
+    return state
+
+
 def evidence_of(state: str) -> Path:
     """What was seen when the state was made: the hosts' files before and after, and what the playbook said, with --check and without."""
     return build() / "states" / state / "evidence.json"
