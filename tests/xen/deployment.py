@@ -126,13 +126,13 @@ def deployed_state(release: Release, folder: Path) -> str:
 
 def migration_state(release: Release, folder: Path) -> str:
     """The name of the state in which two Xen hosts, each a destination of the other, and a grid are deployed; made if it is not there."""
-    state = f"pair-{_content(release)}"
+    state = f"pair-{_content()}"
     names = (HOST, SECOND_HOST, GRID)
     if Testbed.has_state(state, names):
         return state
     for old in (build() / "states").glob("pair-*"):
         shutil.rmtree(old)
-    with Testbed.resume("pair", hosts=names) as bed:
+    with Testbed.resume(f"p-{_content()}", hosts=names) as bed:
         for name in (HOST, SECOND_HOST):
             bed[name].accept_migrations()
         hosts = {
