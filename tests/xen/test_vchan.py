@@ -153,7 +153,7 @@ def test_a_domain_that_is_destroyed_takes_its_certificate_with_it(bed: Testbed, 
     web.orchestrator.wait_until_enrolled(web.uuid, enrolled=False)
     web.boot()
     answer = attack(web.guest, CALL_WITH, f"unix:{AGENT_STATE}/c/agent", "60", data=kept)
-    assert answer["code"] == "PERMISSION_DENIED"
+    assert answer["code"] == "UNAUTHENTICATED"
     assert audit.records(decision="refused", vm=web.uuid, reason="CERTIFICATE_NOT_CURRENT")
     web.must_work()
 
