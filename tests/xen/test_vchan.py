@@ -200,7 +200,7 @@ def test_a_copy_of_the_image_and_a_domain_of_the_same_name_get_nothing(
     try:
         host.run("virsh -c xen:///system create /run/copy.xml")
         copy.wait_until_ready()
-        with refused(grpc.StatusCode.FAILED_PRECONDITION):
+        with refused(grpc.StatusCode.ALREADY_EXISTS, "already has a domain"):
             orchestrator.start(web.uuid, issue_token(bed[GRID], "web", HOST))
         assert host.run(f"xenstore-ls {home(copy.domain_id)}/secfunet", check=False).code != 0
         said = copy.run("echo hello | vm-agent sign - --timeout 5 --out /run/sig", check=False)
