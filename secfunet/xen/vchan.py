@@ -22,6 +22,20 @@ _OPEN, _NO_CLIENT_YET = 1, 2  # libxenvchan_is_open; all else means closed: afte
 _CHUNK = 65536
 
 
+class _Head(ctypes.Structure):
+    """The public beginning of ``struct libxenvchan``, up to its flags."""
+
+    _fields_ = (
+        ("grants", ctypes.c_void_p),
+        ("ring", ctypes.c_void_p),
+        ("event", ctypes.c_void_p),
+        ("event_port", ctypes.c_uint32),
+        ("is_server", ctypes.c_int, 1),
+        ("server_persist", ctypes.c_int, 1),
+        ("blocking", ctypes.c_int, 1),
+    )
+
+
 class Vchan:
     """One end of a channel. Not for several tasks that read, or that write, at once."""
 
@@ -31,6 +45,7 @@ class Vchan:
         self._changed = asyncio.Event()
         self._buffer = ctypes.create_string_buffer(_CHUNK)
         self._descriptor = int(library.libxenvchan_fd_for_select(handle))
+        os.set_blocking(self._descriptor, False)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._descriptor, self._on_event)
 
@@ -60,7 +75,11 @@ class Vchan:
             # errno is a thread's own.
             ctypes.set_errno(0)
             handle = init()
-            return handle, ctypes.get_errno()
+            code = ctypes.get_errno()
+            if handle:
+                # The library leaves this flag as malloc gave it. Set by chance, it makes a read of an empty ring wait, and all of a daemon with it.
+                _Head.from_address(handle).blocking = 0
+            return handle, code
 
         task = asyncio.ensure_future(asyncio.to_thread(call))
         try:
@@ -125,7 +144,7 @@ class Vchan:
         return self._handle is not None and int(self._library.libxenvchan_data_ready(self._handle)) > 0
 
     def _on_event(self) -> None:
-        # The descriptor is readable, so this takes the event and does not wait.
+        # Takes the event; without one it would say so, as the descriptor does not block.
         if self._handle is not None:
             self._library.libxenvchan_wait(self._handle)
             self._changed.set()
