@@ -78,12 +78,12 @@ def orchestrator(bed: Testbed, work: Path) -> Iterator[Orchestrator]:
 
 
 @pytest.fixture(scope="module")
-def make_vm(bed: Testbed, orchestrator: Orchestrator, work: Path) -> Iterator[Callable[[str, int], Vm]]:
-    """Makes a VM of this name, with this number in its address."""
+def make_vm(bed: Testbed, orchestrator: Orchestrator, work: Path) -> Iterator[Callable[..., Vm]]:
+    """Makes a VM of this name, with this number in its address; more as ``Vm.make`` takes it."""
     with ExitStack() as stack:
 
-        def make(name: str, number: int) -> Vm:
-            vm = Vm.make(name, number, grid=bed[GRID], host=bed[HOST], orchestrator=orchestrator, folder=work)
+        def make(name: str, number: int, **more: int) -> Vm:
+            vm = Vm.make(name, number, grid=bed[GRID], host=bed[HOST], orchestrator=orchestrator, folder=work, **more)
             stack.callback(vm.guest.hang_up)
             return vm
 

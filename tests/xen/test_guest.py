@@ -40,8 +40,8 @@ def modes(vm: Vm) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def web(make_vm: Callable[[str, int], Vm]) -> Vm:
-    vm = make_vm("web", 21)
+def web(make_vm: Callable[..., Vm]) -> Vm:
+    vm = make_vm("web", 21, memory_mib=512)  # an upgrade is written beside what it replaces, here in memory
     vm.boot()
     return vm
 
@@ -160,7 +160,7 @@ def test_removed_it_leaves_its_settings_and_purged_nothing(web: Vm) -> None:
     assert web.guest.run("id -un secfunet-agent").text == "secfunet-agent"
 
 
-def test_a_guest_without_an_interface_signs(bed: Testbed, make_vm: Callable[[str, int], Vm]) -> None:
+def test_a_guest_without_an_interface_signs(bed: Testbed, make_vm: Callable[..., Vm]) -> None:
     script = "ls /sys/class/net; echo letter >/run/letter; vm-agent sign /run/letter --timeout 200 | base64 -w0; echo; vm-agent status"
     bed[HOST].write(TEMPLATE, domain_template(interface=False, script=script))
     bed[HOST].run("systemctl restart secure-middleware.service")

@@ -24,7 +24,7 @@ SOAK_CALLERS = 8
 
 
 @pytest.fixture(scope="module")
-def web(make_vm: Callable[[str, int], Vm]) -> Vm:
+def web(make_vm: Callable[..., Vm]) -> Vm:
     vm = make_vm("web", 21)
     vm.boot()
     vm.must_work()

@@ -29,14 +29,14 @@ def over_tcp(bed: Testbed, release: Release, work: Path) -> Testbed:
 
 
 @pytest.fixture(scope="module")
-def web(over_tcp: Testbed, make_vm: Callable[[str, int], Vm]) -> Vm:
+def web(over_tcp: Testbed, make_vm: Callable[..., Vm]) -> Vm:
     vm = make_vm("web", 21)
     vm.boot()
     return vm
 
 
 @pytest.fixture(scope="module")
-def db(web: Vm, make_vm: Callable[[str, int], Vm]) -> Vm:
+def db(web: Vm, make_vm: Callable[..., Vm]) -> Vm:
     vm = make_vm("db", 22)
     vm.boot()
     return vm

@@ -30,14 +30,14 @@ def set_template(bed: Testbed, **choices: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def web(make_vm: Callable[[str, int], Vm]) -> Vm:
+def web(make_vm: Callable[..., Vm]) -> Vm:
     vm = make_vm("web", 21)
     vm.boot()
     return vm
 
 
 @pytest.fixture(scope="module")
-def db(bed: Testbed, web: Vm, make_vm: Callable[[str, int], Vm]) -> Vm:
+def db(bed: Testbed, web: Vm, make_vm: Callable[..., Vm]) -> Vm:
     set_template(bed, kind="pv")
     vm = make_vm("db", 22)
     vm.boot()
