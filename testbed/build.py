@@ -133,7 +133,7 @@ def _guest(root: Path, work: Path, folder: Path) -> None:
     kernel, version = _kernel_of(work, "guest")
     roots.copy_modules(kernel, version, roots.GUEST_MODULES, root)
     roots.overlay(places.RECIPES / "guest", root)
-    roots.prepare_systemd(root, enabled=("testbed-guest.service",))
+    roots.prepare_systemd(root, enabled=("testbed-network.service", "testbed-guest.service"))
     roots.finish_root(
         root,
         name="guest",
