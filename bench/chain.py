@@ -225,7 +225,7 @@ async def _at_middleware(plan: Plan, stage: Stage) -> Row:
     enrolment = EnrolmentStore(stack.layout.guest(stack.vms[0]) / "state").load()
     if enrolment is None:
         raise RuntimeError("the agent has not enrolled")
-    options = channel_options(enrolment.server_name)
+    options = channel_options(enrolment.server_name, enrolment.agent)
     async with grpc.aio.secure_channel(enrolment.agent, enrolment.credentials(), options) as channel:
         call = agent_pb2_grpc.AgentServiceStub(channel).Operate()
         numbers = iter(range(1, 1 << 40))

@@ -23,9 +23,9 @@ AGENT_STATE = "/run/secfunet/state"
 EACCES = 13
 
 
-def set_template(bed: Testbed, **choices: str) -> None:
+def set_kind(bed: Testbed, kind: str) -> None:
     """Domains that are created from now on are of another kind."""
-    bed[HOST].write(TEMPLATE, domain_template(**choices))
+    bed[HOST].write(TEMPLATE, domain_template(kind=kind))
     bed[HOST].run("systemctl restart secure-middleware.service")
 
 
@@ -38,7 +38,7 @@ def web(make_vm: Callable[..., Vm]) -> Vm:
 
 @pytest.fixture(scope="module")
 def db(bed: Testbed, web: Vm, make_vm: Callable[..., Vm]) -> Vm:
-    set_template(bed, kind="pv")
+    set_kind(bed, "pv")
     vm = make_vm("db", 22)
     vm.boot()
     return vm

@@ -138,9 +138,19 @@ def openssl_verifies(certificate: x509.Certificate, document: bytes, signature: 
     public.write_bytes(certificate.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     signed = public.with_suffix(".sig")
     signed.write_bytes(signature)
-    command = ["openssl", "dgst", "-sha256", "-sigopt", "rsa_padding_mode:pss", "-verify", public, "-signature", signed]
+    command = [
+        "openssl",
+        "dgst",
+        "-sha256",
+        "-sigopt",
+        "rsa_padding_mode:pss",
+        "-verify",
+        str(public),
+        "-signature",
+        str(signed),
+    ]
     for content, expected in ((document, 0), (document + b"!", 1)):
-        done = subprocess.run([*command], input=content, capture_output=True, check=False)
+        done = subprocess.run(command, input=content, capture_output=True, check=False)
         assert done.returncode == expected, done
     public.unlink()
     signed.unlink()
