@@ -77,7 +77,7 @@ class Vchan:
             handle = init()
             code = ctypes.get_errno()
             if handle:
-                # The library leaves this flag as malloc gave it. Set by chance, it makes a read of an empty ring wait, and all of a daemon with it.
+                # The library leaves this flag as malloc gave it. Set by chance, it makes a read of an empty ring wait: and a whole daemon.
                 _Head.from_address(handle).blocking = 0
             return handle, code
 
