@@ -1,0 +1,1 @@
+"""The commands of ``secure-middleware``, a module a group; ``cli`` puts them together."""
