@@ -46,9 +46,11 @@ def make_release(folder: Path) -> Release:
     archive = build_archive(folder, folder / "wheels")
     package = folder / "kept" / _tree_digest() / "agent.deb"
     if not package.exists():
-        shutil.rmtree(folder / "kept", ignore_errors=True)
-        package.parent.mkdir(parents=True)
+        package.parent.mkdir(parents=True, exist_ok=True)
         build_deb(folder, ROOT / ".build" / "deb" / "wheels").rename(package)
+        # Another run may still use an earlier one.
+        for old in sorted(package.parents[1].iterdir(), key=lambda path: path.stat().st_mtime)[:-3]:
+            shutil.rmtree(old)
     return Release(archive, package, agent_disk(build(), package))
 
 
