@@ -22,7 +22,7 @@ from tests.xen.deployment import (
     inventory,
     play,
 )
-from tests.xen.vm import CERTIFICATES, certificate, issue_token
+from tests.xen.vm import CERTIFICATES, CONFIG, GOSE, certificate, issue_token
 
 OWN = re.compile(
     r"/(opt/secfunet|etc/secfunet|var/lib/secfunet-[a-z]+)(/.*)?"
@@ -202,6 +202,31 @@ def test_rotation_gives_new_certificates_and_ends_old_tokens(bed: Testbed, hosts
         command = f"{SECURE_MIDDLEWARE} vm create --name web --certificate /root/web.pem --token-file /root/web.jwt --timeout 120"
         done = host.run(command, check=False)
         assert (done.code == 0) is good, done.stderr
+
+
+def test_a_lost_card_of_a_vm_is_replaced(bed: Testbed, hosts: dict[str, Any], work: Path) -> None:
+    grid, lost = bed[GRID], certificate(bed[GRID], "db")
+    grid.run("systemctl stop secure-element@db.service; rm -r /var/lib/secfunet-card/db")
+    grid.run(f"{GOSE} revoke vm db {CONFIG}; rm {CERTIFICATES}/db.pem")
+    play(bed, "site", hosts, work)
+    works(bed)
+    replaced = certificate(grid, "db")
+    assert replaced.serial_number != lost.serial_number
+    assert replaced.public_key() != lost.public_key()
+    issue_token(grid, "db", HOST)
+
+
+def test_a_lost_card_of_a_hypervisor_is_replaced(bed: Testbed, hosts: dict[str, Any], work: Path) -> None:
+    host, lost = bed[HOST], hypervisor(bed)
+    host.run("systemctl stop secure-middleware.service secure-element@*.service")
+    host.run(
+        f"rm -r /var/lib/secfunet-card/{HOST} /etc/secfunet/middleware/{HOST}.csr /etc/secfunet/middleware/enrolled"
+    )
+    bed[GRID].run(f"{GOSE} revoke hypervisor {HOST} {CONFIG}")
+    play(bed, "site", hosts, work, "-e", "dom0_middleware_renew=true", "--limit", HOST)
+    works(bed)
+    assert hypervisor(bed) != lost
+    issue_token(bed[GRID], "web", HOST)
 
 
 def test_a_backup_is_sealed_and_fresh_hosts_are_restored_from_it(
