@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 from gose.errors import GoseError
-from gose.radius.packets import AccessRequest, Code, RadiusDiscard, Reply
+from gose.radius.packets import AccessRequest, RadiusDiscard, Reply
 from gose.settings import Limits
 from secfunet.apdu import ApduError, StatusError
 from secfunet.card.client import CardClient
@@ -24,6 +24,7 @@ from secfunet.card.parameters import TlsParameters
 from secfunet.card.pool import CardPool
 from secfunet.eap import EapCode, EapFormatError, EapPacket, EapType
 from secfunet.eap_tls import EapTlsMessage
+from secfunet.radius.wire import Code
 
 log = logging.getLogger(__name__)
 
