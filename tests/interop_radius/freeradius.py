@@ -134,7 +134,20 @@ async def running_freeradius(
     server = FreeRadius(home, port, home / "log")
     with server.log.open("wb") as log:
         process = await asyncio.create_subprocess_exec(
-            *("freeradius", "-f", "-x", "-x", "-l", "stdout", "-n", "radiusd", "-d", str(home), "-D", "/usr/share/freeradius"),
+            *(
+                "freeradius",
+                "-f",
+                "-x",
+                "-x",
+                "-l",
+                "stdout",
+                "-n",
+                "radiusd",
+                "-d",
+                str(home),
+                "-D",
+                "/usr/share/freeradius",
+            ),
             stdout=log,
             stderr=log,
         )

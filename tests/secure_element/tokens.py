@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from secfunet.card import CardClient, KeyAlgorithm
 from secfunet.card.tokens import CardTokens
@@ -12,8 +15,9 @@ from secfunet.container import ContainerProfile, ContainerSealer
 from secfunet.identity import load_certificate, rsa_key_of
 from secfunet.user_token import UserToken, key_digest, public_key_der
 from secure_element.card_os import CardOs
-from tests.support.local_card import administrator_client, new_store, personalised, ready_client
-from tests.support.pki import CertificateAuthority
+from secure_element.store import StoreContents
+from tests.support.local_card import administrator_client, new_store, open_store, personalised, ready_client
+from tests.support.pki import CertificateAuthority, key_pem
 
 OAEP, V15 = ContainerProfile.OAEP_PSS_SHA256, ContainerProfile.PKCS1_V1_5
 
@@ -47,17 +51,23 @@ class TokenMaker:
 class TokenCard:
     """A card with an RSA identity, "alice", another one, "bob", and one on a curve, "ec"; it trusts ``maker``."""
 
-    def __init__(self, card: CardOs, folder: Path, maker: TokenMaker) -> None:
+    def __init__(self, card: CardOs, folder: Path, ca: CertificateAuthority) -> None:
         self.card = card
         self.folder = folder
-        self.maker = maker
+        self.ca = ca
 
     @classmethod
     async def make(cls, folder: Path, maker: TokenMaker) -> TokenCard:
         names = (("alice", KeyAlgorithm.RSA_2048), ("bob", KeyAlgorithm.RSA_2048), ("ec", KeyAlgorithm.P_256))
-        made = cls(await personalised(new_store(folder), CertificateAuthority(), *names), folder, maker)
+        ca = CertificateAuthority()
+        made = cls(await personalised(new_store(folder), ca, *names), folder, ca)
         await (await made.administrator()).trust(maker.public)
         return made
+
+    def copy(self, folder: Path) -> TokenCard:
+        """Another card with the same store, in another folder."""
+        shutil.copy(self.folder / "card.store", folder / "card.store")
+        return TokenCard(CardOs(open_store(folder)), folder, self.ca)
 
     async def administrator(self) -> CardTokens:
         return CardTokens(await administrator_client(self.card))
@@ -72,6 +82,28 @@ class TokenCard:
         return rsa_key_of(load_certificate(await (await self.client(identity)).certificate()))
 
     @property
-    def contents(self) -> object:
+    def contents(self) -> StoreContents:
         """All that the card keeps."""
         return self.card._channel._store.contents
+
+
+OPENSSL = """
+set -e
+openssl rand -out key 32
+openssl pkeyutl -encrypt -pubin -inkey r.pem -pkeyopt rsa_padding_mode:oaep -pkeyopt rsa_oaep_md:sha256 -in key > header
+openssl rand -out iv 16
+openssl enc -aes-256-cbc -K "$(od -An -v -tx1 key | tr -d ' \\n')" -iv "$(od -An -v -tx1 iv | tr -d ' \\n')" -in token > body
+cat header iv body > signed
+openssl dgst -sha256 -sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:32 -sign a.key signed > trailer
+cat signed trailer > container
+"""
+
+
+async def run_openssl(folder: Path, maker: TokenMaker, recipient: rsa.RSAPublicKey, plaintext: bytes) -> bytes:
+    """A container that openssl's command line makes."""
+    (folder / "r.pem").write_bytes(recipient.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    (folder / "a.key").write_bytes(key_pem(maker.key))
+    (folder / "token").write_bytes(plaintext)
+    process = await asyncio.create_subprocess_exec("sh", "-c", OPENSSL, cwd=folder)
+    assert await process.wait() == 0
+    return (folder / "container").read_bytes()
