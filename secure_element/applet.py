@@ -17,7 +17,7 @@ from secfunet.card.parameters import TlsParameters, encode_certificates
 from secfunet.card.profile import CardProfile
 from secure_element.binding import Bindings
 from secure_element.commands import VERIFY_PIN_ALIAS
-from secure_element.eap_engine import EapDiscarded, EapEngine, EapFailure, TlsIdView
+from secure_element.eap_engine import EAP_FRAGMENT, EapDiscarded, EapEngine, EapFailure, TlsIdView
 from secure_element.errors import CommandRefusedError, Sw
 from secure_element.identities import Identities
 from secure_element.keys import KeyPair
@@ -49,6 +49,8 @@ class CardOptions:
     answers: AnswerStyle = AnswerStyle.DRAFT
     session_key_order: SessionKeyOrder = SessionKeyOrder.TRACE
     legacy_tls: bool = False
+    eap_fragment: int = EAP_FRAGMENT
+    """Most TLS bytes in a packet of full EAP."""
 
 
 class EapApplet:
@@ -387,7 +389,11 @@ class EapApplet:
     def _forget_tls(self) -> None:
         """An identity was changed: no identity is set, and whatever TLS kept of one (its key in Contexts, its sessions) is gone."""
         self._chosen = None
-        self._engine = EapEngine(randbytes=self._randbytes, legacy_tls=self._options.legacy_tls)
+        self._engine = EapEngine(
+            randbytes=self._randbytes,
+            legacy_tls=self._options.legacy_tls,
+            eap_fragment=self._options.eap_fragment,
+        )
 
 
 def _expect(command: CommandApdu, p1: int, p2: int) -> None:

@@ -28,12 +28,21 @@ from secfunet.card.administrator import AdministratorRefusedError
 from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.card.client import pad_pin
 from secfunet.card.tokens import TokenRefusedError, TokensFullError, TokenUnknownError
+from secfunet.radius.errors import (
+    KeysDifferError,
+    PeerRefusedError,
+    RadiusFormatError,
+    RadiusRejectedError,
+    RadiusSilenceError,
+)
 from secfunet.service.cli import ExitCode, print_version, run
 from secfunet.service.daemon import run_daemon
 from secfunet.service.files import private_folder, read_secret, write_atomically
 from secfunet.service.logs import configure_logs
 from secfunet.service.settings import load_settings
+from secfunet.tls.errors import ServerNameError
 from secfunet.user_token import UserTokenError
+from secure_element.authenticate import RadiusSecretError, authenticate_command
 from secure_element.errors import SecureElementError, StoreError
 from secure_element.personalise import (
     administrator_of,
@@ -237,6 +246,9 @@ def install(
     typer.echo(f"the card is {asyncio.run(act())}'s")
 
 
+app.command("authenticate")(authenticate_command)
+
+
 @pin_app.command("change")
 def pin_change(
     config: ConfigOption,
@@ -319,6 +331,13 @@ def main() -> None:
             AdministratorRefusedError: ExitCode.REFUSED,
             TokenRefusedError: ExitCode.REFUSED,
             TokenUnknownError: ExitCode.DATA,
+            RadiusRejectedError: ExitCode.REFUSED,
+            PeerRefusedError: ExitCode.REFUSED,
+            KeysDifferError: ExitCode.REFUSED,
+            ServerNameError: ExitCode.REFUSED,
+            RadiusSilenceError: ExitCode.UNAVAILABLE,
+            RadiusFormatError: ExitCode.DATA,
+            RadiusSecretError: ExitCode.CONFIG,
             TokensFullError: ExitCode.FAILED,
             UserTokenError: ExitCode.DATA,
             CardError: ExitCode.UNAVAILABLE,

@@ -1,42 +1,156 @@
-"""A card is authenticated by FreeRADIUS: with TLS 1.2 and 1.3, with the same keys at both ends; what is refused, and that the card is free again."""
+"""A card is authenticated by FreeRADIUS, with TLS 1.2 and 1.3: the same keys at both ends; what is refused, by whom; and the card is free again."""
 
 from __future__ import annotations
 
-import time
+import re
+from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding
+import pytest_asyncio
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from secfunet.card.parameters import TLS_1_2, TLS_1_3
-from secfunet.radius.access import AccessClient
-from secfunet.radius.peer import authenticate
-from secfunet.radius.udp import radius_port
-from tests.interop_radius.freeradius import SECRET, running_freeradius
-from tests.support.cards import personalise, running_card
-from tests.support.pki import CertificateAuthority, key_pem
+from secfunet.card import KeyAlgorithm
+from secfunet.radius.errors import PeerRefusedError, RadiusRejectedError, RadiusSilenceError
+from tests.interop_radius.freeradius import FreeRadius, running_freeradius
+from tests.interop_radius.world import VERSIONS, ServerIdentity, crl_of, intermediate, load, long_names, run
+from tests.support.cards import CardProcess, running_card
+from tests.support.pki import CertificateAuthority
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.interop]
+
+BOTH = pytest.mark.parametrize("version", list(VERSIONS))
+CA = CertificateAuthority("Ours")
+FOREIGN = CertificateAuthority("Theirs")
+SERVER = ServerIdentity(CA)
+PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
 
-@pytest.mark.interop
-@pytest.mark.parametrize("version", ["1.2", "1.3"])
-async def test_thin(tmp_path: Path, version: str) -> None:
-    ca = CertificateAuthority()
-    key = ec.generate_private_key(ec.SECP256R1())
-    server = ca.issue(key.public_key(), "radius.example").public_bytes(Encoding.PEM)
-    async with running_card(tmp_path) as card:
-        await personalise(card, ca, "user")
-        async with running_freeradius(
-            tmp_path, key=key_pem(key), chain=[server], authorities=[ca.pem], version=version
-        ) as radius:
-            client = await card.connect("user")
-            async with radius_port("127.0.0.1", radius.port, patience=10) as port:
-                try:
-                    done = await authenticate(
-                        client, AccessClient(SECRET, nas="here", mtu=1400), port.exchange, unix_time=int(time.time())
-                    )
-                except Exception:
-                    print(radius.text[-6000:])
-                    raise
-            print(done)
-            assert done.tls.version == {"1.2": TLS_1_2, "1.3": TLS_1_3}[version]
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def card(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[CardProcess]:
+    """One card with everybody's identities: who waits for a card that was not given back waits for good."""
+    async with running_card(tmp_path_factory.mktemp("card")) as card:
+        await load(card, "ec", lambda key: CA.issue(key, "ec"), [CA], key=KeyAlgorithm.P_256)
+        await load(card, "rsa", lambda key: CA.issue(key, "rsa"), [CA], key=KeyAlgorithm.RSA_2048)
+        await load(card, "foreign", lambda key: FOREIGN.issue(key, "foreign"), [CA], key=KeyAlgorithm.P_256)
+        await load(
+            card,
+            "expired",
+            lambda key: CA.issue(key, "expired", not_before=timedelta(hours=-2), not_after=timedelta(hours=-1)),
+            [CA],
+            key=KeyAlgorithm.P_256,
+        )
+        await load(card, "server", lambda key: CA.issue(key, "server", client=False), [CA], key=KeyAlgorithm.P_256)
+        yield card
+
+
+async def still_good(card: CardProcess, radius: FreeRadius, version: str) -> None:
+    """The card is free, and its next authentication succeeds."""
+    done, _ = await run(card, "ec", radius, version)
+    assert done.identity == "ec"
+
+
+@BOTH
+@pytest.mark.parametrize("identity", ["ec", "rsa"])
+async def test_both_ends_have_the_same_keys(card: CardProcess, tmp_path: Path, version: str, identity: str) -> None:
+    async with running_freeradius(tmp_path, **SERVER.files, authorities=[CA.pem], version=version) as radius:
+        done, msk = await run(card, identity, radius, version)
+        assert (done.identity, done.tls.version) == (identity, VERSIONS[version])
+        # The server's own words, beside what came encrypted in the accept.
+        (receive,) = re.findall(r"MS-MPPE-Recv-Key = 0x([0-9a-f]{64})", radius.text)
+        (send,) = re.findall(r"MS-MPPE-Send-Key = 0x([0-9a-f]{64})", radius.text)
+        assert msk.hex() == receive + send
+        again, other = await run(card, identity, radius, version)
+        assert again.rounds == done.rounds
+        assert other != msk
+
+
+@BOTH
+@pytest.mark.parametrize("wrong", ["authority", "expired"])
+async def test_the_card_refuses_the_server(card: CardProcess, tmp_path: Path, version: str, wrong: str) -> None:
+    server = ServerIdentity(FOREIGN) if wrong == "authority" else ServerIdentity(CA, expired=True)
+    async with running_freeradius(tmp_path, **server.files, authorities=[CA.pem], version=version) as radius:
+        with pytest.raises(PeerRefusedError, match="refuses the server"):
+            await run(card, "ec", radius, version)
+        assert "Access-Accept" not in radius.text
+    async with running_freeradius(tmp_path, **SERVER.files, authorities=[CA.pem], version=version) as radius:
+        await still_good(card, radius, version)
+
+
+@BOTH
+async def test_the_server_refuses_the_card(card: CardProcess, tmp_path: Path, version: str) -> None:
+    """Another authority's, an expired, a revoked certificate, and one that is for servers only."""
+    revoked = await load(card, f"revoked-{version}", lambda key: CA.issue(key, "revoked"), [CA], key=KeyAlgorithm.P_256)
+    how: dict[str, Any] = {"authorities": [CA.pem], "version": version, "crl": crl_of(CA, revoked)}
+    async with running_freeradius(tmp_path, **SERVER.files, **how) as radius:
+        for identity, reason in (
+            ("foreign", "unable to get local issuer|unknown ca"),
+            ("expired", "certificate has expired"),
+            (f"revoked-{version}", "certificate revoked"),
+            ("server", "unsupported certificate purpose|unsuitable certificate purpose"),
+        ):
+            before = len(radius.text)
+            with pytest.raises(RadiusRejectedError, match="the server refuses the card"):
+                await run(card, identity, radius, version)
+            assert re.search(reason, radius.text[before:], re.IGNORECASE), radius.text[before:][-3000:]
+            assert "Access-Accept" not in radius.text[before:]
+            await still_good(card, radius, version)
+
+
+async def test_another_secret_is_silence(card: CardProcess, tmp_path: Path) -> None:
+    async with running_freeradius(tmp_path, **SERVER.files, authorities=[CA.pem]) as radius:
+        with pytest.raises(RadiusSilenceError, match="another secret"):
+            await run(card, "ec", radius, "1.3", secret=b"not the secret of this server..", patience=2.5)
+        assert "Message-Authenticator" in radius.text
+        await still_good(card, radius, "1.3")
+    with pytest.raises(RadiusSilenceError, match="does not answer"):  # nobody is there any more
+        await run(card, "ec", radius, "1.3", patience=1.5)
+    assert await _is_free(card)
+
+
+async def _is_free(card: CardProcess) -> bool:
+    client = await card.connect("ec")
+    await client.close()
+    return True
+
+
+@BOTH
+@pytest.mark.parametrize("fragment", [64, 100, 253, 1024, 2000])
+async def test_a_long_chain_of_the_server_in_fragments(
+    card: CardProcess, tmp_path: Path, version: str, fragment: int
+) -> None:
+    below = intermediate(CA, 4000)
+    server = ServerIdentity(below, padding=4000)
+    chain = [*server.files["chain"], below.pem]
+    how: dict[str, Any] = {"key": server.files["key"], "chain": chain, "authorities": [CA.pem], "version": version}
+    async with running_freeradius(tmp_path, **how, fragment=fragment) as radius:
+        done, _ = await run(card, "ec", radius, version, mtu=2900)
+        sizes = [int(size) for size in re.findall(r"Sent Access-Challenge .* length (\d+)", radius.text)]
+        assert len(server.certificate.public_bytes(encoding())) + len(below.der) > 8000
+        print(fragment, done.rounds, max(sizes))
+
+
+def encoding() -> Any:
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    return Encoding.DER
+
+
+@BOTH
+@pytest.mark.parametrize("fragment", [64, 300, 1000, 2900])
+async def test_a_long_chain_of_the_card_in_fragments(tmp_path: Path, version: str, fragment: int) -> None:
+    below = intermediate(CA, 4000)
+    async with running_card(tmp_path, settings=f"eap_fragment = {fragment}") as card:
+        certificate = await load(
+            card,
+            "long",
+            lambda key: below.issue(key, "long", names=long_names(4000)),
+            [CA, below],
+            key=KeyAlgorithm.P_256,
+        )
+        how: dict[str, Any] = {"authorities": [CA.pem], "version": version}
+        async with running_freeradius(tmp_path, **SERVER.files, **how) as radius:
+            done, _ = await run(card, "long", radius, version, mtu=2900)
+            print(fragment, done.rounds, len(certificate.public_bytes(encoding())) + len(below.der))
