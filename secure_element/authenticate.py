@@ -112,7 +112,9 @@ def authenticate_command(
     if len(secret) < MIN_SECRET:
         raise RadiusSecretError(f"{secret_file}: a RADIUS secret has at least {MIN_SECRET} bytes")
     pin = read_secret(user_pin_file).strip() if user_pin_file else str(typer.prompt("PIN", hide_input=True)).encode()
-    order = Order(host, port, secret, identity, server_name, _RANGES[tls], mtu, timeout, patience=min(10.0, timeout))
+    order = Order(
+        host, port, secret, identity, server_name, _RANGES[tls], mtu, timeout, patience=min(10.0, timeout / 2)
+    )
     done = asyncio.run(authenticate_card(settings.socket, pin, order))
     report = {
         "identity": done.identity,

@@ -28,7 +28,8 @@ from secfunet.radius.wire import Code
 
 log = logging.getLogger(__name__)
 
-MAX_ROUNDS = 256
+MAX_ROUNDS = 1024
+"""Packets of one authentication: certificates of 16 KB at both ends, in the smallest fragments."""
 _STATE_SIZE = 16
 _SW_DISCARDED = 0x7000
 

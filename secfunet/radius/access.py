@@ -1,7 +1,8 @@
 """A RADIUS client's packets: Access-Request out; Access-Challenge, -Accept and -Reject in (RFC 2865, 3579; RFC 2548 for the keys). No IO.
 
-Every request carries Message-Authenticator, and so must every answer (RFC 3579, 3.2; CVE-2024-3596). What is not signed with the shared
-secret, or not for this request, is not an answer.
+Every request carries Message-Authenticator, and so must every answer (RFC 3579, 3.2; CVE-2024-3596), but for one: an Access-Reject without
+an EAP packet, which a server sends that has given the dialogue up (RFC 3579, 2.6.3). Whoever could forge that could as well drop packets.
+What is not signed with the shared secret, or not for this request, is not an answer.
 """
 
 from __future__ import annotations
@@ -58,11 +59,13 @@ class AccessRequest:
         if raw[0] not in _ANSWERS:
             raise RadiusFormatError("that is no answer to an Access-Request")
         signatures = [value for kind, value in attributes if kind == Attribute.MESSAGE_AUTHENTICATOR]
-        if len(signatures) != 1 or len(signatures[0]) != AUTHENTICATOR_SIZE:
+        eap = b"".join(value for kind, value in attributes if kind == Attribute.EAP_MESSAGE)
+        is_bare = raw[0] == Code.ACCESS_REJECT and not eap and not signatures
+        if not is_bare and (len(signatures) != 1 or len(signatures[0]) != AUTHENTICATOR_SIZE):
             raise RadiusFormatError("an answer has one Message-Authenticator")
         try:
             packet = self._packet.CreateReply(packet=raw)
-            is_authentic = self._packet.VerifyReply(packet, raw, enforce_ma=True)
+            is_authentic = self._packet.VerifyReply(packet, raw, enforce_ma=not is_bare)
             if not is_authentic:
                 raise RadiusFormatError("the answer is not signed with the shared secret, or answers something else")
             packet.request_authenticator = self._packet.authenticator
@@ -70,7 +73,6 @@ class AccessRequest:
         except (PacketError, ValueError, KeyError, IndexError) as error:
             raise RadiusFormatError(f"the answer is malformed ({type(error).__name__})") from None
         states = [value for kind, value in attributes if kind == Attribute.STATE]
-        eap = b"".join(value for kind, value in attributes if kind == Attribute.EAP_MESSAGE)
         if len(states) > 1 or len(eap) > MAX_EAP:
             raise RadiusFormatError("an answer has one State at most, and an EAP packet that is not very long")
         code = Code(raw[0])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from cryptography import x509
@@ -28,15 +28,21 @@ NAME = "radius.example"
 class ServerIdentity:
     """Key and chain of a RADIUS server, as running_freeradius takes them."""
 
-    def __init__(self, ca: CertificateAuthority, *, padding: int = 0, expired: bool = False) -> None:
+    def __init__(
+        self, ca: CertificateAuthority, *, names: Sequence[x509.GeneralName] = (), expired: bool = False
+    ) -> None:
         self.key = ec.generate_private_key(ec.SECP256R1())
         times = {"not_before": timedelta(hours=-2), "not_after": timedelta(hours=-1)} if expired else {}
-        names = [x509.DNSName(NAME), *long_names(padding)]
+        names = [x509.DNSName(NAME), *names]
         self.certificate = ca.issue(self.key.public_key(), NAME, names=names, client=False, **times)
 
     @property
+    def pem(self) -> bytes:
+        return self.certificate.public_bytes(Encoding.PEM)
+
+    @property
     def files(self) -> dict[str, Any]:
-        return {"key": key_pem(self.key), "chain": [self.certificate.public_bytes(Encoding.PEM)]}
+        return {"key": key_pem(self.key), "chain": [self.pem]}
 
 
 def long_names(size: int) -> list[x509.GeneralName]:
@@ -115,9 +121,3 @@ async def load(
     finally:
         await administrator.close()
     return certificate
-
-
-def folder_of(path: Path, name: str) -> Path:
-    folder = path / name
-    folder.mkdir()
-    return folder
