@@ -34,7 +34,7 @@ from tests.support.pki import key_pem
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.interop]
 
-LONG, SHORT = 8192, 2500
+LONG, SHORT = 8192, 2000
 GRIDS = [(64, SHORT), (64, LONG), (253, LONG), (2900, LONG)]
 """How many TLS bytes the server card puts into a packet, and the size of its certificate."""
 
@@ -93,7 +93,7 @@ def certify(grid: TestGrid, name: str, size: int, key: ec.EllipticCurvePublicKey
         .sign(authority._key, SHA384())
     )
     der = der_of(certificate)
-    assert len(der) == pytest.approx(size, rel=0.06)
+    assert len(der) == pytest.approx(size, rel=0.1)
     with grid.registry() as registry:
         registry.begin_enrolment(Role.HYPERVISOR, name, thumbprint(der), der, None, time.time() + 3600)
         registry.finish_enrolment(thumbprint(der))
