@@ -7,12 +7,10 @@ refused, 78 the settings or the authority cannot be used.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import re
-import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Annotated, Final
@@ -35,8 +33,9 @@ from gose.authority.errors import (
 from gose.cards import CardWays
 from gose.racs.cli import racs_app
 from gose.racs.tls import TlsFilesError
-from gose.registry import AlreadyEnrolledError, Identity, NotEnrolledError, Registry, RegistryError
+from gose.registry import AlreadyEnrolledError, Identity, NotEnrolledError, Registry, open_registry
 from gose.settings import GoseSettings, SecureElementSettings
+from gose.users_cli import user_app
 from secfunet.apdu import ApduError
 from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.card.errors import CardBusyError, CardError, CardGoneError
@@ -72,6 +71,7 @@ revoke_app = typer.Typer(
 )
 app.add_typer(revoke_app, name="revoke")
 app.add_typer(racs_app, name="racs")
+app.add_typer(user_app, name="user")
 
 
 def parse_duration(text: str) -> float:
@@ -140,7 +140,7 @@ def init(
     authority = create_authority(
         settings.authority, _server_names(settings), now=time.time(), ca_key=ca_key, tokens=tokens
     )
-    with _registry(settings):
+    with open_registry(settings.database):
         pass
     typer.echo(f"authority made in {authority.path}")
     typer.echo(f"clients trust {authority.ca_path}")
@@ -201,7 +201,7 @@ def sign_hypervisor(
         raise EnrolmentError(f"{request} is no PKCS#10 request: {error}") from None
     order = EnrolmentOrder(_holder(Role.HYPERVISOR, name), "hypervisor", KeyAlgorithm.RSA_2048, valid, replace=replace)
     authority = AuthorityFolder(settings.authority).certificate_authority
-    with _registry(settings) as registry:
+    with open_registry(settings.database) as registry:
         identity = sign_request(order, der, authority, registry, clock=time.time)
     _write_certificate(identity, out)
 
@@ -275,7 +275,7 @@ def bind_vm(
 ) -> None:
     """Have the VM's card seal its results itself, for that hypervisor only; again: for another one. Then issue a new token."""
     settings = load_settings(GoseSettings, config)
-    with _registry(settings) as registry:
+    with open_registry(settings.database) as registry:
         recipient = registry.named(Role.HYPERVISOR, hypervisor)
         _bind(settings, registry, name, recipient)
     typer.echo(f"the card of {name} is bound to {hypervisor}: tokens of before are worth nothing, issue a new one")
@@ -285,7 +285,7 @@ def bind_vm(
 def unbind_vm(name: str, config: ConfigOption = CONFIG) -> None:
     """Have the service provider seal the VM's results again. Then issue a new token."""
     settings = load_settings(GoseSettings, config)
-    with _registry(settings) as registry:
+    with open_registry(settings.database) as registry:
         _bind(settings, registry, name, None)
     typer.echo(f"the card of {name} is bound to nobody: issue a new token")
 
@@ -307,7 +307,7 @@ def issue_token(
     allowed = parse_operations(operations)
     settings = load_settings(GoseSettings, config)
     authority = AuthorityFolder(settings.authority)
-    with _registry(settings) as registry:
+    with open_registry(settings.database) as registry:
         token = authority.token_authority.issue(
             registry,
             vm=vm,
@@ -326,14 +326,14 @@ def issue_token(
 @revoke_app.command("token")
 def revoke_token(jti: str, config: ConfigOption = CONFIG) -> None:
     """Revoke one VM-Auth-Token; 'gose status' lists the JTIs."""
-    with _registry(load_settings(GoseSettings, config)) as registry:
+    with open_registry(load_settings(GoseSettings, config).database) as registry:
         registry.revoke_token(jti)
     typer.echo(f"token {jti} is revoked")
 
 
 def _revoker(role: Role) -> Callable[[str, Path], None]:
     def revoke(name: str, config: ConfigOption = CONFIG) -> None:
-        with _registry(load_settings(GoseSettings, config)) as registry:
+        with open_registry(load_settings(GoseSettings, config).database) as registry:
             revocations = registry.revoke_identity(role, name)
         for revocation in revocations:
             typer.echo(f"{role} {name}: {revocation.value} is revoked")
@@ -356,7 +356,7 @@ def status(
 
     settings = load_settings(GoseSettings, config)
     authority = AuthorityFolder(settings.authority)
-    with _registry(settings) as registry:
+    with open_registry(settings.database) as registry:
         overview = asyncio.run(take_overview(settings, authority, registry, now=time.time()))
     typer.echo(json.dumps(overview.as_json(), indent=2) if as_json else overview.as_text())
 
@@ -439,7 +439,7 @@ def _bind(settings: GoseSettings, registry: Registry, name: str, hypervisor: Ide
 
 def _enrol(settings: GoseSettings, order: EnrolmentOrder, access: CardAccess, out: Path | None) -> None:
     authority = AuthorityFolder(settings.authority).certificate_authority
-    with _registry(settings) as registry:
+    with open_registry(settings.database) as registry:
         identity: Identity = asyncio.run(enrol(order, access, authority, registry, clock=time.time))
     _write_certificate(identity, out)
 
@@ -448,16 +448,6 @@ def _write_certificate(identity: Identity, out: Path | None) -> None:
     if out is not None:
         write_atomically(out, pem_of(identity.certificate), mode=0o644)
     typer.echo(f"{identity.role} {identity.name} is enrolled: {identity.thumbprint}")
-
-
-@contextlib.contextmanager
-def _registry(settings: GoseSettings) -> Iterator[Registry]:
-    """The registry of the grid; what SQLite says of it becomes a sentence."""
-    try:
-        with Registry(settings.database) as registry:
-            yield registry
-    except sqlite3.Error as error:
-        raise RegistryError(f"{settings.database} cannot be used: {error}") from error
 
 
 if __name__ == "__main__":

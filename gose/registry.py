@@ -60,6 +60,12 @@ CREATE TABLE IF NOT EXISTS reservations (
   seid TEXT PRIMARY KEY,
   until REAL NOT NULL
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS user_tokens (
+  counter INTEGER PRIMARY KEY,
+  recipient TEXT NOT NULL,
+  name TEXT NOT NULL,
+  issued_at REAL NOT NULL
+) STRICT;
 CREATE TABLE IF NOT EXISTS revocations (
   sequence INTEGER PRIMARY KEY AUTOINCREMENT,
   kind TEXT NOT NULL CHECK (kind IN ('token', 'vm', 'hypervisor', 'server')),
@@ -336,6 +342,21 @@ class Registry:
         since = float("-inf") if unexpired_at is None else unexpired_at
         return tuple(map(_token, self._all(_TOKEN + "WHERE t.expires_at > ? ORDER BY t.issued_at DESC, t.jti", since)))
 
+    def record_user_token(self, recipient: str, name: str, issued_at: float) -> int:
+        """Records a user's token before it is handed out; returns its counter, which only grows.
+
+        It is the time in milliseconds where the clock allows it: so a registry that was restored from a backup does not give out again
+        what cards have seen.
+        """
+        with self._transaction() as database:
+            (last,) = database.execute("SELECT COALESCE(MAX(counter), 0) FROM user_tokens").fetchone()
+            counter = max(int(last) + 1, int(issued_at * 1000))
+            database.execute(
+                "INSERT INTO user_tokens (counter, recipient, name, issued_at) VALUES (?, ?, ?, ?)",
+                (counter, recipient, name, issued_at),
+            )
+        return counter
+
     # --- revocations
 
     def revoke_token(self, jti: str) -> Revocation:
@@ -417,6 +438,16 @@ class Registry:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock, transaction(self._database) as database:
             yield database
+
+
+@contextlib.contextmanager
+def open_registry(path: Path) -> Iterator[Registry]:
+    """The registry of a grid for a command; what SQLite says of it becomes a sentence: RegistryError."""
+    try:
+        with Registry(path) as registry:
+            yield registry
+    except sqlite3.Error as error:
+        raise RegistryError(f"{path} cannot be used: {error}") from error
 
 
 def _identity(row: tuple[object, ...]) -> Identity:

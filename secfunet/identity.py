@@ -1,8 +1,8 @@
-"""Who a certificate of a grid names: a hypervisor, a VM, a server or a node; and its short form, the thumbprint.
+"""Who a certificate of a grid names: a hypervisor, a VM, a server, a node or a user; and its short form, the thumbprint.
 
 A grid's CA marks each certificate that it issues: the subject's common name is the holder's name, and one URI among the subject's
 alternative names says what the holder is and repeats the name, ``urn:secfunet:<role>:<name>``. The extended key usage says what TLS
-may use it for: client (hypervisor, VM), server, or both (node). A certificate that does not say all of this in agreement has no role.
+may use it for: client (hypervisor, VM, user), server, or both (node). A certificate that does not say all of this in agreement has no role.
 """
 
 from __future__ import annotations
@@ -67,15 +67,16 @@ class IdentityError(SecFuNetError):
 
 
 class Role(StrEnum):
-    """What the holder of a certificate is; the value stands in its URI, and in the registry of a grid (which has no nodes).
+    """What the holder of a certificate is; the value stands in its URI, and in the registry of a grid (which has no nodes and users).
 
-    A node is a host that lends its cards to grids by RACS, or a grid that uses such cards.
+    A node is a host that lends its cards to grids by RACS, or a grid that uses such cards. A user is a person who has a card.
     """
 
     HYPERVISOR = "hypervisor"
     VM = "vm"
     SERVER = "server"
     NODE = "node"
+    USER = "user"
 
 
 class Holder(NamedTuple):
@@ -208,6 +209,7 @@ _PURPOSES: Final = {
     Role.HYPERVISOR: (ExtendedKeyUsageOID.CLIENT_AUTH,),
     Role.VM: (ExtendedKeyUsageOID.CLIENT_AUTH,),
     Role.SERVER: (ExtendedKeyUsageOID.SERVER_AUTH,),
+    Role.USER: (ExtendedKeyUsageOID.CLIENT_AUTH,),
     Role.NODE: (ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH),
 }
 

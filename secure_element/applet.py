@@ -17,13 +17,14 @@ from secfunet.card.parameters import TlsParameters, encode_certificates
 from secfunet.card.profile import CardProfile
 from secure_element.binding import Bindings
 from secure_element.commands import VERIFY_PIN_ALIAS
-from secure_element.eap_engine import EapDiscarded, EapEngine, EapFailure, TlsIdView
+from secure_element.eap_engine import EAP_FRAGMENT, EapDiscarded, EapEngine, EapFailure, TlsIdView
 from secure_element.errors import CommandRefusedError, Sw
 from secure_element.identities import Identities
 from secure_element.keys import KeyPair
 from secure_element.pin import PinKeeper
 from secure_element.segmentation import AnswerStyle
 from secure_element.store import CardStore, IdentityRecord, RandBytes
+from secure_element.tokens import UserTokens
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class CardOptions:
     answers: AnswerStyle = AnswerStyle.DRAFT
     session_key_order: SessionKeyOrder = SessionKeyOrder.TRACE
     legacy_tls: bool = False
+    eap_fragment: int = EAP_FRAGMENT
+    """Most TLS bytes in a packet of full EAP."""
 
 
 class EapApplet:
@@ -59,6 +62,7 @@ class EapApplet:
         self._pin = PinKeeper(store, randbytes)
         self._identities = Identities(store)
         self._bindings = Bindings(self._identities, randbytes)
+        self._tokens = UserTokens(store, self._identities)
         self.handlers: dict[tuple[int, int], Callable[[CommandApdu], bytes]] = {
             (Cla.EAP, Ins.VERIFY_PIN): self._verify_pin,
             (Cla.EAP, VERIFY_PIN_ALIAS): self._verify_pin,
@@ -82,6 +86,12 @@ class EapApplet:
             (Cla.KEYS, KeyIns.BIND_IDENTITY): self._bind_identity,
             (Cla.KEYS, KeyIns.GET_BINDING): self._get_binding,
             (Cla.KEYS, KeyIns.SEAL): self._seal,
+            (Cla.KEYS, KeyIns.TRUST_TOKEN_AUTHORITY): self._trust_token_authority,
+            (Cla.KEYS, KeyIns.GET_TOKEN_AUTHORITIES): self._get_token_authorities,
+            (Cla.KEYS, KeyIns.LOAD_TOKEN): self._load_token,
+            (Cla.KEYS, KeyIns.LIST_TOKENS): self._list_tokens,
+            (Cla.KEYS, KeyIns.GET_TOKEN): self._get_token,
+            (Cla.KEYS, KeyIns.DELETE_TOKEN): self._delete_token,
         }
         self.reset()
 
@@ -340,10 +350,50 @@ class EapApplet:
         _expect(command, 0x00, 0x00)
         return self._bindings.seal(self._current_complete(), command.data)
 
+    # Tokens of the user
+
+    def _trust_token_authority(self, command: CommandApdu) -> bytes:
+        if command.p2 != 0 or command.p1 not in (0x00, 0x01):
+            raise CommandRefusedError(Sw.WRONG_P1_P2)
+        if command.p1 == 0x01:
+            self._tokens.trust(command.data)
+        else:
+            self._tokens.distrust(command.data)
+        log.info("authorities of tokens changed")
+        return b""
+
+    def _get_token_authorities(self, command: CommandApdu) -> bytes:
+        _expect(command, 0x00, 0x00)
+        return self._tokens.authorities()
+
+    def _load_token(self, command: CommandApdu) -> bytes:
+        _expect(command, command.p1, 0x00)
+        self._tokens.load(self._current_complete(), command.p1, command.data)
+        log.info("token loaded")
+        return b""
+
+    def _list_tokens(self, command: CommandApdu) -> bytes:
+        _expect(command, 0x00, 0x00)
+        return self._tokens.listing(self._current_complete())
+
+    def _get_token(self, command: CommandApdu) -> bytes:
+        _expect(command, 0x00, 0x00)
+        return self._tokens.value(self._current_complete(), command.data)
+
+    def _delete_token(self, command: CommandApdu) -> bytes:
+        _expect(command, 0x00, 0x00)
+        self._tokens.delete(self._current_complete(), command.data)
+        log.info("token deleted")
+        return b""
+
     def _forget_tls(self) -> None:
         """An identity was changed: no identity is set, and whatever TLS kept of one (its key in Contexts, its sessions) is gone."""
         self._chosen = None
-        self._engine = EapEngine(randbytes=self._randbytes, legacy_tls=self._options.legacy_tls)
+        self._engine = EapEngine(
+            randbytes=self._randbytes,
+            legacy_tls=self._options.legacy_tls,
+            eap_fragment=self._options.eap_fragment,
+        )
 
 
 def _expect(command: CommandApdu, p1: int, p2: int) -> None:

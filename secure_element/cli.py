@@ -27,11 +27,22 @@ from secfunet.card import (
 from secfunet.card.administrator import AdministratorRefusedError
 from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.card.client import pad_pin
+from secfunet.card.tokens import TokenRefusedError, TokensFullError, TokenUnknownError
+from secfunet.radius.errors import (
+    KeysDifferError,
+    PeerRefusedError,
+    RadiusFormatError,
+    RadiusRejectedError,
+    RadiusSilenceError,
+)
 from secfunet.service.cli import ExitCode, print_version, run
 from secfunet.service.daemon import run_daemon
 from secfunet.service.files import private_folder, read_secret, write_atomically
 from secfunet.service.logs import configure_logs
 from secfunet.service.settings import load_settings
+from secfunet.tls.errors import ServerNameError
+from secfunet.user_token import UserTokenError
+from secure_element.authenticate import RadiusSecretError, authenticate_command
 from secure_element.errors import SecureElementError, StoreError
 from secure_element.personalise import (
     administrator_of,
@@ -43,6 +54,7 @@ from secure_element.personalise import (
 from secure_element.pin import ATTEMPTS, make_pin
 from secure_element.settings import CardSettings
 from secure_element.store import KEY_DATA_SIZE, CardStore, DomainRecord, StoreContents
+from secure_element.token_cli import token_app
 
 app = typer.Typer(
     help="A secure element in software: an EAP-TLS smartcard behind a Unix socket (vpcd framing).",
@@ -54,6 +66,7 @@ pin_app = typer.Typer(help="The PIN of a served card.", no_args_is_help=True)
 app.add_typer(pin_app, name="pin")
 keys_app = typer.Typer(help="The administrator's keys of a served card.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
+app.add_typer(token_app, name="token")
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="The card's TOML file.", show_default=False)]
 UserPinOption = Annotated[Path | None, typer.Option(help="File (mode 0600) with the user's PIN; asked for if missing.")]
@@ -233,6 +246,9 @@ def install(
     typer.echo(f"the card is {asyncio.run(act())}'s")
 
 
+app.command("authenticate")(authenticate_command)
+
+
 @pin_app.command("change")
 def pin_change(
     config: ConfigOption,
@@ -313,6 +329,17 @@ def main() -> None:
             SecureElementError: ExitCode.FAILED,
             CardFormatError: ExitCode.DATA,
             AdministratorRefusedError: ExitCode.REFUSED,
+            TokenRefusedError: ExitCode.REFUSED,
+            TokenUnknownError: ExitCode.DATA,
+            RadiusRejectedError: ExitCode.REFUSED,
+            PeerRefusedError: ExitCode.REFUSED,
+            KeysDifferError: ExitCode.REFUSED,
+            ServerNameError: ExitCode.REFUSED,
+            RadiusSilenceError: ExitCode.UNAVAILABLE,
+            RadiusFormatError: ExitCode.DATA,
+            RadiusSecretError: ExitCode.CONFIG,
+            TokensFullError: ExitCode.FAILED,
+            UserTokenError: ExitCode.DATA,
             CardError: ExitCode.UNAVAILABLE,
             ApduError: ExitCode.FAILED,
         },

@@ -41,6 +41,14 @@ A bound identity's results go to one hypervisor; then Operate and Process-EAP an
 - ``4C 00 00``: profile (1), SHA-256 of that certificate; nothing if it is not bound [user or administrator].
 - ``2C 00 00`` {01 time, 02 operation...}: do and seal [user]; {01 container, 02 failure...}. 6985: not bound.
 
+Tokens of the current identity, out of containers that a trusted authority has made for its key (``secure_element.tokens``):
+
+- ``52 01 00`` public key: trust an authority; ``52 00 00`` its SHA-256: no longer [administrator]. 6A80, 6A84; 6A88.
+- ``54 00 00``: {01 SHA-256, last counter} of each trusted authority [user or administrator].
+- ``56 profile 00`` container: Load-Token [user]. 6A80 for whatever is wrong with it, 6A84 no room; 6985 bound, 6A81 the key is not RSA.
+- ``58 00 00``: List-Tokens [user], {01 counter, size, name}. ``5A 00 00`` name: Get-Token [user]. ``5C 00 00`` name: Delete-Token
+  [user]. 6A88.
+
 Operations with the current identity's key [user]; P2 is the number of the scheme in ``secfunet.gose.v1``:
 
 - ``2A 9E scheme`` digest: sign. ``2A 80 scheme`` ciphertext: decrypt. ``2A 86 scheme`` plaintext: encrypt.
@@ -109,6 +117,12 @@ GUARDS: Final[dict[tuple[int, int], Guard]] = {
     (Cla.KEYS, KeyIns.BIND_IDENTITY): Guard.ADMINISTRATOR,
     (Cla.KEYS, KeyIns.GET_BINDING): Guard.EITHER,
     (Cla.KEYS, KeyIns.SEAL): Guard.USER,
+    (Cla.KEYS, KeyIns.TRUST_TOKEN_AUTHORITY): Guard.ADMINISTRATOR,
+    (Cla.KEYS, KeyIns.GET_TOKEN_AUTHORITIES): Guard.EITHER,
+    (Cla.KEYS, KeyIns.LOAD_TOKEN): Guard.USER,
+    (Cla.KEYS, KeyIns.LIST_TOKENS): Guard.USER,
+    (Cla.KEYS, KeyIns.GET_TOKEN): Guard.USER,
+    (Cla.KEYS, KeyIns.DELETE_TOKEN): Guard.USER,
     (Cla.KEYS, DomainIns.INITIALIZE_UPDATE): Guard.NOBODY,
 }
 """While the applet is selected."""

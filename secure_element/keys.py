@@ -70,6 +70,11 @@ class KeyPair:
         return self._key
 
     @property
+    def size(self) -> int:
+        """Bytes of its modulus; of a coordinate, if it is on a curve."""
+        return (self._key.key_size + 7) // 8
+
+    @property
     def public_key_der(self) -> bytes:
         """SubjectPublicKeyInfo, DER."""
         return self._key.public_key().public_bytes(

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from secfunet.service.files import read_secret
 from secfunet.service.settings import FilePath, Settings
 from secure_element.applet import CardOptions, SessionKeyOrder
+from secure_element.eap_engine import EAP_FRAGMENT
 from secure_element.errors import StoreError
 from secure_element.segmentation import AnswerStyle
 from secure_element.store import StoreSecret
@@ -64,6 +65,7 @@ class CardSettings(Settings):
     segmentation: AnswerStyle = AnswerStyle.DRAFT
     session_key_order: SessionKeyOrder = SessionKeyOrder.TRACE
     legacy_tls: bool = False
+    eap_fragment: Annotated[int, Field(ge=64, le=2900)] = EAP_FRAGMENT
     socket_mode: Annotated[str, Field(pattern="^0[0-7]{3}$")] = "0600"
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -71,4 +73,4 @@ class CardSettings(Settings):
     @property
     def options(self) -> CardOptions:
         """What the card itself needs to know."""
-        return CardOptions(self.segmentation, self.session_key_order, self.legacy_tls)
+        return CardOptions(self.segmentation, self.session_key_order, self.legacy_tls, self.eap_fragment)

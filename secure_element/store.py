@@ -79,6 +79,27 @@ class PinRecord:
 
 
 @dataclass(frozen=True)
+class TokenRecord:
+    """A token of the card's user, and the counter that it came with."""
+
+    name: str
+    counter: int
+    value: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class TokenAuthorityRecord:
+    """Whose tokens the card takes: a public key (SubjectPublicKeyInfo, DER), and the counter of the last token that it took.
+
+    One that is not trusted any more is kept for its counter.
+    """
+
+    public_key: bytes
+    counter: int
+    is_trusted: bool
+
+
+@dataclass(frozen=True)
 class IdentityRecord:
     """A TLS-Id. Without a certificate it is a key pair that waits for one. ``private_key`` is PKCS#8, DER."""
 
@@ -90,6 +111,7 @@ class IdentityRecord:
     authorities: tuple[bytes, ...] = ()
     recipient: bytes = b""  # certificate of the hypervisor that it is bound to; empty: it is not
     profile: int = 0  # of its containers, if it is bound
+    tokens: tuple[TokenRecord, ...] = ()  # oldest first
 
     @property
     def is_complete(self) -> bool:
@@ -115,6 +137,7 @@ class StoreContents:
     pin: PinRecord
     identities: tuple[IdentityRecord, ...] = ()
     domain: DomainRecord = field(default_factory=DomainRecord)
+    token_authorities: tuple[TokenAuthorityRecord, ...] = ()
 
     def encode(self) -> bytes:
         """JSON, binary values in base64."""
@@ -140,8 +163,13 @@ class StoreContents:
                     "authorities": [_text(authority) for authority in identity.authorities],
                     "recipient": _text(identity.recipient),
                     "profile": identity.profile,
+                    "tokens": [[token.name, token.counter, _text(token.value)] for token in identity.tokens],
                 }
                 for identity in self.identities
+            ],
+            "token_authorities": [
+                [_text(authority.public_key), authority.counter, authority.is_trusted]
+                for authority in self.token_authorities
             ],
         }
         return json.dumps(document).encode()
@@ -155,6 +183,10 @@ class StoreContents:
                 pin=_pin(document["pin"]),
                 domain=_domain(document["domain"]),
                 identities=tuple(_identity(identity) for identity in document["identities"]),
+                token_authorities=tuple(
+                    TokenAuthorityRecord(_bytes(key), int(counter), bool(is_trusted))
+                    for key, counter, is_trusted in document.get("token_authorities", ())
+                ),
             )
         except (KeyError, TypeError, ValueError, AttributeError, Scp03FormatError) as error:
             # Only the kind of the fault: its text may hold a piece of what is kept here.
@@ -299,4 +331,7 @@ def _identity(identity: Any) -> IdentityRecord:
         authorities=tuple(_bytes(authority) for authority in identity["authorities"]),
         recipient=_bytes(identity.get("recipient", "")),
         profile=int(identity.get("profile", 0)),
+        tokens=tuple(
+            TokenRecord(str(name), int(counter), _bytes(value)) for name, counter, value in identity.get("tokens", ())
+        ),
     )

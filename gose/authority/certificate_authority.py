@@ -184,14 +184,14 @@ def check_request(untrusted: bytes, expected: Holder) -> HolderKey:
 
 
 def check_holder_key(role: Role, key: HolderKey) -> None:
-    """Raises IssuanceError unless the key is RSA of 2048 to 4096 bits or, but not for a hypervisor (it unwraps containers), on
-    P-256 or P-384.
+    """Raises IssuanceError unless the key is RSA of 2048 to 4096 bits or, but not for those for whom containers are made (hypervisors
+    and users), on P-256 or P-384.
     """
     if isinstance(key, rsa.RSAPublicKey):
         if not 2048 <= key.key_size <= 4096 or key.public_numbers().e < 65537:
             raise IssuanceError("an RSA key has 2048 to 4096 bits and an exponent of at least 65537")
-    elif role is Role.HYPERVISOR:
-        raise IssuanceError("a hypervisor's key is RSA: containers are made for it")
+    elif role in (Role.HYPERVISOR, Role.USER):
+        raise IssuanceError(f"a {role}'s key is RSA: containers are made for it")
     elif not isinstance(key.curve, _CURVES):
         raise IssuanceError("a key on an elliptic curve is on P-256 or P-384")
 

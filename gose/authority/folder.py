@@ -6,6 +6,7 @@ administrator's commands.
     containers.key, containers.pem    the container authority (RSA-2048)
     service-provider.pem              TLS of the service provider (P-256), key and certificate
     openid-provider.pem               TLS of the OpenID provider's endpoint (P-256), key and certificate
+    user-tokens.key, user-tokens.pem  the authority of users' tokens (RSA-2048), key and public key; made when first needed
 
 A server's key and certificate are one file, so that they never differ. All is PEM, keys are PKCS#8. What holds a key has mode 0600,
 the folder 0700.
@@ -30,6 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from gose.authority.certificate_authority import CertificateAuthority, new_authority_key
 from gose.authority.errors import AuthorityDamagedError, AuthorityExistsError, AuthorityMissingError, IssuanceError
 from gose.authority.token_authority import TokenAuthority
+from gose.authority.user_tokens import UserTokenAuthority
 from secfunet.container import ContainerProfile, ContainerSealer
 from secfunet.identity import Holder, IdentityError, Role, der_of, load_certificate, pem_of, thumbprint
 from secfunet.service.files import private_folder, read_secret, sync_folder, write_atomically
@@ -134,6 +136,28 @@ class AuthorityFolder:
     def token_authority(self) -> TokenAuthority:
         """The token authority with its key."""
         return TokenAuthority(self._key("token.key"), issuer=self.token_issuer)
+
+    @property
+    def user_tokens_path(self) -> Path:
+        """The public key of the authority of users' tokens, PEM; made with it."""
+        return self.path / "user-tokens.pem"
+
+    @cached_property
+    def user_token_authority(self) -> UserTokenAuthority:
+        """The authority of users' tokens with its key. The first to ask makes them: folders of before have none."""
+        with _locked(self.path):
+            key_path, public_path = self.path / "user-tokens.key", self.user_tokens_path
+            if not key_path.exists():
+                _write_key(key_path, rsa.generate_private_key(65537, 2048))
+            key = self._key(key_path.name)
+            if not isinstance(key, rsa.RSAPrivateKey):
+                raise AuthorityDamagedError(key_path, "holds a key of another kind")
+            public = key.public_key().public_bytes(
+                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+            )
+            if not public_path.exists() or public_path.read_bytes() != public:
+                write_atomically(public_path, public, mode=0o644)
+        return UserTokenAuthority(key, self.ca_certificate)
 
     def renew_servers(self, names: Sequence[str], *, now: float) -> tuple[x509.Certificate, ...]:
         """New keys and certificates for the two servers, under these DNS names and IP addresses.

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 from gose.errors import GoseError
-from gose.radius.packets import AccessRequest, Code, RadiusDiscard, Reply
+from gose.radius.packets import AccessRequest, RadiusDiscard, Reply
 from gose.settings import Limits
 from secfunet.apdu import ApduError, StatusError
 from secfunet.card.client import CardClient
@@ -24,10 +24,12 @@ from secfunet.card.parameters import TlsParameters
 from secfunet.card.pool import CardPool
 from secfunet.eap import EapCode, EapFormatError, EapPacket, EapType
 from secfunet.eap_tls import EapTlsMessage
+from secfunet.radius.wire import Code
 
 log = logging.getLogger(__name__)
 
-MAX_ROUNDS = 256
+MAX_ROUNDS = 1024
+"""Packets of one authentication: certificates of 16 KB at both ends, in the smallest fragments."""
 _STATE_SIZE = 16
 _SW_DISCARDED = 0x7000
 

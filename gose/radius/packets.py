@@ -7,44 +7,21 @@ leaves open is checked before it sees a packet: any bytes give a request, or rai
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import Final
 
 from pyrad.packet import AuthPacket, PacketError
 
 from gose.errors import GoseError
-
-MIN_PACKET: Final = 20
-MAX_PACKET: Final = 4096
-"""Bytes (RFC 2865, 3)."""
-MIN_SECRET: Final = 16
-"""Bytes that a shared secret should have at least (RFC 2865, 3)."""
-MAX_EAP: Final = 3000
-"""Bytes of an EAP packet, either way: it fits into a packet together with what stands around it."""
-
-_CHUNK: Final = 253
-_MICROSOFT: Final = 311
-_RECV_KEY: Final = (_MICROSOFT, 17)
-_SEND_KEY: Final = (_MICROSOFT, 16)
-
-
-class Code(IntEnum):
-    """The first byte."""
-
-    ACCESS_REQUEST = 1
-    ACCESS_ACCEPT = 2
-    ACCESS_REJECT = 3
-    ACCESS_CHALLENGE = 11
-
-
-class Attribute(IntEnum):
-    """Those that are looked at or made here."""
-
-    USER_NAME = 1
-    STATE = 24
-    PROXY_STATE = 33
-    EAP_MESSAGE = 79
-    MESSAGE_AUTHENTICATOR = 80
+from secfunet.radius.errors import RadiusFormatError
+from secfunet.radius.wire import (
+    MAX_EAP,
+    RECV_KEY,
+    SEND_KEY,
+    Attribute,
+    Code,
+    eap_chunks,
+    split_attributes,
+    text_value,
+)
 
 
 class RadiusDiscard(GoseError):
@@ -81,7 +58,10 @@ class Reply:
 
 def parse_request(untrusted: bytes, secret: bytes) -> AccessRequest:
     """Checks form and Message-Authenticator. Raises RadiusDiscard."""
-    attributes = _split(untrusted)
+    try:
+        attributes = split_attributes(untrusted)
+    except RadiusFormatError as error:
+        raise RadiusDiscard("malformed", str(error)) from None
     if untrusted[0] != Code.ACCESS_REQUEST:
         raise RadiusDiscard("malformed", "that is no Access-Request")
     signatures = [value for kind, value in attributes if kind == Attribute.MESSAGE_AUTHENTICATOR]
@@ -107,40 +87,21 @@ def parse_request(untrusted: bytes, secret: bytes) -> AccessRequest:
     return AccessRequest(eap, states[0] if states else None, (untrusted[1], untrusted[4:20]), packet)
 
 
-def _split(untrusted: bytes) -> list[tuple[int, bytes]]:
-    if len(untrusted) < MIN_PACKET:
-        raise RadiusDiscard("malformed", "a packet has at least 20 bytes")
-    length = int.from_bytes(untrusted[2:4])
-    if not MIN_PACKET <= length <= min(MAX_PACKET, len(untrusted)):
-        raise RadiusDiscard("malformed", "the packet's length is not what it says")
-    attributes = []
-    position = MIN_PACKET
-    while position < length:
-        size = untrusted[position + 1] if position + 1 < length else 0
-        if size < 2 or position + size > length:
-            raise RadiusDiscard("malformed", "an attribute does not fit into the packet")
-        attributes.append((untrusted[position], untrusted[position + 2 : position + size]))
-        position += size
-    return attributes
-
-
 def encode_reply(request: AccessRequest, reply: Reply) -> bytes:
     """The whole packet, with Message-Authenticator and Response Authenticator."""
     packet = request.packet.CreateReply()
     packet.code = int(reply.code)
     packet.add_message_authenticator()
-    packet[Attribute.EAP_MESSAGE.value] = [
-        reply.eap[start : start + _CHUNK] for start in range(0, len(reply.eap), _CHUNK)
-    ]
+    packet[Attribute.EAP_MESSAGE.value] = eap_chunks(reply.eap)
     if reply.state is not None:
         packet[Attribute.STATE.value] = [reply.state]
     if reply.user_name is not None:
-        packet[Attribute.USER_NAME.value] = [reply.user_name.encode()[:_CHUNK]]
+        packet[Attribute.USER_NAME.value] = [text_value(reply.user_name)]
     if reply.msk is not None:
         receive, send = reply.msk[:32], reply.msk[32:64]
-        packet[_RECV_KEY] = [packet.SaltCrypt(receive)]
-        packet[_SEND_KEY] = [packet.SaltCrypt(send)]
-        while packet[_SEND_KEY][0][:2] == packet[_RECV_KEY][0][:2]:
-            packet[_SEND_KEY] = [packet.SaltCrypt(send)]  # salts are unique within a packet (RFC 2548, 2.4.2)
+        packet[RECV_KEY] = [packet.SaltCrypt(receive)]
+        packet[SEND_KEY] = [packet.SaltCrypt(send)]
+        while packet[SEND_KEY][0][:2] == packet[RECV_KEY][0][:2]:
+            packet[SEND_KEY] = [packet.SaltCrypt(send)]  # salts are unique within a packet (RFC 2548, 2.4.2)
     encoded: bytes = packet.ReplyPacket()
     return encoded

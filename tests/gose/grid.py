@@ -261,12 +261,24 @@ class Browser:
 
 
 @contextlib.asynccontextmanager
-async def new_grid(folder: Path, *, vms: Sequence[str] = ("vm-1",), servers: int = 2) -> AsyncIterator[TestGrid]:
-    """Makes an authority, starts and personalises the cards: one a VM (SEID se-NAME), some server cards."""
+async def new_grid(
+    folder: Path,
+    *,
+    vms: Sequence[str] = ("vm-1",),
+    servers: int = 2,
+    server_names: Sequence[str] = (),
+    card_settings: str = "",
+) -> AsyncIterator[TestGrid]:
+    """Makes an authority, starts and personalises the cards: one a VM (SEID se-NAME), some server cards.
+
+    ``server_names`` stand in the server cards' certificates as well; ``card_settings``: more lines of TOML for each card.
+    """
     async with contextlib.AsyncExitStack() as stack:
         ports = free_ports(4)
         seids = {f"se-{name}": "vm" for name in vms} | {f"server-{number}": "server" for number in range(servers)}
-        started = await asyncio.gather(*(stack.enter_async_context(running_card(folder, name=seid)) for seid in seids))
+        started = await asyncio.gather(
+            *(stack.enter_async_context(running_card(folder, name=seid, settings=card_settings)) for seid in seids)
+        )
         cards = dict(zip(seids, started, strict=True))
         settings = GoseSettings.model_validate(
             {
@@ -299,7 +311,7 @@ async def new_grid(folder: Path, *, vms: Sequence[str] = ("vm-1",), servers: int
                         algorithm=KeyAlgorithm.RSA_2048 if role == "vm" else KeyAlgorithm.P_256,
                         valid=86400.0,
                         seid=seid,
-                        server_names=settings.names if role == "server" else (),
+                        server_names=(*settings.names, *server_names) if role == "server" else (),
                     ),
                     CardAccess.at_socket(cards[seid].socket, cards[seid].keys),
                     authority.certificate_authority,

@@ -13,10 +13,10 @@ from typing import Any
 
 from pyrad.packet import AuthPacket
 
-from gose.radius.packets import Attribute, Code
 from secfunet.card.parameters import TlsParameters
 from secfunet.eap import EapCode, EapPacket, EapType
 from secfunet.identity import load_certificate
+from secfunet.radius.wire import Attribute, Code
 from secure_element.eap_engine import EapEngine, TlsIdView
 from tests.gose.grid import Hypervisor, TestGrid
 from tests.secure_element_tls.cards import engine

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gose.radius.packets import MAX_EAP, MAX_PACKET, Code, RadiusDiscard, Reply, encode_reply, parse_request
+from gose.radius.packets import RadiusDiscard, Reply, encode_reply, parse_request
+from secfunet.radius.wire import MAX_EAP, MAX_PACKET, Code
 from tests.gose_radius.peer import SECRET, RadiusClient
 
 

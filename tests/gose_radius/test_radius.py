@@ -16,12 +16,12 @@ import pytest_asyncio
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from gose.authority.certificate_authority import CertificateAuthority
-from gose.radius.packets import Code
 from gose.server import GridService
 from gose.settings import Address, RadiusClientSettings, RadiusSettings
 from secfunet.card.parameters import TLS_1_2, TLS_1_3
 from secfunet.eap import EapCode, EapPacket, EapType
 from secfunet.identity import Holder, Role, der_of, pem_of, thumbprint
+from secfunet.radius.wire import Code
 from tests.gose.grid import Hypervisor, TestGrid, free_ports, new_grid
 from tests.gose_racs.node import settle
 from tests.gose_radius.peer import SECRET, RadiusClient, eapol_test, engine_of, mppe_key

@@ -21,6 +21,7 @@ DISTRIBUTIONS = {
     "grpc_reflection": "grpcio-reflection",
     "h11": "h11",
     "libvirt": "libvirt-python",
+    "pyrad": "pyrad",
     "service_identity": "service-identity",
 }
 PLACES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,12 +15,15 @@ from secfunet.apdu import ApduFormatError, CommandApdu, ResponseApdu
 from secfunet.card import KeyAlgorithm
 from secfunet.card.client import pad_pin
 from secfunet.card.tlv import encode_tlv
+from secfunet.card.tokens import CardTokens
+from secfunet.identity import load_certificate, rsa_key_of
 from secfunet.scp03 import HostChannel, HostHandshake
 from secfunet.service.logs import JsonFormatter
 from secure_element.card_os import CardOs
 from secure_element.commands import GUARDS, Guard
 from secure_element.store import CardStore
-from tests.support.local_card import KEYS, STORE_KEY, USER_PIN, new_store, personalised
+from tests.secure_element.tokens import TokenMaker
+from tests.support.local_card import KEYS, STORE_KEY, USER_PIN, administrator_client, new_store, personalised
 from tests.support.pki import CertificateAuthority
 
 WINDOW = 12
@@ -95,13 +98,18 @@ def random_commands(chance: random.Random, classes: Iterable[int]) -> Iterator[b
                 yield bytes((cla, ins, other, value)) + body()
 
 
-def useful_commands() -> Iterator[bytes]:
-    """What a lawful user would ask, each with the largest answer wanted."""
+def useful_commands(containers: Sequence[bytes] = ()) -> Iterator[bytes]:
+    """What a lawful user would ask, each with the largest answer wanted; and tokens that he loads."""
 
     def apdu(cla: int, ins: int, p1: int, p2: int, data: bytes = b"") -> bytes:
         return bytes((cla, ins, p1, p2, 0)) + (len(data).to_bytes(2) + data if data else b"") + b"\0\0"
 
     for name in (b"rsa", b"ec"):
+        for container in containers:
+            yield apdu(0x80, 0x56, 1, 0, container)
+        for ins in (0x54, 0x58):
+            yield apdu(0x80, ins, 0, 0)
+        yield apdu(0x80, 0x5A, 0, 0, b"badge")
         yield apdu(0xA0, 0x16, 0, 0x80, name)
         yield apdu(0xA0, 0x18, 0, 0)
         yield apdu(0xA0, 0x17, 0, 1)
@@ -126,6 +134,11 @@ async def test_no_command_yields_a_private_key(tmp_path: Path, caplog: pytest.Lo
     store = new_store(tmp_path)
     card = await personalised(store, CertificateAuthority(), ("rsa", KeyAlgorithm.RSA_2048), ("ec", KeyAlgorithm.P_384))
     searcher = Searcher(secrets_of(store))
+    maker = TokenMaker()
+    administrator = await administrator_client(card)
+    await CardTokens(administrator).trust(maker.public)
+    key = rsa_key_of(load_certificate(store.contents.identities[0].certificate))
+    containers = [maker.token(key, 1), maker.token(key, 2)[:-1] + b"\0"]
     chance = random.Random(7816)  # noqa: S311 - tries, not secrets
     succeeded = 0
     known = [record.private_key for record in store.contents.identities]
@@ -170,7 +183,7 @@ async def test_no_command_yields_a_private_key(tmp_path: Path, caplog: pytest.Lo
 
     for is_user in (False, True):
         prepare(card, is_user=is_user)
-        for command in useful_commands():
+        for command in useful_commands(containers):
             ask(command)
         for command in random_commands(chance, range(256)):
             ask(command)
@@ -187,6 +200,7 @@ async def test_no_command_yields_a_private_key(tmp_path: Path, caplog: pytest.Lo
         ins = chance.choice(sorted(PIN_INSTRUCTIONS))
         size = chance.choice((8, 16))
         ask(bytes((0xA0, ins, 0, chance.randrange(2), size)) + chance.randbytes(size))
+    assert any(record.message == "token loaded" for record in caplog.records)
     assert succeeded > 300  # the search looked at answers, not only at refusals
     searcher.check((tmp_path / "card.store").read_bytes())
     formatter = JsonFormatter()

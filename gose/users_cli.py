@@ -1,0 +1,90 @@
+"""``gose user``: the cards of people, and the tokens that they keep in them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from gose.authority import AuthorityFolder
+from gose.authority.certificate_authority import check_request
+from gose.authority.errors import IssuanceError
+from gose.authority.folder import DAY
+from gose.registry import open_registry
+from gose.settings import GoseSettings
+from secfunet.container import ContainerProfile
+from secfunet.identity import Holder, Role, check_name, der_of, load_certificate, pem_of, thumbprint
+from secfunet.service.files import read_secret, write_atomically
+from secfunet.service.settings import load_settings
+from secfunet.user_token import MAX_VALUE
+
+user_app = typer.Typer(help="People who have a card, and the tokens in it.", no_args_is_help=True)
+
+ConfigOption = Annotated[
+    Path, typer.Option("--config", envvar="GOSE_CONFIG", help="The grid's settings (TOML).", show_default=True)
+]
+CONFIG = Path("gose.toml")
+
+
+@user_app.command()
+def sign(
+    name: str,
+    request: Annotated[Path, typer.Option(help="What 'secure-element request' wrote beside the card.", exists=True)],
+    out: Annotated[Path, typer.Option("--out", help="Where to write the certificate (PEM).")],
+    days: Annotated[int, typer.Option(min=1, max=3652, help="How long it is valid.")] = 365,
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Certify the card of a user by its request; 'secure-element install' takes the certificate. Its key is RSA."""
+    holder = Holder(Role.USER, check_name(name))
+    settings = load_settings(GoseSettings, config)
+    authority = AuthorityFolder(settings.authority).certificate_authority
+    try:
+        der = x509.load_pem_x509_csr(request.read_bytes()).public_bytes(Encoding.DER)
+    except ValueError as error:
+        raise IssuanceError(f"{request} is no PKCS#10 request: {error}") from None
+    certificate = der_of(authority.issue(holder, check_request(der, holder), now=time.time(), valid=days * DAY))
+    write_atomically(out, pem_of(certificate), mode=0o644)
+    typer.echo(f"user {name} is certified: {thumbprint(certificate)}")
+
+
+@user_app.command("issue-token")
+def issue_token(
+    token: Annotated[str, typer.Argument(metavar="TOKEN", help="What the card is to call it.")],
+    certificate: Annotated[Path, typer.Option(help="Certificate (PEM) of the card for which it is.", exists=True)],
+    value_file: Annotated[Path, typer.Option(help=f"File (mode 0600) with the token, at most {MAX_VALUE} bytes.")],
+    out: Annotated[Path, typer.Option("--out", help="Where to write the container: for 'secure-element token load'.")],
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Pack a token into a container that this card alone opens, and takes once."""
+    settings = load_settings(GoseSettings, config)
+    authority = AuthorityFolder(settings.authority)
+    with open_registry(settings.database) as registry:
+        container = authority.user_token_authority.issue(
+            registry,
+            certificate=load_certificate(certificate.read_bytes()),
+            name=token,
+            value=read_secret(value_file, limit=MAX_VALUE),
+            profile=ContainerProfile.named(settings.container_profile),
+            now=time.time(),
+        )
+    write_atomically(out, container, mode=0o644)
+    typer.echo(f"{out}: {len(container)} bytes; load containers in the order in which they were made")
+
+
+@user_app.command("token-authority")
+def token_authority(
+    out: Annotated[
+        Path, typer.Option("--out", help="Where to write the public key (PEM): for 'secure-element token trust'.")
+    ],
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Write the public key of this grid's authority of users' tokens, which is made if there is none."""
+    settings = load_settings(GoseSettings, config)
+    authority = AuthorityFolder(settings.authority)
+    _ = authority.user_token_authority
+    write_atomically(out, authority.user_tokens_path.read_bytes(), mode=0o644)
+    typer.echo(f"tokens of users are signed by {out}")
