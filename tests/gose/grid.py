@@ -301,7 +301,7 @@ async def new_grid(folder: Path, *, vms: Sequence[str] = ("vm-1",), servers: int
                         seid=seid,
                         server_names=settings.names if role == "server" else (),
                     ),
-                    CardAccess.at_socket(cards[seid].socket, cards[seid].keys),
+                    CardAccess.at(cards[seid].socket, cards[seid].keys),
                     authority.certificate_authority,
                     registry,
                     clock=time.time,
