@@ -15,11 +15,11 @@ from smartcard import scard
 from secfunet.errors import SecFuNetError
 from secfunet.pcsc.frames import ReaderSeen, choose_reader
 
-PRESENCE_PATIENCE: Final = 600
-"""Milliseconds that an empty reader is given: a reader may notice a card that was put in after 400 of them."""
+PRESENCE_PATIENCE: Final = 0.6
+"""Seconds that a reader is given to notice that a card was put in, or exchanged: it may look every 0.4 seconds only."""
 BUSY_PATIENCE: Final = 0.2
 """Seconds for a user who is just leaving."""
-_BUSY_PAUSE: Final = 0.02
+_PAUSE: Final = 0.02
 
 _PROTOCOLS: Final = scard.SCARD_PROTOCOL_T0 | scard.SCARD_PROTOCOL_T1
 _SHORT_HEADER: Final = 5
@@ -27,6 +27,10 @@ _SHORT_HEADER: Final = 5
 
 class ReaderGoneError(SecFuNetError):
     """The card, its reader or pcscd is not there (any more)."""
+
+
+class ReaderUnsettledError(ReaderGoneError):
+    """Nothing that answers is in the reader now; that may be different in a moment."""
 
 
 class ReaderBusyError(SecFuNetError):
@@ -45,10 +49,9 @@ class ReaderCard:
         self._card: Any = None
         try:
             self.reader = self._find(wanted)
-            self._await_card()
-            self._connect()
-            self._protocol = self._restart(scard.SCARD_UNPOWER_CARD)
-            self._check(scard.SCardBeginTransaction(self._card))
+            until = time.monotonic() + PRESENCE_PATIENCE
+            while not self._is_started(last_time=time.monotonic() > until):
+                time.sleep(_PAUSE)
         except BaseException:
             self.close()
             raise
@@ -72,13 +75,29 @@ class ReaderCard:
 
     def close(self) -> None:
         """Powers the card off and gives it back. Never fails."""
+        self._disconnect()
+        if self._context is not None:
+            scard.SCardReleaseContext(self._context)
+            self._context = None
+
+    def _is_started(self, *, last_time: bool) -> bool:
+        try:
+            self._look()
+            self._connect()
+            self._protocol = self._restart(scard.SCARD_UNPOWER_CARD)
+            self._check(scard.SCardBeginTransaction(self._card))
+        except ReaderUnsettledError:
+            self._disconnect()
+            if last_time:
+                raise
+            return False
+        return True
+
+    def _disconnect(self) -> None:
         if self._card is not None:
             scard.SCardEndTransaction(self._card, scard.SCARD_LEAVE_CARD)
             scard.SCardDisconnect(self._card, scard.SCARD_UNPOWER_CARD)
             self._card = None
-        if self._context is not None:
-            scard.SCardReleaseContext(self._context)
-            self._context = None
 
     def _find(self, wanted: str) -> str:
         names = _names(self._context, self._where)
@@ -88,19 +107,14 @@ class ReaderCard:
             raise ReaderGoneError(f"{self._where} has no reader, or several, of the name '{wanted}'; it has: {known}")
         return found
 
-    def _await_card(self) -> None:
+    def _look(self) -> None:
         result, states = scard.SCardGetStatusChange(self._context, 0, [(self.reader, scard.SCARD_STATE_UNAWARE)])
         self._check(result)
         state = states[0][1]
-        if state & scard.SCARD_STATE_EMPTY:
-            result, states = scard.SCardGetStatusChange(self._context, PRESENCE_PATIENCE, [(self.reader, state)])
-            if result != scard.SCARD_E_TIMEOUT:
-                self._check(result)
-                state = states[0][1]
         if not state & scard.SCARD_STATE_PRESENT:
-            raise ReaderGoneError(f"no card is in {self.reader}")
+            raise ReaderUnsettledError(f"no card is in {self.reader}")
         if state & scard.SCARD_STATE_MUTE:
-            raise ReaderGoneError(f"the card in {self.reader} does not answer to a reset")
+            raise ReaderUnsettledError(f"the card in {self.reader} does not answer to a reset")
 
     def _connect(self) -> None:
         until = time.monotonic() + BUSY_PATIENCE
@@ -113,7 +127,7 @@ class ReaderCard:
                 return
             if result != scard.SCARD_E_SHARING_VIOLATION or time.monotonic() > until:
                 self._check(result)
-            time.sleep(_BUSY_PAUSE)
+            time.sleep(_PAUSE)
 
     def _restart(self, how: int) -> int:
         result, protocol = scard.SCardReconnect(self._card, scard.SCARD_SHARE_EXCLUSIVE, _PROTOCOLS, how)
@@ -186,24 +200,25 @@ def _error(result: int, reader: str, where: str) -> ReaderGoneError | ReaderBusy
         return ReaderBusyError(f"the card in {reader} serves another client")
     said = _SENTENCES.get(code)
     if said is not None:
-        return ReaderGoneError(said(reader, where))
+        kind, sentence = said
+        return kind(sentence(reader, where))
     message = str(scard.SCardGetErrorMessage(result)).rstrip(".")
     return ReaderGoneError(f"the card in {reader} cannot be reached: {message} ({code:08X})")
 
 
-def _sentences() -> dict[int, Callable[[str, str], str]]:
+def _sentences() -> dict[int, tuple[type[ReaderGoneError], Callable[[str, str], str]]]:
     no_daemon = "SCARD_E_NO_SERVICE", "SCARD_E_SERVICE_STOPPED", "SCARD_F_COMM_ERROR", "SCARD_E_INVALID_HANDLE"
     no_reader = "SCARD_E_UNKNOWN_READER", "SCARD_E_READER_UNAVAILABLE"
     removed = "SCARD_W_REMOVED_CARD", "SCARD_E_NO_SMARTCARD", "SCARD_E_NOT_TRANSACTED"
     silent = "SCARD_W_UNPOWERED_CARD", "SCARD_W_UNRESPONSIVE_CARD", "SCARD_W_UNSUPPORTED_CARD"
-    texts: tuple[tuple[tuple[str, ...], Callable[[str, str], str]], ...] = (
-        (no_daemon, lambda reader, where: f"{where} does not answer, or was restarted"),
-        (no_reader, lambda reader, where: f"{where} has no reader '{reader}' any more"),
-        (removed, lambda reader, where: f"the card was taken out of {reader}"),
-        (silent, lambda reader, where: f"the card in {reader} does not answer to a reset"),
-        (("SCARD_W_RESET_CARD",), lambda reader, where: f"somebody reset the card in {reader}"),
+    texts: tuple[tuple[tuple[str, ...], type[ReaderGoneError], Callable[[str, str], str]], ...] = (
+        (no_daemon, ReaderGoneError, lambda reader, where: f"{where} does not answer, or was restarted"),
+        (no_reader, ReaderGoneError, lambda reader, where: f"{where} has no reader '{reader}' any more"),
+        (removed, ReaderUnsettledError, lambda reader, where: f"the card was taken out of {reader}"),
+        (silent, ReaderUnsettledError, lambda reader, where: f"the card in {reader} does not answer to a reset"),
+        (("SCARD_W_RESET_CARD",), ReaderUnsettledError, lambda reader, where: f"somebody reset the card in {reader}"),
     )
-    return {getattr(scard, name) & 0xFFFFFFFF: text for names, text in texts for name in names if hasattr(scard, name)}
+    return {getattr(scard, name) & 0xFFFFFFFF: (kind, text) for names, kind, text in texts for name in names}
 
 
 _SENTENCES: Final = _sentences()
