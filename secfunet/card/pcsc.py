@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import os
 import socket
 import subprocess
@@ -33,7 +34,7 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def connection(self) -> socket.socket:
-        """A new connection to it, for one card. Raises OSError."""
+        """A new connection to it, for one card. Raises OSError, CardGoneError."""
         if self._process is None or self._process.poll() is not None:
             self._start()
         ours, theirs = socket.socketpair()
@@ -52,6 +53,8 @@ class _Worker:
         socket.send_fds(self._control, [b"\0"], [descriptor.fileno()])
 
     def _start(self) -> None:
+        if importlib.util.find_spec("smartcard") is None:
+            raise CardGoneError("pyscard is not installed: PC/SC readers need secfunet[pcsc]")
         if self._control is not None:
             self._control.close()
         environment = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secfunet.card.errors import CardFormatError
+from secfunet.card.errors import CardFormatError, CardGoneError
+from secfunet.card.pcsc import connect_pcsc
 from secfunet.card.place import PcscPlace, parse_place
 from secfunet.pcsc.frames import (
     MAX_BODY,
@@ -27,6 +29,13 @@ from secfunet.pcsc.reader import ReaderGoneError, for_t0
 FRAMES = st.builds(Frame, st.sampled_from(Kind), st.binary(max_size=300))
 NAMES = st.text(st.characters(exclude_categories=("C", "Z"), include_characters=" "), min_size=1, max_size=30)
 READERS = st.builds(ReaderSeen, NAMES, st.booleans(), st.booleans(), st.binary(max_size=33))
+
+
+async def test_without_pyscard_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an extra: a program without it says so, and works with all other cards."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CardGoneError, match=r"secfunet\[pcsc\]"):
+        await connect_pcsc("Any", Path("/nowhere.comm"), timeout=1)
 
 
 @given(st.lists(FRAMES, max_size=6), st.integers(1, 40))
