@@ -1,13 +1,14 @@
 """Virtual readers for software cards: pcscd daemons of our own with Debian's vsmartcard-vpcd, 16 readers each; the system's is left alone.
 
 A driver file of vpcd has two readers, and keeps them in variables of its own: more readers take copies of the file under other names. pcscd
-has one fixed socket path, unless it is handed a socket as systemd would.
+has one fixed socket path, unless it is handed a socket as systemd would; its process number is kept apart, and USB readers are not its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 import shutil
 import signal
@@ -26,7 +27,7 @@ from secfunet.service.files import private_folder
 
 PCSCD: Final = "/usr/sbin/pcscd"
 DRIVER: Final = Path("/usr/lib/pcsc/drivers/serial/libifdvpcd.so")
-SHIM: Final = Path(__file__).with_name("own_cards_only.c")
+SHIM: Final = Path(__file__).with_name("own_pcscd.c")
 READERS: Final = 16
 """That one pcscd can have (pcsc-lite: PCSCLITE_MAX_READERS_CONTEXTS)."""
 SLOTS: Final = 2
@@ -64,7 +65,8 @@ class Pcscd:
         self.socket = folder / f"{name}.comm"
         self.log = log
         self._folder = folder / f"{name}.d"
-        self._shim = folder / "own_cards_only.so"
+        self._run = folder / f"{name}.run"
+        self._shim = folder / f"{name}-own.so"
         self._process: asyncio.subprocess.Process | None = None
         self.readers = [
             VirtualReader(port, PcscPlace(f"{self._friendly(index // SLOTS)} 00 {index % SLOTS:02X}", self.socket))
@@ -99,6 +101,7 @@ class Pcscd:
                 *("-c", _HAND_OVER, str(listener.fileno()), str(self._shim)),
                 *(PCSCD, "--foreground", "--config", str(self._folder)),
                 pass_fds=(listener.fileno(),),
+                env={**os.environ, "OWN_PCSCD_RUN": str(self._run)},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -118,6 +121,7 @@ class Pcscd:
 
     async def _prepare(self) -> None:
         private_folder(self._folder)
+        private_folder(self._run)
         if not self._shim.exists():
             await run("cc", "-shared", "-fPIC", "-O2", "-Wall", "-Werror", "-o", self._shim, SHIM, "-ldl")
         for driver in range((len(self.readers) + SLOTS - 1) // SLOTS):

@@ -138,7 +138,10 @@ def init(
         str, typer.Option(help="Key of the token authority: rsa-2048 (PS256) or p-256 (ES256).")
     ] = "rsa-2048",
 ) -> None:
-    """Make the grid's authority: CA, token authority, container authority, and the servers' certificates."""
+    """Make the grid's authority: CA, token authority, container authority, and the servers' certificates.
+
+    Its cards are those of the settings: 'socket', 'pcsc' ('gose readers' shows what there is) or 'racs'.
+    """
     settings = load_settings(GoseSettings, config)
     authority = create_authority(
         settings.authority, _server_names(settings), now=time.time(), ca_key=ca_key, tokens=tokens

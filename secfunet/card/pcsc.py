@@ -33,9 +33,14 @@ class _Worker:
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def pid(self) -> int | None:
+        """Its process id, if it runs."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
     def connection(self) -> socket.socket:
         """A new connection to it, for one card. Raises OSError, CardGoneError."""
-        if self._process is None or self._process.poll() is not None:
+        if self.pid is None:
             self._start()
         ours, theirs = socket.socketpair()
         with theirs:
@@ -78,8 +83,7 @@ _lock: Final = threading.Lock()
 def worker_pid(daemon: Path | None) -> int | None:
     """The process id of this program's worker for that pcscd, if it has one."""
     worker = _workers.get(daemon)
-    process = worker._process if worker is not None else None
-    return process.pid if process is not None and process.poll() is None else None
+    return None if worker is None else worker.pid
 
 
 class _PcscCard(FramedCard[Frame]):

@@ -57,7 +57,7 @@ async def test_eighteen_cards_take_two_daemons(short_folder: Path) -> None:
         assert len(set(workers)) == 2
         assert None not in workers
         for daemon in daemons:
-            assert all(seen.is_in_use for seen in await list_readers(daemon.socket, timeout=5))
+            assert all(seen.is_in_use for seen in await list_readers(daemon.socket, timeout=20))
         await daemons[0].kill()
         with pytest.raises(CardGoneError):
             await clients[0].pin_attempts()
@@ -81,6 +81,23 @@ async def test_readers_listen_on_loopback_only(short_folder: Path) -> None:
         await pcscd.stop()
 
 
+async def test_our_own_pcscd_leaves_the_systems_alone(short_folder: Path) -> None:
+    """Its folder has its process number in it, by which it is told of USB readers; and the readers themselves."""
+    system = Path("/run/pcscd/pcscd.pid")
+    before = system.read_bytes() if system.exists() else None
+    pcscd = Pcscd(short_folder, "own", free_ports(1), short_folder / "own.log")
+    await pcscd.start()
+    try:
+        assert int((short_folder / "own.run" / "pcscd.pid").read_text()) == pcscd.pid
+        assert (system.read_bytes() if system.exists() else None) == before
+        assert [reader.name for reader in await list_readers(pcscd.socket, timeout=20)] == [
+            pcscd.readers[0].place.reader
+        ]
+    finally:
+        await pcscd.stop()
+    assert (system.read_bytes() if system.exists() else None) == before
+
+
 async def test_another_users_process_is_not_the_card(short_folder: Path) -> None:
     """It would be told the PIN. It is let in by the kernel, and dropped by the reader; the card that comes after it is in."""
     pcscd = Pcscd(short_folder, "foreign", free_ports(1), short_folder / "foreign.log")
@@ -100,7 +117,7 @@ async def test_another_users_process_is_not_the_card(short_folder: Path) -> None
         assert foreign.stdout is not None
         assert await foreign.stdout.readline() == b"in\n"
         async with scripted_card(reader, lambda command: OK) as card:
-            port = await connect_card(reader.place, timeout=5)
+            port = await connect_card(reader.place, timeout=20)
             assert await port.transmit(b"\x00\xb0\x00\x00\x00") == OK
             await port.close()
             assert card.commands
@@ -133,7 +150,7 @@ async def test_a_card_may_be_started_before_its_reader(short_folder: Path) -> No
         try:
             await entering
             await await_card(reader.place)
-            port = await connect_card(reader.place, timeout=5)
+            port = await connect_card(reader.place, timeout=20)
             await CardClient(port).select()
             await port.close()
         finally:
