@@ -81,21 +81,26 @@ async def test_readers_listen_on_loopback_only(short_folder: Path) -> None:
         await pcscd.stop()
 
 
+def number_in(run: Path) -> int | None:
+    """The number of the process that keeps its things in that folder."""
+    file = run / "pcscd.pid"
+    return int(file.read_text()) if file.exists() else None
+
+
 async def test_our_own_pcscd_leaves_the_systems_alone(short_folder: Path) -> None:
     """Its folder has its process number in it, by which it is told of USB readers; and the readers themselves."""
-    system = Path("/run/pcscd/pcscd.pid")
-    before = system.read_bytes() if system.exists() else None
+    before = number_in(Path("/run/pcscd"))
     pcscd = Pcscd(short_folder, "own", free_ports(1), short_folder / "own.log")
     await pcscd.start()
     try:
-        assert int((short_folder / "own.run" / "pcscd.pid").read_text()) == pcscd.pid
-        assert (system.read_bytes() if system.exists() else None) == before
+        assert number_in(short_folder / "own.run") == pcscd.pid
+        assert number_in(Path("/run/pcscd")) == before
         assert [reader.name for reader in await list_readers(pcscd.socket, timeout=20)] == [
             pcscd.readers[0].place.reader
         ]
     finally:
         await pcscd.stop()
-    assert (system.read_bytes() if system.exists() else None) == before
+    assert number_in(Path("/run/pcscd")) == before
 
 
 async def test_another_users_process_is_not_the_card(short_folder: Path) -> None:
