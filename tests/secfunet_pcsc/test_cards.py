@@ -28,7 +28,7 @@ from tests.secure_element.test_process_handshake import DockingHost, handshake
 from tests.support.cards import CardProcess, personalise, running_card
 from tests.support.pki import CertificateAuthority
 
-pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
 SIGN = 7  # SIGNATURE_SCHEME_ECDSA_SHA256
 NO_PIN = 0x6303  # with the attempts that are left

@@ -30,7 +30,7 @@ from tests.secfunet_pcsc.scripted import scripted_card
 from tests.secure_element.test_process_handshake import DockingHost, handshake
 from tests.support.cards import CardProcess
 
-pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
 LIMITS = Limits(
     operation_timeout=1.0,

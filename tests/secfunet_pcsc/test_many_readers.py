@@ -21,7 +21,7 @@ from secure_element.card_os import CardOs
 from tests.secfunet_pcsc.scripted import scripted_card
 from tests.support.local_card import USER_PIN, new_store
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 CARDS = 18
 OK = bytes.fromhex("9000")
@@ -84,7 +84,7 @@ async def test_readers_listen_on_loopback_only(short_folder: Path) -> None:
 def number_in(run: Path) -> int | None:
     """The number of the process that keeps its things in that folder."""
     file = run / "pcscd.pid"
-    return int(file.read_text()) if file.exists() else None
+    return int(file.read_text().strip("\n\0")) if file.exists() else None
 
 
 async def test_our_own_pcscd_leaves_the_systems_alone(short_folder: Path) -> None:
