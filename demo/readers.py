@@ -90,6 +90,9 @@ class Pcscd:
     async def start(self) -> None:
         """Starts it; returns when it shows its readers. Raises ProcessError."""
         await self._prepare()
+        # Its socket is for this user alone: nobody needs to be asked who may open it (pcsc-lite 2.0 and newer).
+        offered = (await run(PCSCD, "--help")).output.decode()
+        without_polkit = ("--disable-polkit",) if "--disable-polkit" in offered else ()
         with contextlib.suppress(FileNotFoundError):
             self.socket.unlink()
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, self.log.open("ab") as log:
@@ -99,7 +102,7 @@ class Pcscd:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *("-c", _HAND_OVER, str(listener.fileno()), str(self._shim)),
-                *(PCSCD, "--foreground", "--config", str(self._folder)),
+                *(PCSCD, "--foreground", "--config", str(self._folder), *without_polkit),
                 pass_fds=(listener.fileno(),),
                 env={**os.environ, "OWN_PCSCD_RUN": str(self._run)},
                 stdin=asyncio.subprocess.DEVNULL,
@@ -120,6 +123,9 @@ class Pcscd:
         self._refuse_open_doors()
 
     async def _prepare(self) -> None:
+        missing = [str(path) for path in (Path(PCSCD), DRIVER) if not path.exists()]
+        if missing:
+            raise ProcessError(self.name, f"needs pcscd and vsmartcard-vpcd; not there: {', '.join(missing)}", "")
         private_folder(self._folder)
         private_folder(self._run)
         if not self._shim.exists():

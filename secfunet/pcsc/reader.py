@@ -209,12 +209,17 @@ def _error(result: int, reader: str, where: str) -> ReaderGoneError | ReaderBusy
 def _sentences() -> dict[int, tuple[type[ReaderGoneError], Callable[[str, str], str]]]:
     no_daemon = "SCARD_E_NO_SERVICE", "SCARD_E_SERVICE_STOPPED", "SCARD_F_COMM_ERROR", "SCARD_E_INVALID_HANDLE"
     no_reader = "SCARD_E_UNKNOWN_READER", "SCARD_E_READER_UNAVAILABLE"
-    removed = "SCARD_W_REMOVED_CARD", "SCARD_E_NO_SMARTCARD", "SCARD_E_NOT_TRANSACTED"
+    removed = "SCARD_W_REMOVED_CARD", "SCARD_E_NO_SMARTCARD"
     silent = "SCARD_W_UNPOWERED_CARD", "SCARD_W_UNRESPONSIVE_CARD", "SCARD_W_UNSUPPORTED_CARD"
     texts: tuple[tuple[tuple[str, ...], type[ReaderGoneError], Callable[[str, str], str]], ...] = (
         (no_daemon, ReaderGoneError, lambda reader, where: f"{where} does not answer, or was restarted"),
         (no_reader, ReaderGoneError, lambda reader, where: f"{where} has no reader '{reader}' any more"),
         (removed, ReaderUnsettledError, lambda reader, where: f"the card was taken out of {reader}"),
+        (
+            ("SCARD_E_NOT_TRANSACTED",),
+            ReaderUnsettledError,
+            lambda reader, where: f"the card was taken out of {reader}, or broke the exchange off",
+        ),
         (silent, ReaderUnsettledError, lambda reader, where: f"the card in {reader} does not answer to a reset"),
         (("SCARD_W_RESET_CARD",), ReaderUnsettledError, lambda reader, where: f"somebody reset the card in {reader}"),
     )
