@@ -21,7 +21,7 @@ from cryptography import x509
 
 from demo.installation import place_line
 from demo.readers import VirtualReader
-from secfunet.card import CardClient, CardError, KeyAlgorithm, Segmentation
+from secfunet.card import CardBusyError, CardClient, CardError, KeyAlgorithm, Segmentation
 from secfunet.card.administrator import open_secure_channel
 from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.card.place import CardPlace, connect_card
@@ -55,6 +55,8 @@ class CardProcess:
             try:
                 await (await connect_card(self.place, timeout=1)).close()
                 return
+            except CardBusyError:
+                return  # it serves, somebody who was quicker
             except CardError:
                 if self.process.returncode is not None or asyncio.get_running_loop().time() > deadline:
                     raise RuntimeError(f"the card did not start: {self.log.read_text()}") from None
