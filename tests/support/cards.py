@@ -57,9 +57,9 @@ class CardProcess:
                 return
             except CardBusyError:
                 return  # it serves, somebody who was quicker
-            except CardError:
+            except CardError as error:
                 if self.process.returncode is not None or asyncio.get_running_loop().time() > deadline:
-                    raise RuntimeError(f"the card did not start: {self.log.read_text()}") from None
+                    raise RuntimeError(f"the card did not start: {error}: {self.log.read_text()}") from None
                 await asyncio.sleep(0.02)
 
     async def stop(self) -> int:
