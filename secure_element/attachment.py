@@ -1,7 +1,8 @@
 """The card in a virtual reader of pcscd: it connects to the port where the reader (vpcd) listens, again and again until it is let in.
 
-The reader looks for a card 2.5 times a second, so that often a connection may be made. A reader that has a card already leaves the
-connection waiting until that card is pulled.
+The reader looks for a card 2.5 times a second. A card that is exchanged between two looks may leave pcscd of two minds: its answer to reset
+is asked for, but no program is told that it is there. So a card stays away for longer than one look, and one that is not given power takes
+itself out and comes again.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from secure_element.session import CardHost, Observer, Session
 
 log = logging.getLogger(__name__)
 
-PAUSE: Final = 0.2
-"""Seconds between two attempts."""
+PAUSE: Final = 0.6
+"""Seconds between two attempts: more than between two looks of the reader."""
+POWER_PATIENCE: Final = 2.0
+"""Seconds after which a card that was not given power tries again."""
 CONNECT_TIMEOUT: Final = 5.0
 PATIENCE: Final = 3.0
 """Seconds that a card waits for its reader before it counts as started."""
@@ -50,7 +53,8 @@ class CardAttachment(CardHost):
         super().__init__(card, observe)
         self._address = address
         self._session: Session | None = None
-        self._was_powered = asyncio.Event()
+        self._was_powered = asyncio.Event()  # ever
+        self._is_powered = asyncio.Event()  # by the reader that it is attached to
         self._detached = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -86,12 +90,13 @@ class CardAttachment(CardHost):
             transport: asyncio.BaseTransport | None = None
             try:
                 self._detached.clear()
+                self._is_powered.clear()
                 async with asyncio.timeout(CONNECT_TIMEOUT):
                     transport, session = await loop.create_connection(lambda: _AttachedSession(self), host, port)
                 session.acknowledge()
                 log.info("the card is attached", extra={"reader": f"{host}:{port}"})
                 is_reported = False
-                await self._detached.wait()
+                await self._stay(self._detached)
                 log.info("the reader has let the card go", extra={"reader": f"{host}:{port}"})
             except OSError as error:  # TimeoutError is one
                 if not is_reported:
@@ -101,6 +106,19 @@ class CardAttachment(CardHost):
                 if transport is not None and isinstance(transport, asyncio.Transport):
                     transport.abort()
             await asyncio.sleep(PAUSE)
+
+    async def _stay(self, detached: asyncio.Event) -> None:
+        """Until the reader lets the card go, or has not given it power in time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(POWER_PATIENCE) as patience:
+                waiting = [asyncio.create_task(event.wait()) for event in (detached, self._is_powered)]
+                try:
+                    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for task in waiting:
+                        task.cancel()
+                patience.reschedule(None)
+                await detached.wait()
 
     def admit(self, session: Session) -> None:
         """See CardHost.admit."""
@@ -117,3 +135,4 @@ class CardAttachment(CardHost):
     def powered(self, session: Session) -> None:
         """See CardHost.powered."""
         self._was_powered.set()
+        self._is_powered.set()

@@ -9,6 +9,9 @@ from collections.abc import AsyncIterator, Callable
 from demo.readers import VirtualReader, await_card
 from secfunet.card.vpcd import Control, FrameDecoder, encode_frame
 
+LOOK = 0.6
+"""Seconds in which a reader has noticed that its card is gone: pcscd does not get over an exchange in between without being told again."""
+
 
 class ScriptedCard(asyncio.Protocol):
     """``answer`` makes the response to each command; None: the card says nothing."""
@@ -56,3 +59,4 @@ async def scripted_card(
         yield card
     finally:
         card.pull()
+        await asyncio.sleep(LOOK)

@@ -21,14 +21,17 @@ from gose.slots.bank import Bank
 from gose.slots.connect import CardConnector, ReadyCard
 from gose.slots.errors import CardUnavailableError
 from gose.slots.slot import SlotState
-from secfunet.card import CardBusyError, CardGoneError, CardPort
+from secfunet.card import CardBusyError, CardClient, CardGoneError, CardPort
 from secfunet.card.parameters import TlsParameters
 from secfunet.card.pcsc import worker_pid
-from secfunet.card.place import connect_card
+from secfunet.card.place import CardPlace, connect_card
 from secfunet.gose.v1 import operation_pb2
-from tests.secfunet_pcsc.scripted import scripted_card
+from secure_element.attachment import CardAttachment
+from secure_element.card_os import CardOs
+from tests.secfunet_pcsc.scripted import LOOK, scripted_card
 from tests.secure_element.test_process_handshake import DockingHost, handshake
 from tests.support.cards import CardProcess
+from tests.support.local_card import new_store
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
@@ -239,25 +242,52 @@ async def test_a_card_that_is_exchanged_unnoticed_starts_from_nothing(pcscd: Pcs
                 await ask_for_a_while(port)
             await port.close()
             assert other.commands == []
-            port = await connect_card(reader.place, timeout=5)
-            assert await port.transmit(b"\x00\xb0\x00\x00\x00") == b"second" + OK
+    async with scripted_card(reader, lambda command: b"second" + OK):
+        port = await connect_card(reader.place, timeout=5)
+        assert await port.transmit(b"\x00\xb0\x00\x00\x00") == b"second" + OK
+        await port.close()
+
+
+async def test_a_card_that_is_exchanged_in_no_time_is_found_again(pcscd: Pcscd, tmp_path: Path) -> None:
+    """Pulled under a command, and in again before the reader looks: pcscd may go on saying that nothing is there, until it comes anew."""
+    reader = pcscd.readers[3]
+    with contextlib.closing(new_store(tmp_path)) as store:
+        for _ in range(6):
+            async with CardAttachment(CardOs(store), ("127.0.0.1", reader.port)):
+                port = await connect_in_the_end(reader.place)
+                client = CardClient(port)
+                await client.select()
+                asked = asyncio.create_task(client.pin_attempts())
+                await asyncio.sleep(0)
+            for asking in (asked, client.pin_attempts()):
+                with contextlib.suppress(CardGoneError):
+                    await asking
             await port.close()
+    await asyncio.sleep(LOOK)  # for the next test's card, which does not come anew
+
+
+async def connect_in_the_end(place: CardPlace) -> CardPort:
+    """As a slot does: again and again."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            with contextlib.suppress(CardGoneError):
+                return await connect_card(place, timeout=2)
+            await asyncio.sleep(0.1)
 
 
 async def test_a_silent_card_is_not_waited_for_twice(pcscd: Pcscd) -> None:
     """Its first command stands; a second connection is refused at once, and the reader is free when the card is pulled."""
     reader = pcscd.readers[3]
-    async with scripted_card(reader, lambda command: None) as card:
+    async with scripted_card(reader, lambda command: None):
         port = await connect_card(reader.place, timeout=5, answer_timeout=0.3)
         with pytest.raises(CardGoneError, match="was lost"):
             await port.transmit(b"\x00\xb0\x00\x00\x00")
         with pytest.raises(CardBusyError, match="has not answered its last command yet"):
             await connect_card(reader.place, timeout=5)
-        card.pull()
-        async with scripted_card(reader, lambda command: OK):
-            port = await connect_card(reader.place, timeout=5)
-            assert await port.transmit(b"\x00\xb0\x00\x00\x00") == OK
-            await port.close()
+    async with scripted_card(reader, lambda command: OK):
+        port = await connect_card(reader.place, timeout=5)
+        assert await port.transmit(b"\x00\xb0\x00\x00\x00") == OK
+        await port.close()
 
 
 async def ask_for_a_while(port: CardPort) -> None:
