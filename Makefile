@@ -11,8 +11,8 @@ help: ## list these targets
 setup: ## install what the other targets need (each of them does that first by itself)
 	@scripts/setup
 
-demo: setup ## run the main job: a VM signs with a key that it never holds (KEEP=1 leaves it running)
-	@$(BIN)/python -m demo $(if $(KEEP),--keep)
+demo: setup ## run the main job: a VM signs with a key that it never holds (KEEP=1 leaves it running; CARDS=pcsc: cards in readers of a pcscd)
+	@$(BIN)/python -m demo $(if $(KEEP),--keep) $(if $(CARDS),--cards $(CARDS))
 
 test: setup ## run all tests (ARGS="..." goes to pytest)
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadscope $(ARGS)

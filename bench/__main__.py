@@ -10,11 +10,11 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from bench import limits, tandem
+from bench import limits, readers, tandem
 from bench.plan import Plan
 from bench.rows import table, to_json
 
-GROUPS = ("limits", "tandem", "login", "chain", "memory")
+GROUPS = ("limits", "readers", "tandem", "login", "chain", "memory")
 ON_XEN = "xen"  # minutes on a testbed of its own: only if it is asked for
 
 
@@ -56,6 +56,7 @@ async def _measure(plan: Plan, chosen: list[str]) -> list[str]:
             await measure(plan)
 
         await group("limits", lambda: limits.measure(plan))
+        await group("readers", lambda: readers.measure(plan))
         await group("tandem", lambda: tandem.measure(plan))
         await group("login", login)
         await group("chain", chain)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from demo.installation import LONGEST_FOLDER
 from demo.narrator import Narrator
+from demo.stack import CardKind
 from demo.story import tell
 from secfunet.errors import SecFuNetError
 from secfunet.service.files import private_folder
@@ -32,8 +33,8 @@ def demo_folder() -> Path:
     return folder / "demo"
 
 
-async def _main(folder: Path, *, keep: bool) -> None:
-    story = asyncio.create_task(tell(folder, Narrator.for_stream(sys.stdout), keep=keep))
+async def _main(folder: Path, *, keep: bool, cards: CardKind) -> None:
+    story = asyncio.create_task(tell(folder, Narrator.for_stream(sys.stdout), keep=keep, cards=cards))
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, story.cancel)
     await story
@@ -48,12 +49,18 @@ def main() -> int:
         "--keep", action="store_true", help="leave everything running until Ctrl-C, with commands to try"
     )
     parser.add_argument("--folder", type=Path, help="where the installation is kept (default: .demo in this checkout)")
+    parser.add_argument(
+        "--cards",
+        choices=("socket", "pcsc"),
+        default="socket",
+        help="how cards are reached: a Unix socket each, or virtual readers of a pcscd of the demo's own",
+    )
     arguments = parser.parse_args()
     logging.getLogger().addHandler(
         logging.NullHandler()
     )  # what the rooms log inside the story is told by the story itself
     try:
-        asyncio.run(_main((arguments.folder or demo_folder()).absolute(), keep=arguments.keep))
+        asyncio.run(_main((arguments.folder or demo_folder()).absolute(), keep=arguments.keep, cards=arguments.cards))
     except asyncio.CancelledError:
         return 130
     except SecFuNetError as error:

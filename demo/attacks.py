@@ -14,7 +14,8 @@ from cryptography import x509
 from demo.processes import Daemon, run
 from demo.stack import Stack
 from gose_client import GoseClient, GoseClientError, GoseClientSettings
-from secfunet.card import CardOpener, CardPort, SingleCard, connect_unix
+from secfunet.card import CardOpener, CardPort, SingleCard
+from secfunet.card.place import connect_card
 from secfunet.errors import SecFuNetError
 from secfunet.gose.v1 import operation_pb2
 from secfunet.identity import der_of, load_certificate
@@ -80,7 +81,7 @@ async def foreign_hypervisor(stack: Stack, vm: str, thief: str) -> Refusal:
     pin = (layout.card(thief) / "user.pin").read_bytes().strip()
 
     async def connect() -> CardPort:
-        return await connect_unix(layout.card_socket(thief), timeout=5)
+        return await connect_card(stack.place(thief), timeout=5)
 
     ports = stack.ports
     settings = GoseClientSettings(

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from demo.readers import VirtualReader
+from secfunet.card.place import CardPlace, PcscPlace
 from secfunet.service.files import private_folder, write_atomically
 
 # The longest path of an installation's folder, bytes: the sockets of a domain's channel are the deepest
@@ -94,7 +96,7 @@ class Layout:
         return self.folder / "logs" / f"{name}.log"
 
     def make(self) -> None:
-        for folder in ("cards", "grid", "vms", "certificates", "logs"):
+        for folder in ("cards", "grid", "vms", "certificates", "logs", "readers"):
             private_folder(self.folder / folder)
 
 
@@ -103,18 +105,29 @@ def toml(value: object) -> str:
     return json.dumps(str(value) if isinstance(value, Path) else value)
 
 
-def write_card(layout: Layout, name: str, *, user_pin: str | None = None) -> Path:
-    """Settings and secrets of one software card; returns the settings file."""
+def place_line(place: CardPlace) -> str:
+    """The line of a settings file that says where a card is."""
+    if isinstance(place, PcscPlace):
+        return f"pcsc = {{ reader = {toml(place.reader)}, daemon = {toml(place.daemon)} }}"
+    return f"socket = {toml(place)}"
+
+
+def write_card(layout: Layout, name: str, *, reader: VirtualReader | None = None, user_pin: str | None = None) -> Path:
+    """Settings and secrets of one software card, which listens at a Unix socket or is in ``reader``; returns the settings file."""
     folder = private_folder(layout.card(name))
     write_atomically(folder / "store.key", secrets.token_bytes(32).hex().encode())
     write_atomically(folder / "user.pin", (user_pin or f"{secrets.randbelow(10**8):08d}").encode())
     config = folder / "secure-element.toml"
-    write_atomically(config, b'socket = "card.sock"\nstore = "card.store"\n\n[store_key]\nfile = "store.key"\n')
+    where = ['socket = "card.sock"']
+    if reader is not None:
+        where = [f"attach = {toml(reader.address)}", place_line(reader.place)]
+    lines = [*where, 'store = "card.store"', "", "[store_key]", 'file = "store.key"', ""]
+    write_atomically(config, "\n".join(lines).encode())
     return config
 
 
-def write_grid(layout: Layout, ports: Ports, cards: Sequence[tuple[str, str]], profile: str) -> Path:
-    """Settings of the grid with its ``cards``: pairs of SEID and role."""
+def write_grid(layout: Layout, ports: Ports, cards: Sequence[tuple[str, str, CardPlace]], profile: str) -> Path:
+    """Settings of the grid with its ``cards``: SEID, role and place of each."""
     lines = [
         'state = "state"',
         'names = ["localhost", "127.0.0.1"]',
@@ -128,13 +141,13 @@ def write_grid(layout: Layout, ports: Ports, cards: Sequence[tuple[str, str]], p
         f'endpoint = "127.0.0.1:{ports.op_endpoint}"',
         f'login = "127.0.0.1:{ports.op_login}"',
     ]
-    for seid, role in cards:
+    for seid, role, place in cards:
         lines += [
             "",
             "[[secure_elements]]",
             f"seid = {toml(seid)}",
             f"role = {toml(role)}",
-            f"socket = {toml(layout.card_socket(seid))}",
+            place_line(place),
             f"user_pin_file = {toml(layout.card(seid) / 'user.pin')}",
             f"administrator_keys_file = {toml(layout.card(seid) / 'card.keys')}",
         ]
@@ -148,6 +161,14 @@ def write_agent(layout: Layout, vm: str, join: Path, profile: str) -> Path:
     text = f'join = {toml(join)}\nstate = "state"\nsocket = "agent.sock"\ncontainer_profile = {toml(profile)}\n'
     write_atomically(layout.agent_config(vm), text.encode())
     return layout.agent_config(vm)
+
+
+def save_reader_ports(layout: Layout, ports: Sequence[int]) -> None:
+    write_atomically(layout.folder / "readers.json", json.dumps(list(ports)).encode())
+
+
+def load_reader_ports(layout: Layout) -> list[int]:
+    return [int(port) for port in json.loads((layout.folder / "readers.json").read_text())]
 
 
 def save_ports(layout: Layout, ports: Ports) -> None:
@@ -169,16 +190,16 @@ schemes = ["rsassa-*", "ecdsa-*", "rsaes-oaep-*"]
 """
 
 
-def write_middleware(layout: Layout, hypervisor: str, card: str, ports: Ports, profile: str) -> Path:
-    """Settings and policy of the Secure Middleware of one host."""
+def write_middleware(layout: Layout, hypervisor: str, place: CardPlace, ports: Ports, profile: str) -> Path:
+    """Settings and policy of the Secure Middleware of one host, whose card is at ``place``."""
     folder = private_folder(layout.host(hypervisor))
     text = f"""\
 state = "state"
 policy = "policy.toml"
 
 [card]
-socket = {toml(layout.card_socket(card))}
-user_pin_file = {toml(layout.card(card) / "user.pin")}
+{place_line(place)}
+user_pin_file = {toml(layout.card(hypervisor) / "user.pin")}
 
 [grid]
 service_provider = "https://localhost:{ports.sp_https}"

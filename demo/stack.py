@@ -18,31 +18,37 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from demo import installation
 from demo.installation import (
     Layout,
     Ports,
     load_ports,
+    load_reader_ports,
     save_ports,
+    save_reader_ports,
     write_agent,
     write_card,
     write_grid,
     write_middleware,
 )
 from demo.processes import Daemon, ProcessError, run
+from demo.readers import Pcscd, VirtualReader, await_card, free_ports, virtual_readers
+from secfunet.card.place import CardPlace
 from secfunet.service.files import private_folder
 
 FRESH_TOKEN = 4 * 3600  # seconds; a token is good for eight hours
 Report = Callable[[str], None]
+CardKind = Literal["socket", "pcsc"]
 
 
 class Stack:
     """Cards, grid, hosts and VMs of one installation.
 
     ``vms`` run on the first of ``hypervisors``; the others are hosts of the same grid whose middleware is started only by ``start_host``.
-    ``key`` is the algorithm of the VMs' keys, ``profile`` that of containers. ``report`` is told each step.
+    ``key`` is the algorithm of the VMs' keys, ``profile`` that of containers. ``cards`` says how cards are reached: each at a "socket"
+    of its own, or all in virtual readers of pcscd daemons ("pcsc"). ``report`` is told each step.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class Stack:
         server_cards: int = 2,
         key: str = "rsa-2048",
         profile: str = "oaep-pss-sha256",
+        cards: CardKind = "socket",
         report: Report = lambda _: None,
     ) -> None:
         self.layout = Layout(folder)
@@ -62,7 +69,10 @@ class Stack:
         self.servers = tuple(f"op-{number}" for number in range(1, server_cards + 1))
         self.key = key
         self.profile = profile
+        self.cards = cards
         self.daemons: dict[str, Daemon] = {}
+        self.pcscds: list[Pcscd] = []
+        self._readers: dict[str, VirtualReader] = {}
         self.made = False
         self._report = report
 
@@ -76,6 +86,11 @@ class Stack:
     def agent_socket(self, vm: str) -> Path:
         """Where the programs of ``vm`` reach their agent."""
         return self.layout.agent_socket(vm)
+
+    def place(self, card: str) -> CardPlace:
+        """Where programs find a card."""
+        reader = self._readers.get(card)
+        return self.layout.card_socket(card) if reader is None else reader.place
 
     @property
     def ports(self) -> Ports:
@@ -104,10 +119,14 @@ class Stack:
         """Makes the installation if its folder has none (or another one), then starts everything."""
         await self._prepare()
         cards = self._cards()
+        if self.pcscds:
+            self._report(f"{len(self.pcscds)} pcscd of our own, with {len(self._readers)} virtual readers")
+            await asyncio.gather(*(pcscd.start() for pcscd in self.pcscds))
         self._report(f"{len(cards)} secure elements, a process each")
         await asyncio.gather(
             *(self._start(f"card-{card}", "secure-element", "serve", self._card_config(card)) for card in cards)
         )
+        await asyncio.gather(*(await_card(reader.place) for reader in self._readers.values()))
         if not self.made:
             await self._make()
         self._report(f"the grid, the Secure Middleware of {self.host}, a VM-Auth-Token for each VM")
@@ -126,6 +145,7 @@ class Stack:
             chosen = [daemon for name, daemon in self.daemons.items() if name.startswith(level) and daemon.running]
             codes = await asyncio.gather(*(daemon.stop() for daemon in chosen))
             failed += [(daemon, code) for daemon, code in zip(chosen, codes, strict=True) if code != 0]
+        await asyncio.gather(*(pcscd.stop() for pcscd in self.pcscds))
         if failed:
             daemon, code = failed[0]
             raise ProcessError(daemon.name, f"ended with {code} at SIGTERM", daemon.log.read_text(errors="replace"))
@@ -173,7 +193,7 @@ class Stack:
 
     def _plan(self) -> str:
         """What this installation is to be: another plan needs another installation."""
-        plan = json.dumps([self.vms, self.hypervisors, self.servers, self.key, self.profile])
+        plan = json.dumps([self.vms, self.hypervisors, self.servers, self.key, self.profile, self.cards])
         code = Path(installation.__file__).read_bytes()  # what another version made may not fit this one
         return hashlib.sha256(plan.encode() + code).hexdigest()
 
@@ -182,22 +202,35 @@ class Stack:
         plan = folder / "plan"
         self.made = plan.exists() and plan.read_text() == self._plan() and load_ports(self.layout) is not None
         if self.made:
+            self._lay_out_readers()
             return
         if folder.exists():
             shutil.rmtree(folder)
         private_folder(folder)
         self.layout.make()
         self._report("new installation: settings and secrets")
+        if self.cards == "pcsc":
+            save_reader_ports(self.layout, free_ports(len(self._cards())))
+        self._lay_out_readers()
         await asyncio.gather(*(self._make_card(card) for card in self._cards()))
         ports = Ports.free()
-        cards = [*((name, "server") for name in self.servers), *((name, "vm") for name in self.vms)]
+        roles = [*((name, "server") for name in self.servers), *((name, "vm") for name in self.vms)]
+        cards = [(name, role, self.place(name)) for name, role in roles]
         write_grid(self.layout, ports, cards, self.profile)
         for hypervisor in self.hypervisors:
-            write_middleware(self.layout, hypervisor, hypervisor, ports, self.profile)
+            write_middleware(self.layout, hypervisor, self.place(hypervisor), ports, self.profile)
         save_ports(self.layout, ports)
 
+    def _lay_out_readers(self) -> None:
+        if self.cards != "pcsc":
+            return
+        folder, logs = self.layout.folder / "readers", self.layout.folder / "logs"
+        self.pcscds = virtual_readers(folder, load_reader_ports(self.layout), logs)
+        readers = [reader for pcscd in self.pcscds for reader in pcscd.readers]
+        self._readers = dict(zip(self._cards(), readers, strict=True))
+
     async def _make_card(self, card: str) -> None:
-        config = write_card(self.layout, card)
+        config = write_card(self.layout, card, reader=self._readers.get(card))
         await run("secure-element", "init", "--config", config, "--user-pin-file", config.parent / "user.pin")
 
     async def _make(self) -> None:
@@ -218,7 +251,7 @@ class Stack:
 
     async def _enrol_hypervisor(self, name: str) -> None:
         keys = self.layout.card(name) / "card.keys"
-        words = ("--card", self.layout.card_socket(name), "--administrator-keys-file", keys)
+        words = ("--card", str(self.place(name)), "--administrator-keys-file", keys)
         await self.gose("enrol-hypervisor", name, *words, "--out", self.layout.certificate(name))
 
     async def _create_and_start(self, vm: str) -> None:

@@ -22,7 +22,7 @@ from demo.attacks import (
 from demo.evidence import last_login, last_operation
 from demo.narrator import Narrator
 from demo.processes import run
-from demo.stack import Stack
+from demo.stack import CardKind, Stack
 from secfunet.errors import SecFuNetError
 
 VM, NEIGHBOUR = "web", "db"
@@ -34,10 +34,10 @@ class StoryError(SecFuNetError):
     """The story did not go as it must."""
 
 
-async def tell(folder: Path, narrator: Narrator, *, keep: bool) -> None:
+async def tell(folder: Path, narrator: Narrator, *, keep: bool, cards: CardKind = "socket") -> None:
     """Runs everything in ``folder``. Raises SecFuNetError (ProcessError, AttackSucceededError …) if anything is not as it must be."""
     narrator.chapter("Everything is started, a process each")
-    stack = Stack(folder, vms=(VM, NEIGHBOUR), hypervisors=(HOST, FOREIGN_HOST), report=narrator.step)
+    stack = Stack(folder, vms=(VM, NEIGHBOUR), hypervisors=(HOST, FOREIGN_HOST), cards=cards, report=narrator.step)
     async with stack:
         _who_runs(stack, narrator)
         await _sign(stack, narrator)
@@ -53,6 +53,10 @@ def _who_runs(stack: Stack, narrator: Narrator) -> None:
     pids = {name: daemon.pid for name, daemon in stack.daemons.items() if daemon.running}
     cards = {name.removeprefix("card-"): pid for name, pid in pids.items() if name.startswith("card-")}
     narrator.fact("cards  " + ", ".join(f"{name} (pid {pid})" for name, pid in cards.items()))
+    for pcscd in stack.pcscds:
+        narrator.fact(
+            f"PC/SC  {pcscd.name} (pid {pcscd.pid}): {len(pcscd.readers)} virtual readers; cards attach to loopback, programs use pyscard"
+        )
     narrator.fact(
         f"grid   pid {pids['gose']}: service provider {ports.sp_https} (HTTPS) and {ports.sp_grpc} (gRPC), "
         f"OpenID provider {ports.op_endpoint} and {ports.op_login} (login page, TLS inside the cards)"
@@ -146,6 +150,7 @@ async def _keep(stack: Stack, narrator: Narrator) -> None:
         f"openssl dgst -sha256 -verify {layout.folder}/work/web.pub.pem {' '.join(OPENSSL_PSS)} -signature /tmp/f.sig /tmp/f",
         f"echo secret | .venv/bin/vm-agent encrypt - {agent} | .venv/bin/vm-agent decrypt - {agent}",
         f".venv/bin/gose status {grid}",
+        *(f".venv/bin/gose readers --pcscd {pcscd.socket}" for pcscd in stack.pcscds),
         f".venv/bin/gose revoke vm {NEIGHBOUR} {grid}",
         f".venv/bin/secure-middleware vm list {middleware}",
         f".venv/bin/secure-middleware vm stop {VM} --force {middleware}",

@@ -30,6 +30,8 @@ from dom0_middleware.orchestrator_authority import OrchestratorAuthority
 from dom0_middleware.orchestrator_client import CallInvalid, CallRefused, DaemonUnavailable
 from dom0_middleware.policy import PolicyFile
 from dom0_middleware.settings import MiddlewareSettings
+from secfunet.card.errors import CardError
+from secfunet.card.readers import show_readers
 from secfunet.service.cli import ExitCode, print_version, run
 from secfunet.service.daemon import run_daemon
 from secfunet.service.logs import configure_logs
@@ -79,12 +81,17 @@ def serve(config: Config = DEFAULT_CONFIG) -> None:
     settings = load_settings(MiddlewareSettings, config)
     configure_logs(settings.log_level)
 
+    settings.card.ask_for_pin(f"the hypervisor's card ({settings.card.place})")
+
     async def make() -> AbstractAsyncContextManager[object]:
         return run_middleware(
             settings, allowed_again=lambda: load_settings(MiddlewareSettings, config).orchestrators.allowed
         )
 
     run_daemon(make)
+
+
+app.command("readers")(show_readers)
 
 
 @orchestrator_app.command("add")
@@ -126,6 +133,7 @@ def main() -> None:
             Unavailable: ExitCode.UNAVAILABLE,
             BadInput: ExitCode.DATA,
             CloudInitError: ExitCode.DATA,
+            CardError: ExitCode.UNAVAILABLE,
             MiddlewareError: ExitCode.FAILED,
         },
     )

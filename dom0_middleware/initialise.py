@@ -26,8 +26,11 @@ uri = "test:///default"         # on a Xen host: "xen:///system"
 # template = "domain.xml"       # operating system and devices that every domain gets
 
 [card]                          # the secure element of this hypervisor
-socket = "card.sock"
-user_pin_file = "card.pin"      # mode 0600
+socket = "card.sock"            # a software card's Unix socket, or
+# pcsc = "ACS ACR39U ICC Reader 00 00"  # a PC/SC reader ('secure-middleware readers' shows them)
+user_pin_file = "card.pin"      # mode 0600; or
+# user_pin_credential = "card-pin"  # systemd's LoadCredentialEncrypted=, or
+# user_pin_prompt = true        # typed when the daemon starts
 identity = "hypervisor"
 
 [grid]                          # where the keys of the VMs are

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, IPvAnyAddress, field_validator, model_validator
 
 from gose_client.settings import GoseClientSettings
+from secfunet.card.place import CardPlace
+from secfunet.card.settings import CardUserSettings
 from secfunet.service.settings import FilePath, Settings
 
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
@@ -26,13 +28,24 @@ class LibvirtSettings(Settings):
     heal_interval: Seconds = 1.0
 
 
-class CardSettings(Settings):
+class CardSettings(CardUserSettings):
     """The hypervisor's secure element."""
 
-    socket: FilePath
-    user_pin_file: FilePath
     identity: str = Field(default="hypervisor", min_length=1, max_length=64)
     timeout: Seconds = 10.0
+
+    @property
+    def place(self) -> CardPlace:
+        """Where it is."""
+        if self.local_place is None:
+            raise AssertionError("the settings give the card one place")
+        return self.local_place
+
+    @model_validator(mode="after")
+    def _has_one_place(self) -> Self:
+        if (self.socket is None) == (self.pcsc is None):
+            raise ValueError("the hypervisor's card has either a 'socket' or 'pcsc'")
+        return self
 
 
 class OrchestratorSettings(Settings):

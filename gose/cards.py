@@ -1,4 +1,4 @@
-"""The ways to a grid's cards: a Unix socket of this host, or RACS to a node on another."""
+"""The ways to a grid's cards: a Unix socket or a PC/SC reader of this host, or RACS to a node on another."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from gose.racs.tls import client_side
 from gose.settings import GoseSettings, RacsSettings, SecureElementSettings
+from secfunet.card.place import connect_card
 from secfunet.card.ports import CardPort
-from secfunet.card.unix import connect_unix
 from secfunet.racs.card import connect_racs
 
 
@@ -29,9 +29,9 @@ class CardWays:
         Raises CardGoneError, CardBusyError, and for RACS TlsFilesError, UnsafeFileError and OSError of its files.
         """
         if element.racs is None:
-            if element.socket is None:
+            if element.local_place is None:
                 raise AssertionError("the settings give every card one place")
-            return await connect_unix(element.socket, timeout=timeout)
+            return await connect_card(element.local_place, timeout=timeout)
         authority = self._authority if self._racs is None else self._racs.authority or self._authority
         if self._racs is None or authority is None:
             raise AssertionError("the settings have a table for RACS if a card needs it")

@@ -38,14 +38,17 @@ from gose.settings import GoseSettings, SecureElementSettings
 from gose.users_cli import user_app
 from secfunet.apdu import ApduError
 from secfunet.card.administrator_keys import AdministratorKeys
-from secfunet.card.errors import CardBusyError, CardError, CardGoneError
+from secfunet.card.errors import CardBusyError, CardError, CardFormatError, CardGoneError
 from secfunet.card.parameters import KeyAlgorithm
+from secfunet.card.place import parse_place
+from secfunet.card.readers import show_readers
 from secfunet.container import ContainerProfile
 from secfunet.identity import Holder, IdentityError, Role, check_name, pem_of
 from secfunet.operation import OPERATIONS
 from secfunet.racs.errors import RacsRefusedError
 from secfunet.racs.inventory import ServerUnreachableError
 from secfunet.service.cli import ExitCode, print_version, run
+from secfunet.service.credentials import NoCredentialsError
 from secfunet.service.daemon import run_daemon
 from secfunet.service.files import write_atomically
 from secfunet.service.logs import configure_logs
@@ -135,7 +138,10 @@ def init(
         str, typer.Option(help="Key of the token authority: rsa-2048 (PS256) or p-256 (ES256).")
     ] = "rsa-2048",
 ) -> None:
-    """Make the grid's authority: CA, token authority, container authority, and the servers' certificates."""
+    """Make the grid's authority: CA, token authority, container authority, and the servers' certificates.
+
+    Its cards are those of the settings: 'socket', 'pcsc' ('gose readers' shows what there is) or 'racs'.
+    """
     settings = load_settings(GoseSettings, config)
     authority = create_authority(
         settings.authority, _server_names(settings), now=time.time(), ca_key=ca_key, tokens=tokens
@@ -160,7 +166,9 @@ def renew_servers(config: ConfigOption = CONFIG) -> None:
 @app.command("enrol-hypervisor")
 def enrol_hypervisor(
     name: str,
-    card: Annotated[Path, typer.Option("--card", help="The card's Unix socket.")],
+    card: Annotated[
+        str, typer.Option("--card", help="The card's Unix socket, or pcsc:READER ('gose readers' shows them).")
+    ],
     administrator_keys_file: Annotated[
         Path, typer.Option(help="File of mode 0600 with the SCP03 keys of the card's administrator.")
     ],
@@ -171,9 +179,9 @@ def enrol_hypervisor(
     replace: ReplaceOption = False,
     config: ConfigOption = CONFIG,
 ) -> None:
-    """Make the card at a socket the card of a hypervisor. Its key is RSA: containers are made for it."""
+    """Make the card at a socket or in a reader the card of a hypervisor. Its key is RSA: containers are made for it."""
     order = EnrolmentOrder(_holder(Role.HYPERVISOR, name), identity, key, valid, replace=replace)
-    access = CardAccess.at_socket(card, AdministratorKeys.read(administrator_keys_file))
+    access = CardAccess.at(parse_place(card), AdministratorKeys.read(administrator_keys_file))
     _enrol(load_settings(GoseSettings, config), order, access, out)
 
 
@@ -361,6 +369,9 @@ def status(
     typer.echo(json.dumps(overview.as_json(), indent=2) if as_json else overview.as_text())
 
 
+app.command("readers")(show_readers)
+
+
 @app.command()
 def serve(config: ConfigOption = CONFIG) -> None:
     """Run the grid until SIGTERM: service provider, OpenID provider, and the slots of its cards."""
@@ -369,6 +380,9 @@ def serve(config: ConfigOption = CONFIG) -> None:
 
     settings = load_settings(GoseSettings, config)
     configure_logs(settings.log_level)
+
+    for element in settings.secure_elements:
+        element.ask_for_pin(f"{element.seid} ({element.place})")
 
     async def make_service() -> AbstractAsyncContextManager[object]:
         return GridService(settings)
@@ -389,6 +403,8 @@ def main() -> None:
             NotEnrolledError: ExitCode.DATA,
             AlreadyEnrolledError: ExitCode.REFUSED,
             TokenNotIssuedError: ExitCode.REFUSED,
+            NoCredentialsError: ExitCode.CONFIG,
+            CardFormatError: ExitCode.DATA,
             CardGoneError: ExitCode.UNAVAILABLE,
             CardBusyError: ExitCode.UNAVAILABLE,
             CardError: ExitCode.FAILED,
@@ -426,6 +442,7 @@ def _access(settings: GoseSettings, element: SecureElementSettings) -> CardAcces
         lambda: ways.connect(element, timeout=CONNECT_TIMEOUT),
         AdministratorKeys.read(element.administrator_keys_file),
         where=f"the card at {element.place}",
+        segmentation=element.card_segmentation,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
+from secfunet.card.settings import CardUserSettings
 from secfunet.container import ProfileName
 from secfunet.racs.errors import RacsValueError
 from secfunet.racs.syntax import check_seid
@@ -96,17 +97,15 @@ class RacsSettings(Settings):
     dead_peer_timeout: Seconds = 10.0
 
 
-class SecureElementSettings(Settings):
-    """One card of the grid and the way to it: a Unix socket of this host, or RACS.
+class SecureElementSettings(CardUserSettings):
+    """One card of the grid and the way to it: a Unix socket or a PC/SC reader of this host, or RACS.
 
     ``role``: "vm" holds VMs' keys, "server" opens TLS for the login page.
     """
 
     seid: Name
-    socket: FilePath | None = None
     racs: RemoteCardSettings | None = None
     role: Literal["vm", "server"]
-    user_pin_file: FilePath
     # Only needed to personalise the card.
     administrator_keys_file: FilePath | None = None
     # The friendly name of the TLS-Id that is used; None: the same as ``role``.
@@ -119,15 +118,15 @@ class SecureElementSettings(Settings):
 
     @property
     def place(self) -> str:
-        """Where the card is, for a person: its socket, or host, port and name of a card elsewhere. No two cards have the same."""
+        """Where the card is, for a person: its socket or reader, or host, port and name of a card elsewhere. No two cards have the same."""
         if self.racs is None:
-            return str(self.socket)
+            return str(self.local_place)
         return f"racs://{self.racs.address}/{self.racs.seid or self.seid}"
 
     @model_validator(mode="after")
     def _has_one_place(self) -> Self:
-        if (self.socket is None) == (self.racs is None):
-            raise ValueError(f"the secure element '{self.seid}' has either a 'socket' or 'racs'")
+        if sum(place is not None for place in (self.socket, self.pcsc, self.racs)) != 1:
+            raise ValueError(f"the secure element '{self.seid}' has either a 'socket' or 'pcsc' or 'racs'")
         return self
 
 

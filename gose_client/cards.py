@@ -26,7 +26,9 @@ class CarefulCards:
             async with self._pool.lease(timeout=timeout) as card:
                 yield card
         except PinError as error:
-            raise HypervisorCardError(f"the hypervisor's card does not take the PIN: {error}") from error
+            raise HypervisorCardError(
+                f"the hypervisor's card does not take the PIN: {error}; attempts left: {error.attempts_remaining}"
+            ) from error
 
     async def certificate(self, *, timeout: float) -> bytes:
         """The hypervisor's certificate, DER; asked of the card once."""

@@ -22,11 +22,11 @@ from secfunet.card import (
     CardFormatError,
     CardGoneError,
     KeyAlgorithm,
-    connect_unix,
 )
 from secfunet.card.administrator import AdministratorRefusedError
 from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.card.client import pad_pin
+from secfunet.card.place import connect_card, segmentation_at
 from secfunet.card.tokens import TokenRefusedError, TokensFullError, TokenUnknownError
 from secfunet.radius.errors import (
     KeysDifferError,
@@ -57,7 +57,7 @@ from secure_element.store import KEY_DATA_SIZE, CardStore, DomainRecord, StoreCo
 from secure_element.token_cli import token_app
 
 app = typer.Typer(
-    help="A secure element in software: an EAP-TLS smartcard behind a Unix socket (vpcd framing).",
+    help="A secure element in software: an EAP-TLS smartcard behind a Unix socket, or in a virtual reader of pcscd.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -161,25 +161,31 @@ def _new_pin(path: Path | None, generate: bool) -> bytes:
 
 @app.command()
 def serve(config: ConfigOption) -> None:
-    """Serve the card at its Unix socket until SIGTERM."""
+    """Serve the card until SIGTERM: at its Unix socket, or in the virtual reader of pcscd that it attaches itself to."""
     # Late: the other commands need not wait for the card's imports.
+    from secure_element.attachment import CardAttachment
     from secure_element.card_os import CardOs
     from secure_element.metrics import CardMetrics
     from secure_element.server import CardServer
+    from secure_element.session import CardHost
 
     settings = load_settings(CardSettings, config)
     configure_logs(settings.log_level)
     secret = settings.store_key.read()
 
     @contextlib.asynccontextmanager
-    async def serving() -> AsyncIterator[CardServer]:
+    async def serving() -> AsyncIterator[CardHost]:
         with contextlib.closing(CardStore.open(settings.store, secret)) as store:
-            private_folder(settings.socket.parent)
             card = CardOs(store, settings.options)
-            mode = int(settings.socket_mode, 8)
             with contextlib.closing(CardMetrics(settings.metrics_port)) as metrics:
-                async with CardServer(card, settings.socket, socket_mode=mode, observe=metrics.observe) as server:
-                    yield server
+                if settings.reader_address is not None:
+                    async with CardAttachment(card, settings.reader_address, observe=metrics.observe) as attachment:
+                        yield attachment
+                elif settings.socket is not None:
+                    private_folder(settings.socket.parent)
+                    mode = int(settings.socket_mode, 8)
+                    async with CardServer(card, settings.socket, socket_mode=mode, observe=metrics.observe) as server:
+                        yield server
 
     async def make_service() -> AbstractAsyncContextManager[object]:
         return serving()
@@ -218,7 +224,7 @@ def request(
     keys = AdministratorKeys.read(administrator_keys_file)
 
     async def act() -> bytes:
-        async with administrator_of(settings.socket, keys) as client:
+        async with administrator_of(settings.place, keys) as client:
             return await request_certificate(client, label=identity, name=name, algorithm=_ALGORITHMS[key], renew=renew)
 
     write_atomically(out, asyncio.run(act()), mode=0o644)
@@ -238,7 +244,7 @@ def install(
     keys = AdministratorKeys.read(administrator_keys_file)
 
     async def act() -> str:
-        async with administrator_of(settings.socket, keys) as client:
+        async with administrator_of(settings.place, keys) as client:
             return await install_certificate(
                 client, label=identity, certificate=certificate.read_bytes(), authority=authority.read_bytes()
             )
@@ -258,7 +264,7 @@ def pin_change(
     """Replace the PIN by another one. 'status' tells how many attempts are left; a wrong PIN costs one."""
     settings = load_settings(CardSettings, config)
     old = _read_pin(old_pin_file) if old_pin_file else str(typer.prompt("PIN", hide_input=True)).encode()
-    asyncio.run(change_pin(settings.socket, old, _unpadded_new(new_pin_file)))
+    asyncio.run(change_pin(settings.place, old, _unpadded_new(new_pin_file)))
     typer.echo("the PIN is changed: give its users the new one")
 
 
@@ -274,7 +280,7 @@ def pin_unblock(
     pin = _unpadded_new(new_pin_file)
 
     async def act() -> None:
-        async with administrator_of(settings.socket, keys) as client:
+        async with administrator_of(settings.place, keys) as client:
             await client.unblock_pin(pin)
 
     asyncio.run(act())
@@ -285,7 +291,7 @@ def pin_unblock(
 def keys_rotate(config: ConfigOption, administrator_keys_file: KeysFileOption) -> None:
     """Give the card new administrator's keys, and write them to the file. Run again if it was interrupted."""
     settings = load_settings(CardSettings, config)
-    keys = asyncio.run(rotate_keys(settings.socket, administrator_keys_file))
+    keys = asyncio.run(rotate_keys(settings.place, administrator_keys_file))
     typer.echo(
         f"the card has key set {keys.version}: {administrator_keys_file} holds it, copies of the old one are worth nothing"
     )
@@ -303,9 +309,11 @@ def _unpadded_new(path: Path | None) -> bytes:
 
 
 async def _status(settings: CardSettings) -> dict[str, str | int]:
-    report: dict[str, str | int] = {"socket": str(settings.socket), "store": str(settings.store)}
+    report: dict[str, str | int] = {"place": str(settings.place), "store": str(settings.store)}
     try:
-        client = CardClient(await connect_unix(settings.socket, timeout=_STATUS_TIMEOUT))
+        client = CardClient(
+            await connect_card(settings.place, timeout=_STATUS_TIMEOUT), segmentation=segmentation_at(settings.place)
+        )
     except CardBusyError:
         return report | {"state": "in use"}
     except CardGoneError:

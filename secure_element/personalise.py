@@ -17,9 +17,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from secfunet.apdu import PinError, StatusError
-from secfunet.card import CardClient, KeyAlgorithm, connect_unix
+from secfunet.card import CardClient, KeyAlgorithm
 from secfunet.card.administrator import AdministratorRefusedError, CardAdministrator, open_secure_channel
 from secfunet.card.administrator_keys import AdministratorKeys
+from secfunet.card.place import CardPlace, connect_card, segmentation_at
 from secfunet.card.ready import MIN_PIN_ATTEMPTS
 from secfunet.scp03.put_key import MAX_KEY_VERSION
 from secfunet.service.files import sync_folder
@@ -33,9 +34,9 @@ class PersonalisationError(SecureElementError):
 
 
 @contextlib.asynccontextmanager
-async def administrator_of(socket: Path, keys: AdministratorKeys) -> AsyncIterator[CardClient]:
-    """The card at ``socket``, its applet selected, through a secure channel. Raises AdministratorRefusedError, CardError."""
-    client = CardClient(await connect_unix(socket, timeout=CONNECT_TIMEOUT))
+async def administrator_of(place: CardPlace, keys: AdministratorKeys) -> AsyncIterator[CardClient]:
+    """The card at ``place``, its applet selected, through a secure channel. Raises AdministratorRefusedError, CardError."""
+    client = await _client_at(place)
     try:
         await client.select()
         yield await open_secure_channel(client, keys)
@@ -86,9 +87,9 @@ async def install_certificate(client: CardClient, *, label: str, certificate: by
     return name
 
 
-async def change_pin(socket: Path, old: bytes, new: bytes) -> None:
+async def change_pin(place: CardPlace, old: bytes, new: bytes) -> None:
     """Raises PersonalisationError; a wrong PIN costs one attempt, the last one is never spent."""
-    client = CardClient(await connect_unix(socket, timeout=CONNECT_TIMEOUT))
+    client = await _client_at(place)
     try:
         await client.select()
         left = await client.pin_attempts()
@@ -102,14 +103,14 @@ async def change_pin(socket: Path, old: bytes, new: bytes) -> None:
         await client.close()
 
 
-async def rotate_keys(socket: Path, path: Path) -> AdministratorKeys:
+async def rotate_keys(place: CardPlace, path: Path) -> AdministratorKeys:
     """New administrator's keys for the card, in the file ``path``; the old ones are worth nothing then.
 
     The new ones are on disk, in ``path``.new, before the card has them: whenever this dies, a second run finds out which the card holds.
     Raises AdministratorRefusedError, CardError.
     """
     old, coming = AdministratorKeys.read(path), path.with_name(path.name + ".new")
-    client = CardClient(await connect_unix(socket, timeout=CONNECT_TIMEOUT))
+    client = await _client_at(place)
     try:
         if coming.exists():
             new = AdministratorKeys.read(coming)
@@ -127,6 +128,11 @@ async def rotate_keys(socket: Path, path: Path) -> AdministratorKeys:
     coming.replace(path)
     sync_folder(path.parent)
     return new
+
+
+async def _client_at(place: CardPlace) -> CardClient:
+    port = await connect_card(place, timeout=CONNECT_TIMEOUT)
+    return CardClient(port, segmentation=segmentation_at(place))
 
 
 async def _is_complete(client: CardClient, label: str) -> bool:

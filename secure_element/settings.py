@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import typer
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from secfunet.card.place import CardPlace
+from secfunet.card.settings import LocalCardSettings
+from secfunet.service.credentials import CredentialName, NoCredentialsError, credential_path
 from secfunet.service.files import read_secret
 from secfunet.service.settings import FilePath, Settings
 from secure_element.applet import CardOptions, SessionKeyOrder
@@ -22,18 +24,11 @@ class StoreKeySettings(Settings):
     """Where the store's key comes from: exactly one of the three."""
 
     file: FilePath | None = None  # mode 0600; ``secure-element init`` makes it if it is missing
-    credential: str | None = None  # a name in $CREDENTIALS_DIRECTORY (systemd: LoadCredentialEncrypted=)
+    credential: CredentialName | None = None  # a name in $CREDENTIALS_DIRECTORY (systemd: LoadCredentialEncrypted=)
     prompt: bool = False  # a passphrase, typed at start
 
-    @field_validator("credential")
-    @classmethod
-    def _no_path(cls, name: str | None) -> str | None:
-        if name is not None and (not name or "/" in name or name.startswith(".")):
-            raise ValueError("is the name of a credential, not a path")
-        return name
-
     @model_validator(mode="after")
-    def _just_one(self) -> StoreKeySettings:
+    def _just_one(self) -> Self:
         if sum((self.file is not None, self.credential is not None, self.prompt)) != 1:
             raise ValueError("needs exactly one of file, credential and prompt")
         return self
@@ -42,10 +37,10 @@ class StoreKeySettings(Settings):
         """The file that holds the key; None: somebody types it. Raises StoreError if systemd gave no credentials."""
         if self.credential is None:
             return self.file
-        folder = os.environ.get("CREDENTIALS_DIRECTORY")
-        if not folder:
-            raise StoreError(f"no credential '{self.credential}': $CREDENTIALS_DIRECTORY is not set")
-        return Path(folder) / self.credential
+        try:
+            return credential_path(self.credential)
+        except NoCredentialsError as error:
+            raise StoreError(str(error)) from None
 
     def read(self, *, confirm: bool = False) -> StoreSecret:
         """The secret. Raises StoreError, UnsafeFileError, OSError; asks the terminal if it is a passphrase."""
@@ -56,10 +51,16 @@ class StoreKeySettings(Settings):
         return StoreSecret(read_secret(path).strip(b"\r\n"))  # a line of text, wherever it is kept
 
 
-class CardSettings(Settings):
-    """One secure element."""
+Loopback = Annotated[str, Field(pattern=r"^(127\.0\.0\.1|\[::1\]|localhost):[0-9]{1,5}$")]
 
-    socket: FilePath
+
+class CardSettings(LocalCardSettings):
+    """One secure element: it listens at ``socket``, or attaches itself to a virtual reader (vpcd) that listens at ``attach``.
+
+    ``pcsc``: the name of that reader, by which this card's own commands find it.
+    """
+
+    attach: Loopback | None = None
     store: FilePath
     store_key: StoreKeySettings
     segmentation: AnswerStyle = AnswerStyle.DRAFT
@@ -69,6 +70,29 @@ class CardSettings(Settings):
     socket_mode: Annotated[str, Field(pattern="^0[0-7]{3}$")] = "0600"
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _has_one_place(self) -> Self:
+        if (self.socket is None) == (self.attach is None):
+            raise ValueError("a card has either a 'socket' to listen at or a reader to 'attach' itself to")
+        if self.attach is None and self.pcsc is not None:
+            raise ValueError("'pcsc' is the reader of a card with 'attach'")
+        return self
+
+    @property
+    def place(self) -> CardPlace:
+        """Where the card is, once it is served. Raises StoreError if only its reader's port is known."""
+        if self.local_place is None:
+            raise StoreError("the settings do not say the reader's name: add 'pcsc'")
+        return self.local_place
+
+    @property
+    def reader_address(self) -> tuple[str, int] | None:
+        """Host and port of the virtual reader."""
+        if self.attach is None:
+            return None
+        host, _, port = self.attach.rpartition(":")
+        return host.strip("[]"), int(port)
 
     @property
     def options(self) -> CardOptions:

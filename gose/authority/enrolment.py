@@ -21,7 +21,6 @@ import contextlib
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 from gose.authority.certificate_authority import CertificateAuthority, check_request
@@ -32,9 +31,9 @@ from secfunet.card.administrator import AdministratorRefusedError, open_secure_c
 from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.card.client import CardClient
 from secfunet.card.errors import CardBusyError
-from secfunet.card.parameters import KeyAlgorithm
+from secfunet.card.parameters import KeyAlgorithm, Segmentation
+from secfunet.card.place import CardPlace, connect_card, segmentation_at
 from secfunet.card.ports import CardPort
-from secfunet.card.unix import connect_unix
 from secfunet.identity import Holder, der_of, thumbprint
 
 CONNECT_TIMEOUT: Final = 5.0
@@ -56,9 +55,14 @@ class CardAccess:
     where: str = "the card"
 
     @classmethod
-    def at_socket(cls, path: Path, keys: AdministratorKeys) -> CardAccess:
-        """A card at a Unix socket."""
-        return cls.through(lambda: connect_unix(path, timeout=CONNECT_TIMEOUT), keys, where=f"the card at {path}")
+    def at(cls, place: CardPlace, keys: AdministratorKeys) -> CardAccess:
+        """A card of this host."""
+        return cls.through(
+            lambda: connect_card(place, timeout=CONNECT_TIMEOUT),
+            keys,
+            where=f"the card at {place}",
+            segmentation=segmentation_at(place),
+        )
 
     @classmethod
     def through(
@@ -67,6 +71,7 @@ class CardAccess:
         keys: AdministratorKeys,
         *,
         where: str,
+        segmentation: Segmentation = Segmentation.EXTENDED,
     ) -> CardAccess:
         """A card that ``connect_port`` reaches; ``where`` is what a person calls it."""
 
@@ -75,7 +80,7 @@ class CardAccess:
             deadline = asyncio.get_running_loop().time() + BUSY_PATIENCE
             while True:
                 try:
-                    return CardClient(await connect_port())
+                    return CardClient(await connect_port(), segmentation=segmentation)
                 except CardBusyError:
                     if asyncio.get_running_loop().time() >= deadline:
                         raise

@@ -24,7 +24,7 @@ from gose.racs.metrics import NodeMetrics
 from gose.racs.session import Session
 from gose.racs.settings import NodeSettings
 from gose.racs.tls import server_side
-from secfunet.card.unix import connect_unix
+from secfunet.card.place import connect_card
 from secfunet.identity import load_certificate
 from secfunet.service.tcp import watch_peer
 
@@ -59,8 +59,8 @@ class NodeService:
             element.seid: HostedCard(
                 element.seid,
                 partial(
-                    connect_unix,
-                    element.socket,
+                    connect_card,
+                    element.place,
                     timeout=limits.card_connect_timeout,
                     answer_timeout=limits.apdu_timeout + 1.0,
                 ),

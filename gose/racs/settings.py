@@ -8,6 +8,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from gose.racs.rules import ApduRule, RuleError, parse_rules
 from gose.settings import Address, Count, ListenAddress, RacsSeid, Seconds
+from secfunet.card.place import CardPlace
+from secfunet.card.settings import LocalCardSettings
 from secfunet.identity import IdentityError, Role, check_name, check_thumbprint
 from secfunet.racs.errors import RacsValueError
 from secfunet.racs.syntax import check_token
@@ -46,12 +48,24 @@ def _holder_name(untrusted: str) -> str:
 Rule = Annotated[str, AfterValidator(_rule)]
 
 
-class HostedElementSettings(Settings):
+class HostedElementSettings(LocalCardSettings):
     """One card of the node. ``sen`` is its name for TLS clients, where its answer to reset does not say one."""
 
     seid: RacsSeid
-    socket: FilePath
     sen: Annotated[str, AfterValidator(_sen)] | None = None
+
+    @property
+    def place(self) -> CardPlace:
+        """Where the card is."""
+        if self.local_place is None:
+            raise AssertionError("the settings give every card one place")
+        return self.local_place
+
+    @model_validator(mode="after")
+    def _has_one_place(self) -> Self:
+        if (self.socket is None) == (self.pcsc is None):
+            raise ValueError(f"the secure element '{self.seid}' has either a 'socket' or 'pcsc'")
+        return self
 
 
 class GrantSettings(Settings):
@@ -135,7 +149,7 @@ class NodeSettings(Settings):
         seids = [element.seid for element in self.secure_elements]
         for what, values in (
             ("seid", seids),
-            ("socket", [str(element.socket) for element in self.secure_elements]),
+            ("place", [str(element.place) for element in self.secure_elements]),
             ("user", [user.label for user in self.users]),
         ):
             twice = {value for value in values if values.count(value) > 1}

@@ -14,11 +14,10 @@ from secfunet.apdu import PinError
 from secfunet.card.binding import Binding
 from secfunet.card.client import CardClient
 from secfunet.card.ready import CardOpener, PinWithheldError
-from secfunet.service.files import read_secret
 
 
 class PinRefusedError(SlotError):
-    """The card refused the PIN in the file, or it would be its last attempt; it is not tried again before the file changes."""
+    """The card refused the PIN, or it would be its last attempt; it is not tried again before there is another."""
 
     def __init__(self, seid: str, message: str) -> None:
         super().__init__(f"{seid}: {message}")
@@ -44,7 +43,12 @@ class CardConnector:
         self._element = element
         self._limits = limits
         self._ways = ways
-        self._open = CardOpener(self._connect, self._read_pin, identity=element.label)
+        self._open = CardOpener(
+            self._connect,
+            element.read_pin,
+            identity=element.label,
+            segmentation=element.card_segmentation,
+        )
 
     async def __call__(self) -> ReadyCard:
         """Raises CardGoneError, StatusError, PinRefusedError, TimeoutError, and what the files of PIN and TLS raise (OSError,
@@ -55,10 +59,14 @@ class CardConnector:
                 client = await self._open()
                 binding = await self._binding(client)
         except PinWithheldError as error:
-            raise PinRefusedError(self._element.seid, f"{error}; unblock the card, or correct its PIN file") from None
-        except PinError:
             raise PinRefusedError(
-                self._element.seid, f"the card refuses the PIN in {self._element.user_pin_file}"
+                self._element.seid,
+                f"{error}; attempts left: {error.attempts_remaining}; unblock the card, or correct its PIN",
+            ) from None
+        except PinError as error:
+            raise PinRefusedError(
+                self._element.seid,
+                f"the card refuses the PIN {self._element.pin_source}; attempts left: {error.attempts_remaining}",
             ) from None
         if not isinstance(client.port, GuardedPort):
             raise AssertionError("a client keeps the port that it was made with")
@@ -78,6 +86,3 @@ class CardConnector:
         limits = self._limits
         port = await self._ways.connect(self._element, timeout=limits.card_connect_timeout)
         return GuardedPort(port, timeout=limits.operation_timeout)
-
-    def _read_pin(self) -> bytes:
-        return read_secret(self._element.user_pin_file).strip()

@@ -60,11 +60,11 @@ class GuardedPort:
             self.is_lost = True
             raise
 
-    async def reset(self) -> bytes:
+    async def reset(self, *, cold: bool = False) -> bytes:
         """See CardPort.reset. The card is in no state to serve afterwards, so the connection counts as lost."""
         self.is_lost = True
         async with asyncio.timeout(self._timeout):
-            return await self._port.reset()
+            return await self._port.reset(cold=cold)
 
     async def close(self) -> None:
         """Gives the card back."""

@@ -1,4 +1,6 @@
-"""How to reach a card: a port carries APDUs (``unix``), a client speaks the card's commands above it, a pool says whose turn it is."""
+"""How to reach a card: a port carries APDUs (``unix``, ``pcsc``; ``place`` chooses), a client speaks the card's commands above it, a pool
+says whose turn it is.
+"""
 
 from secfunet.card.client import CardClient
 from secfunet.card.errors import CardBusyError, CardError, CardFormatError, CardGoneError, LeaseEndedError

@@ -69,10 +69,10 @@ class SecurePort:
             self._channel = channel
         return response.encode()
 
-    async def reset(self) -> bytes:
+    async def reset(self, *, cold: bool = False) -> bytes:
         """The channel is over."""
         self._channel = None
-        return await self._card.port.reset()
+        return await self._card.port.reset(cold=cold)
 
     async def close(self) -> None:
         """The channel is over, and the card is given back."""

@@ -52,10 +52,10 @@ class _LeasedPort:
         self._note_response(command, response)
         return response
 
-    async def reset(self) -> bytes:
+    async def reset(self, *, cold: bool = False) -> bytes:
         self._check()
         self.is_spent = True
-        return await self._port.reset()
+        return await self._port.reset(cold=cold)
 
     async def close(self) -> None:
         self._has_ended = True

@@ -17,8 +17,10 @@ class CardPort(Protocol):
         """Sends one command APDU and returns the response APDU."""
         ...
 
-    async def reset(self) -> bytes:
-        """Resets the card (warm) and returns its answer to reset (ATR): all that it held in volatile memory is gone."""
+    async def reset(self, *, cold: bool = False) -> bytes:
+        """Resets the card (``cold``: its power goes and comes back) and returns its answer to reset (ATR): all that it held in volatile
+        memory is gone.
+        """
         ...
 
     async def close(self) -> None:

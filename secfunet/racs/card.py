@@ -64,9 +64,9 @@ class _RacsCard:
                 break
         return responses
 
-    async def reset(self) -> bytes:
+    async def reset(self, *, cold: bool = False) -> bytes:
         """RACS does not carry the answer to reset: it is empty here."""
-        response = await self._ask([Reset(self._seid, warm=True)])
+        response = await self._ask([Reset(self._seid, warm=not cold)])
         try:
             response.raise_failure()
         except RacsRefusedError as error:

@@ -313,7 +313,7 @@ async def new_grid(
                         seid=seid,
                         server_names=(*settings.names, *server_names) if role == "server" else (),
                     ),
-                    CardAccess.at_socket(cards[seid].socket, cards[seid].keys),
+                    CardAccess.at(cards[seid].socket, cards[seid].keys),
                     authority.certificate_authority,
                     registry,
                     clock=time.time,

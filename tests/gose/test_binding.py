@@ -120,7 +120,7 @@ async def world(short_folder: Path) -> AsyncIterator[World]:
         with grid.registry() as registry:
             for name, card in hypervisors.items():
                 order = EnrolmentOrder(Holder(Role.HYPERVISOR, name), "hypervisor", KeyAlgorithm.RSA_2048, 86400.0)
-                access = CardAccess.at_socket(card.socket, card.keys)
+                access = CardAccess.at(card.socket, card.keys)
                 await enrol(order, access, grid.authority.certificate_authority, registry, clock=time.time)
         config = short_folder / "gose.toml"
         lines = [f'state = "{grid.settings.state}"']

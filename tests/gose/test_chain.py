@@ -110,7 +110,7 @@ async def chain(short_folder: Path) -> AsyncIterator[Chain]:
                     algorithm=KeyAlgorithm.RSA_2048,
                     valid=86400.0,
                 ),
-                CardAccess.at_socket(card.socket, card.keys),
+                CardAccess.at(card.socket, card.keys),
                 grid.authority.certificate_authority,
                 registry,
                 clock=time.time,

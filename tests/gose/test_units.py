@@ -466,7 +466,10 @@ def test_settings_beside_their_file(tmp_path: Path) -> None:
             {"secure_elements": [{"seid": "a", "socket": s, "role": "vm", "user_pin_file": "p"} for s in "st"]},
             "same seid",
         ),
-        ({"secure_elements": [{"seid": "a", "role": "vm", "user_pin_file": "p"}]}, "either a 'socket' or 'racs'"),
+        (
+            {"secure_elements": [{"seid": "a", "role": "vm", "user_pin_file": "p"}]},
+            "either a 'socket' or 'pcsc' or 'racs'",
+        ),
         (
             {"secure_elements": [{"seid": "a", "role": "vm", "user_pin_file": "p", "racs": {"address": "b:7777"}}]},
             "need the table 'racs'",

@@ -199,14 +199,14 @@ async def test_a_card_in_use_is_not_personalised(
     held = await card.connect()
     try:
         with pytest.raises(EnrolmentError, match="gose serve"):
-            await run(QUICK, CardAccess.at_socket(card.socket, card.keys), registry)
+            await run(QUICK, CardAccess.at(card.socket, card.keys), registry)
     finally:
         await held.close()
-    await run(QUICK, CardAccess.at_socket(card.socket, card.keys), registry)
+    await run(QUICK, CardAccess.at(card.socket, card.keys), registry)
 
 
 def test_keys_are_not_in_a_repr() -> None:
     keys = AdministratorKeys.generate()
-    shown = repr(CardAccess.at_socket(Path("x"), keys)) + repr(keys)
+    shown = repr(CardAccess.at(Path("x"), keys)) + repr(keys)
     assert repr(keys.keys.enc) not in shown
     assert keys.keys.enc.hex() not in shown

@@ -192,7 +192,7 @@ async def test_a_wrong_pin_is_tried_once_and_never_again(host: Host) -> None:
     pool = SingleCard(CardOpener(connect, lambda: b"99999999"))
     async with host.grid.running(), GoseClient(host.settings(), pool) as client:
         for _ in range(3):
-            with pytest.raises(HypervisorCardError):
+            with pytest.raises(HypervisorCardError, match="attempts left: 2"):
                 await host.session(client, timeout=5)
     assert asked == 1
     good = await host.card.connect("hypervisor")  # verifies the right PIN: the counter is full again

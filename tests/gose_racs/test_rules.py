@@ -133,7 +133,7 @@ def test_settings(tmp_path: Path) -> None:
         pytest.param(('["b-1"]', '["b-1", "b-1"]'), "one grant", id="a card twice"),
         pytest.param(('"b-2"', '"b-1"'), "same seid", id="two cards of one name"),
         pytest.param(('"b-1", socket', '"b[1]", socket'), "SEID", id="a name that a list could not carry"),
-        pytest.param(("b-2.sock", "b-1.sock"), "same socket", id="two cards at one socket"),
+        pytest.param(("b-2.sock", "b-1.sock"), "same place", id="two cards at one socket"),
         pytest.param(("[[users.grants]]\n", ""), "grants", id="no grant"),
         pytest.param(("[[users]]", USER + "[[users]]"), "same user", id="one user twice"),
     ],

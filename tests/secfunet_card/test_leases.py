@@ -60,8 +60,8 @@ class SlowPort:
         await self.may_answer.wait()
         return response
 
-    async def reset(self) -> bytes:
-        return await self._port.reset()
+    async def reset(self, *, cold: bool = False) -> bytes:
+        return await self._port.reset(cold=cold)
 
     async def close(self) -> None:
         self.may_answer.set()

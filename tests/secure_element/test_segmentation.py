@@ -34,7 +34,7 @@ class EchoPort:
         self.received.append(whole)
         return self.segments.answer(whole, self.output).encode()
 
-    async def reset(self) -> bytes:
+    async def reset(self, *, cold: bool = False) -> bytes:
         return b""
 
     async def close(self) -> None:
@@ -138,7 +138,7 @@ async def test_a_card_that_promises_for_ever_is_left() -> None:
         async def transmit(self, command: bytes) -> bytes:
             return b"\x61\x00"
 
-        async def reset(self) -> bytes:
+        async def reset(self, *, cold: bool = False) -> bytes:
             return b""
 
         async def close(self) -> None:

@@ -19,9 +19,12 @@ from pathlib import Path
 
 from cryptography import x509
 
-from secfunet.card import CardClient, CardError, KeyAlgorithm, Segmentation, connect_unix
+from demo.installation import place_line
+from demo.readers import VirtualReader
+from secfunet.card import CardBusyError, CardClient, CardError, KeyAlgorithm, Segmentation
 from secfunet.card.administrator import open_secure_channel
 from secfunet.card.administrator_keys import AdministratorKeys
+from secfunet.card.place import CardPlace, connect_card
 from tests.support.pki import CertificateAuthority
 
 START_TIMEOUT = 60.0
@@ -38,6 +41,7 @@ class CardProcess:
     keys_file: Path
     config: Path
     log: Path
+    reader: VirtualReader | None = None
     process: asyncio.subprocess.Process | None = field(default=None, repr=False)
 
     async def start(self) -> None:
@@ -49,11 +53,13 @@ class CardProcess:
         deadline = asyncio.get_running_loop().time() + START_TIMEOUT
         while True:
             try:
-                await (await connect_unix(self.socket, timeout=1)).close()
+                await (await connect_card(self.place, timeout=1)).close()
                 return
-            except CardError:
+            except CardBusyError:
+                return  # it serves, somebody who was quicker
+            except CardError as error:
                 if self.process.returncode is not None or asyncio.get_running_loop().time() > deadline:
-                    raise RuntimeError(f"the card did not start: {self.log.read_text()}") from None
+                    raise RuntimeError(f"the card did not start: {error}: {self.log.read_text()}") from None
                 await asyncio.sleep(0.02)
 
     async def stop(self) -> int:
@@ -71,13 +77,18 @@ class CardProcess:
         await self.process.wait()
 
     @property
+    def place(self) -> CardPlace:
+        """Where programs find it."""
+        return self.socket if self.reader is None else self.reader.place
+
+    @property
     def keys(self) -> AdministratorKeys:
         """Those that administer it now."""
         return AdministratorKeys.read(self.keys_file)
 
     async def administer(self, *, segmentation: Segmentation = Segmentation.EXTENDED) -> CardClient:
         """A client through the administrator's secure channel, the applet selected."""
-        client = CardClient(await connect_unix(self.socket, timeout=10), segmentation=segmentation)
+        client = CardClient(await connect_card(self.place, timeout=10), segmentation=segmentation)
         try:
             await client.select()
             return await open_secure_channel(client, self.keys)
@@ -89,7 +100,7 @@ class CardProcess:
         self, identity: str | None = None, *, segmentation: Segmentation = Segmentation.EXTENDED
     ) -> CardClient:
         """A client that is ready for work: applet selected, PIN verified, identity set."""
-        client = CardClient(await connect_unix(self.socket, timeout=10), segmentation=segmentation)
+        client = CardClient(await connect_card(self.place, timeout=10), segmentation=segmentation)
         try:
             await client.select()
             await client.verify_pin(self.user_pin)
@@ -102,8 +113,12 @@ class CardProcess:
 
 
 @contextlib.asynccontextmanager
-async def running_card(folder: Path, *, name: str = "card", settings: str = "") -> AsyncIterator[CardProcess]:
-    """Makes a card in ``folder`` (several may share it under different names) and runs it. ``settings``: more TOML lines.
+async def running_card(
+    folder: Path, *, name: str = "card", settings: str = "", reader: VirtualReader | None = None
+) -> AsyncIterator[CardProcess]:
+    """Makes a card in ``folder`` (several may share it under different names) and runs it: at a socket, or in ``reader``.
+
+    ``settings``: more TOML lines.
 
     A Unix socket's path is at most 107 bytes: a deeper folder gets a short link under /tmp while the card runs.
     """
@@ -117,10 +132,12 @@ async def running_card(folder: Path, *, name: str = "card", settings: str = "") 
         keys_file=folder / f"{name}.keys",
         config=folder / f"{name}.toml",
         log=folder / f"{name}.log",
+        reader=reader,
     )
-    card.config.write_text(
-        f'socket = "{card.socket}"\nstore = "{name}.store"\n{settings}\n[store_key]\nfile = "{name}.key"\n'
-    )
+    where = f'socket = "{card.socket}"'
+    if reader is not None:
+        where = f'attach = "{reader.address}"\n{place_line(reader.place)}'
+    card.config.write_text(f'{where}\nstore = "{name}.store"\n{settings}\n[store_key]\nfile = "{name}.key"\n')
     card.user_pin_file.touch(0o600)
     card.user_pin_file.write_bytes(card.user_pin + b"\n")
     try:

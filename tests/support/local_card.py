@@ -34,7 +34,7 @@ class LocalPort:
         self.exchanges.append((command, response))
         return response
 
-    async def reset(self) -> bytes:
+    async def reset(self, *, cold: bool = False) -> bytes:
         self.card.reset()
         return self.card.atr
 

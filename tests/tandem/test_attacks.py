@@ -149,8 +149,8 @@ class StoppingPort:
             await asyncio.sleep(10)
         return await self._port.transmit(command)
 
-    async def reset(self) -> bytes:
-        return await self._port.reset()
+    async def reset(self, *, cold: bool = False) -> bytes:
+        return await self._port.reset(cold=cold)
 
     async def close(self) -> None:
         await self._port.close()
@@ -199,8 +199,8 @@ class LyingPort:
             return self._change(response)
         return response
 
-    async def reset(self) -> bytes:
-        return await self._port.reset()
+    async def reset(self, *, cold: bool = False) -> bytes:
+        return await self._port.reset(cold=cold)
 
     async def close(self) -> None:
         await self._port.close()
