@@ -13,7 +13,7 @@ import typer
 
 from secfunet.card import TlsParameters, ready_card
 from secfunet.card.parameters import TLS_1_2, TLS_1_3
-from secfunet.card.unix import connect_unix
+from secfunet.card.place import CardPlace, connect_card, segmentation_at
 from secfunet.radius.access import MIN_MTU, AccessClient
 from secfunet.radius.errors import RadiusSilenceError
 from secfunet.radius.peer import Authenticated, authenticate
@@ -53,12 +53,13 @@ class Order:
     patience: float
 
 
-async def authenticate_card(socket: Path, pin: bytes, order: Order) -> Authenticated:
+async def authenticate_card(place: CardPlace, pin: bytes, order: Order) -> Authenticated:
     """Takes the card, has it authenticated, and gives it back, however that ends.
 
     Raises what secfunet.radius.peer.authenticate raises, ServerNameError, and what a card raises.
     """
-    card = await ready_card(await connect_unix(socket, timeout=CONNECT_TIMEOUT), pin=pin)
+    port_of_card = await connect_card(place, timeout=CONNECT_TIMEOUT)
+    card = await ready_card(port_of_card, pin=pin, segmentation=segmentation_at(place))
     try:
         async with (
             asyncio.timeout(order.timeout),
@@ -115,7 +116,7 @@ def authenticate_command(
     order = Order(
         host, port, secret, identity, server_name, _RANGES[tls], mtu, timeout, patience=min(10.0, timeout / 2)
     )
-    done = asyncio.run(authenticate_card(settings.socket, pin, order))
+    done = asyncio.run(authenticate_card(settings.place, pin, order))
     report = {
         "identity": done.identity,
         "tls": _VERSIONS[done.tls.version],

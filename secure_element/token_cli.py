@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from secfunet.card import CardClient, ready_card
 from secfunet.card.administrator_keys import AdministratorKeys
+from secfunet.card.place import connect_card, segmentation_at
 from secfunet.card.tokens import CardTokens
-from secfunet.card.unix import connect_unix
 from secfunet.container import ContainerProfile, ProfileName
 from secfunet.service.files import read_secret, write_atomically
 from secfunet.service.settings import load_settings
@@ -163,8 +163,9 @@ def authorities(config: ConfigOption, administrator_keys_file: KeysFileOption) -
 async def _user(config: Path, pin_file: Path | None, identity: str | None) -> AsyncIterator[CardTokens]:
     settings = load_settings(CardSettings, config)
     pin = read_secret(pin_file).strip() if pin_file else str(typer.prompt("PIN", hide_input=True, err=True)).encode()
-    port = await connect_unix(settings.socket, timeout=CONNECT_TIMEOUT)
-    client: CardClient = await ready_card(port, pin=pin, identity=identity)
+    port = await connect_card(settings.place, timeout=CONNECT_TIMEOUT)
+    segmentation = segmentation_at(settings.place)
+    client: CardClient = await ready_card(port, pin=pin, identity=identity, segmentation=segmentation)
     try:
         yield CardTokens(client)
     finally:
@@ -174,7 +175,7 @@ async def _user(config: Path, pin_file: Path | None, identity: str | None) -> As
 @contextlib.asynccontextmanager
 async def _administrator(config: Path, keys_file: Path) -> AsyncIterator[CardTokens]:
     settings = load_settings(CardSettings, config)
-    async with administrator_of(settings.socket, AdministratorKeys.read(keys_file)) as client:
+    async with administrator_of(settings.place, AdministratorKeys.read(keys_file)) as client:
         yield CardTokens(client)
 
 
