@@ -344,7 +344,11 @@ async def _in_own_thread(work: Callable[[], None]) -> None:
 
 
 def _info(domain: Any) -> DomainInfo:
-    state, _ = domain.state()
+    state, reason = domain.state()
+    if (state, reason) == (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION):
+        # What the libxl driver says for good of a domain that it could not send, though it goes on; and of one that stands still at the end
+        # of its way, which asks for nothing meanwhile.
+        state = libvirt.VIR_DOMAIN_RUNNING
     # An active domain in a state that we do not know is not running for us.
     known = _STATES.get(state, DomainState.PAUSED) if domain.isActive() else DomainState.STOPPED
     number = domain.ID()

@@ -145,7 +145,7 @@ async def enrol(
             response = await stub.Enrol(request, timeout=timeout)
         except grpc.aio.AioRpcError as error:
             failed = from_rpc_error(error)
-            if failed.code in _FINAL:
+            if failed.code in _FINAL and failed.reason not in _PASSING:
                 raise EnrolmentRefusedError(f"the Secure Middleware refused the join secret: {failed}") from error
             raise failed from error
     if response.guest_authority and response.guest_authority != join.guest_authority:
@@ -165,6 +165,9 @@ async def enrol(
     except AgentError:
         return enrolment, None  # a VM without an identity is enrolled all the same; WatchIdentity tells it later
 
+
+_PASSING = frozenset({"DOMAIN_NOT_RUNNING"})
+"""Reasons that say nothing of the secret: it was not looked at. A domain that is paused, or whose migration just failed, goes on later."""
 
 _FINAL = frozenset(
     {

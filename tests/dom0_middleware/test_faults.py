@@ -9,14 +9,17 @@ from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import grpc.aio
+import libvirt
 import pytest
 
 from dom0_middleware.api import guard
 from dom0_middleware.errors import Reason, Refused, Unavailable
-from dom0_middleware.libvirt_hypervisor import LibvirtHypervisor
+from dom0_middleware.hypervisor import DomainState
+from dom0_middleware.libvirt_hypervisor import LibvirtHypervisor, _info
 from dom0_middleware.refusals import RefusalMeter
 from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc, orchestrator_pb2
 from secfunet.service.settings import SettingsError
@@ -385,3 +388,20 @@ async def test_clocks_that_jump_open_nothing(world: World) -> None:
     world.clock_offset = 0
     async with guest.agent() as stub:
         await _identity(stub)
+
+
+@pytest.mark.parametrize(
+    ("reason", "state"),
+    [
+        (libvirt.VIR_DOMAIN_PAUSED_USER, DomainState.PAUSED),
+        (libvirt.VIR_DOMAIN_PAUSED_UNKNOWN, DomainState.PAUSED),
+        (libvirt.VIR_DOMAIN_PAUSED_MIGRATION, DomainState.RUNNING),
+    ],
+)
+def test_a_domain_that_could_not_be_sent_runs_whatever_libvirt_says(reason: int, state: DomainState) -> None:
+    """The libxl driver calls it paused for good, and a resume of what is not paused fails; seen on Xen 4.17 with libvirt 9.0."""
+    domain = Mock()
+    domain.state.return_value = [libvirt.VIR_DOMAIN_PAUSED, reason]
+    domain.ID.return_value = 7
+    domain.metadata.side_effect = libvirt.libvirtError("none")
+    assert _info(domain).state is state

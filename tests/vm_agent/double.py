@@ -23,6 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 from cryptography.x509.oid import NameOID
+from google.rpc import error_details_pb2, status_pb2
 
 from secfunet.container import ContainerSealer, unwrap_content_key
 from secfunet.gose.v1 import operation_pb2
@@ -163,6 +164,7 @@ class MiddlewareDouble(agent_pb2_grpc.EnrolmentServiceServicer, agent_pb2_grpc.A
         self.renewals = 0
         self.batches: list[agent_pb2.OperateRequest] = []
         self.streams = 0
+        self.paused = 0  # so many requests to enrol find the domain paused
         self.refuse: grpc.StatusCode | None = None  # every stream
         self.refuse_identity: grpc.StatusCode | None = None  # every stream
         self.only_newest_serial = False
@@ -245,6 +247,14 @@ class MiddlewareDouble(agent_pb2_grpc.EnrolmentServiceServicer, agent_pb2_grpc.A
         return certificate.public_bytes(DER)
 
     async def Enrol(self, request: Any, context: Any) -> agent_pb2.EnrolResponse:  # noqa: N802
+        if self.paused:
+            self.paused -= 1
+            code, message = grpc.StatusCode.FAILED_PRECONDITION, "the domain of this channel does not run"
+            status = status_pb2.Status(code=code.value[0], message=message)
+            status.details.add().Pack(
+                error_details_pb2.ErrorInfo(reason="DOMAIN_NOT_RUNNING", domain="middleware.secfunet")
+            )
+            await context.abort(code, message, (("grpc-status-details-bin", status.SerializeToString()),))
         if not secrets.compare_digest(request.join_secret, self.join_secret):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "this join secret is not known")
         self.join_secret = secrets.token_bytes(32)

@@ -103,6 +103,17 @@ async def test_without_join_information_there_is_a_sentence(folder: Path, option
     assert str(options.join) in status.problem
 
 
+async def test_a_domain_that_is_paused_enrols_later_with_the_same_secret(
+    middleware: MiddlewareDouble, options: AgentOptions
+) -> None:
+    """dom0 looks at the domain before it looks at the secret: the refusal says nothing of it."""
+    middleware.paused = 2
+    async with running(options) as (service, stub):
+        await eventually(lambda: service.status().connected)
+        assert (await stub.Sign(SIGN, timeout=5)).signature
+    assert (middleware.paused, middleware.enrolments) == (0, 1)
+
+
 async def test_a_wrong_join_secret_is_presented_once(middleware: MiddlewareDouble, options: AgentOptions) -> None:
     middleware.join_secret = bytes(32)  # not what join.json says
     async with running(options) as (service, stub):
