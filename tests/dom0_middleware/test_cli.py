@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,11 @@ async def test_the_life_of_a_vm(world: World, tmp_path: Path) -> None:
     pem.write_bytes(pem_of(certificate("web")))
     jwt.write_text(token("web") + "\n")
     watch = await asyncio.create_subprocess_exec(
-        *COMMAND, "vm", "watch", "--json", "--config", str(config), stdout=asyncio.subprocess.PIPE
+        *COMMAND,
+        *("vm", "watch", "--json", "--config", str(config)),
+        stdout=asyncio.subprocess.PIPE,
+        # Whoever runs the tests in the background of a shell has the signal ignored, and every child with it.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
         await eventually(lambda: world.service.events._queues, within=30)
