@@ -42,6 +42,11 @@ class Channel(Protocol):
     async def read(self) -> bytes: ...
     async def write(self, data: bytes) -> None: ...
     async def close(self) -> None: ...
+    def abandon(self) -> None: ...
+
+
+class _SilentError(VchanError):
+    """The peer gives no sign of life, and the channel looks open all the same."""
 
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -97,11 +102,13 @@ class Link:
         loop = asyncio.get_running_loop()
         self._last_sign = loop.time()
         work = [asyncio.ensure_future(part()) for part in (self._read, self._write, self._keep_alive)]
+        is_silent = False
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
             why = "the channel was closed"
             for task in done:
                 error = task.exception()
+                is_silent |= isinstance(error, _SilentError)
                 if isinstance(error, XenError):
                     why = str(error)
                 elif error is not None:
@@ -116,7 +123,10 @@ class Link:
             for carried in self._carried.values():
                 carried.close()
             self._carried.clear()
-            await self._channel.close()
+            if is_silent and self._services is None:
+                self._channel.abandon()  # the guest was migrated under it: what is closed then takes the kernel's driver with it
+            else:
+                await self._channel.close()
 
     def carry(self, service: str, streams: Streams) -> None:
         """Of the guest's end: ties a connection to a new stream. Raises MultiplexError if there are too many."""
@@ -164,7 +174,7 @@ class Link:
                 # We slept, not the peer: a paused domain, a busy machine.
                 self._last_sign = max(self._last_sign, loop.time() - self._ping_interval)
             if loop.time() - self._last_sign > self._dead_after:
-                raise VchanError(f"the peer gave no sign of life for {self._dead_after:g} s")
+                raise _SilentError(f"the peer gave no sign of life for {self._dead_after:g} s")
             self._multiplexer.ping(b"alive")
             self._to_send.set()
 

@@ -16,6 +16,7 @@ class MemoryChannel:
         self.ring = bytearray()
         self.changed = asyncio.Condition()
         self.closed = False
+        self.abandoned = False
         self.silent = False  # what is written here is lost, as after a migration
 
     @classmethod
@@ -54,3 +55,6 @@ class MemoryChannel:
             end.closed = True
             async with end.changed:
                 end.changed.notify_all()
+
+    def abandon(self) -> None:
+        self.abandoned = True

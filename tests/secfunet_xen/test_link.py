@@ -168,8 +168,18 @@ async def test_a_peer_that_is_silently_gone_is_noticed() -> None:
     host.silent = True
     async with asyncio.timeout(5):
         assert "no sign of life" in await alive
+    assert (guest.abandoned, guest.closed) == (True, False)  # a guest must not close what its migration left open
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_dom0_closes_the_channel_of_a_guest_that_is_silently_gone() -> None:
+    host, guest = MemoryChannel.pair()
+    link = Link(host, services={}, ping_interval=0.05, dead_after=0.3)
+    guest.silent = True
+    async with asyncio.timeout(5):
+        assert "no sign of life" in await link.run()
+    assert (host.abandoned, host.closed) == (False, True)
 
 
 @pytest.mark.parametrize("garbage", [b"\xff" * 100, b"GET / HTTP/1.1\r\n\r\n"])
