@@ -13,7 +13,7 @@ from cryptography import x509
 from secfunet.apdu import CommandApdu
 from secfunet.card.errors import CardFormatError
 from secfunet.card.instructions import MIN_PIN_SIZE, PIN_SIZE, Cla, Ins, KeyIns, KeyOperation, MethodFunction
-from secfunet.card.parameters import TlsParameters, encode_certificates
+from secfunet.card.parameters import EapState, TlsParameters, encode_certificates
 from secfunet.card.profile import CardProfile
 from secure_element.binding import Bindings
 from secure_element.commands import VERIFY_PIN_ALIAS
@@ -25,6 +25,7 @@ from secure_element.pin import PinKeeper
 from secure_element.segmentation import AnswerStyle
 from secure_element.store import CardStore, IdentityRecord, RandBytes
 from secure_element.tokens import UserTokens
+from secure_element.work import Work
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ class EapApplet:
         self._randbytes = randbytes
         self._pin = PinKeeper(store, randbytes)
         self._identities = Identities(store)
-        self._bindings = Bindings(self._identities, randbytes)
+        self.work = Work()
+        self._bindings = Bindings(self._identities, randbytes, self.work)
         self._tokens = UserTokens(store, self._identities)
         self.handlers: dict[tuple[int, int], Callable[[CommandApdu], bytes]] = {
             (Cla.EAP, Ins.VERIFY_PIN): self._verify_pin,
@@ -244,7 +246,14 @@ class EapApplet:
         packet, suffix = command.data[:length], command.data[length:]
         if length < 4 or length > len(command.data) or len(suffix) not in (0, _UNIX_TIME_SIZE):
             raise CommandRefusedError(Sw.DISCARDED)
-        return self._ask_engine(lambda: self._engine.process(packet, int.from_bytes(suffix) if suffix else None))
+        before = self._engine.state
+        answer = self._ask_engine(lambda: self._engine.process(packet, int.from_bytes(suffix) if suffix else None))
+        if self._engine.state is EapState.AUTHENTICATED and before is not EapState.AUTHENTICATED:
+            if self._engine.negotiated().resumed:
+                self.work.resumed_handshakes += 1
+            else:
+                self.work.full_handshakes += 1
+        return answer
 
     def _get_session_key(self, command: CommandApdu) -> bytes:
         _expect(command, 0x00, 0x00)
@@ -308,11 +317,14 @@ class EapApplet:
         operation = operations.get(command.p1)
         if operation is None:
             raise CommandRefusedError(Sw.WRONG_P1_P2)
-        return operation(key, command.p2, command.data)
+        output = operation(key, command.p2, command.data)
+        self.work.private_operations += command.p1 != KeyOperation.ENCRYPT
+        return output
 
     def _generate_key(self, command: CommandApdu) -> bytes:
         _expect(command, command.p1, 0x00)
         self._identities.generate(command.p1, command.data)
+        self.work.key_pairs += 1
         log.info("key pair generated")
         return b""
 
@@ -369,6 +381,7 @@ class EapApplet:
     def _load_token(self, command: CommandApdu) -> bytes:
         _expect(command, command.p1, 0x00)
         self._tokens.load(self._current_complete(), command.p1, command.data)
+        self.work.private_operations += 1
         log.info("token loaded")
         return b""
 

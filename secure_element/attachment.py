@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Final
 
 from secure_element.card_os import CardOs
+from secure_element.latency import LatencyModel
 from secure_element.session import CardHost, Observer, Session
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,15 @@ class CardAttachment(CardHost):
     Entering returns when the reader has given the card power, or after ``PATIENCE``: a card may be started before its reader.
     """
 
-    def __init__(self, card: CardOs, address: tuple[str, int], *, observe: Observer | None = None) -> None:
-        super().__init__(card, observe)
+    def __init__(
+        self,
+        card: CardOs,
+        address: tuple[str, int],
+        *,
+        observe: Observer | None = None,
+        latency: LatencyModel | None = None,
+    ) -> None:
+        super().__init__(card, observe, latency)
         self._address = address
         self._session: Session | None = None
         self._was_powered = asyncio.Event()  # ever

@@ -24,6 +24,7 @@ from secure_element.errors import CommandRefusedError, Sw
 from secure_element.identities import MAX_CERTIFICATE, Identities, items_of, single
 from secure_element.keys import KeyPair
 from secure_element.store import IdentityRecord, RandBytes
+from secure_element.work import Work
 
 MIN_RECIPIENT_BITS: Final = 2048
 
@@ -39,13 +40,20 @@ _OPERATIONS: Final[dict[int, Callable[[KeyPair, int, bytes], bytes]]] = {
 
 
 class Bindings:
-    """Binds identities, and seals for those that are bound. ``monotonic`` bounds the time that a content key serves."""
+    """Binds identities, and seals for those that are bound; ``work`` counts what it does with their keys. ``monotonic`` bounds the time
+    that a content key serves.
+    """
 
     def __init__(
-        self, identities: Identities, randbytes: RandBytes, monotonic: Callable[[], float] = time.monotonic
+        self,
+        identities: Identities,
+        randbytes: RandBytes,
+        work: Work,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identities = identities
         self._randbytes = randbytes
+        self._work = work
         self._monotonic = monotonic
         self._sealers: dict[IdentityRecord, ContainerSealer] = {}
 
@@ -108,6 +116,7 @@ class Bindings:
             except CommandRefusedError as error:
                 failures.append((one.request_id, error.sw))
                 continue
+            self._work.private_operations += one.operation != KeyOperation.ENCRYPT
             digest = hashlib.sha256(bytes((one.kind, one.scheme)) + one.payload).digest()
             results.append(operation_pb2.Result(request_id=one.request_id, request_digest=digest, output=output))
         container = b""
@@ -119,6 +128,7 @@ class Bindings:
                 results=results,
             )
             container = self._sealer(record, key).seal(result_set.SerializeToString())
+            self._work.private_operations += 1  # its trailer
         return SealedAnswer(container, tuple(failures)).encode()
 
     def _sealer(self, record: IdentityRecord, key: KeyPair) -> ContainerSealer:

@@ -22,6 +22,7 @@ from secure_element.secure_channel import SecureChannel
 from secure_element.security_domain import SecurityDomain
 from secure_element.segmentation import Segments
 from secure_element.store import CardStore, RandBytes
+from secure_element.work import Work
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,11 @@ class CardOs:
         self._domain = SecurityDomain(store, self._channel)
         self._segments = Segments(options.answers)
         self._selected: Application | None = None
+
+    @property
+    def work(self) -> Work:
+        """What it has done so far."""
+        return self._applet.work
 
     def reset(self) -> None:
         """Everything volatile is forgotten: selection, secure channel, PINs, EAP, sessions to resume."""

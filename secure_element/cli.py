@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import secrets
 import string
-from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Annotated, Final
@@ -163,32 +161,14 @@ def _new_pin(path: Path | None, generate: bool) -> bytes:
 def serve(config: ConfigOption) -> None:
     """Serve the card until SIGTERM: at its Unix socket, or in the virtual reader of pcscd that it attaches itself to."""
     # Late: the other commands need not wait for the card's imports.
-    from secure_element.attachment import CardAttachment
-    from secure_element.card_os import CardOs
-    from secure_element.metrics import CardMetrics
-    from secure_element.server import CardServer
-    from secure_element.session import CardHost
+    from secure_element.serving import serving
 
     settings = load_settings(CardSettings, config)
     configure_logs(settings.log_level)
     secret = settings.store_key.read()
 
-    @contextlib.asynccontextmanager
-    async def serving() -> AsyncIterator[CardHost]:
-        with contextlib.closing(CardStore.open(settings.store, secret)) as store:
-            card = CardOs(store, settings.options)
-            with contextlib.closing(CardMetrics(settings.metrics_port)) as metrics:
-                if settings.reader_address is not None:
-                    async with CardAttachment(card, settings.reader_address, observe=metrics.observe) as attachment:
-                        yield attachment
-                elif settings.socket is not None:
-                    private_folder(settings.socket.parent)
-                    mode = int(settings.socket_mode, 8)
-                    async with CardServer(card, settings.socket, socket_mode=mode, observe=metrics.observe) as server:
-                        yield server
-
     async def make_service() -> AbstractAsyncContextManager[object]:
-        return serving()
+        return serving(settings, secret)
 
     run_daemon(make_service)
 
@@ -310,6 +290,8 @@ def _unpadded_new(path: Path | None) -> bytes:
 
 async def _status(settings: CardSettings) -> dict[str, str | int]:
     report: dict[str, str | int] = {"place": str(settings.place), "store": str(settings.store)}
+    if settings.benchmark_latency is not None:
+        report["benchmark_latency"] = "on: this card pretends to be slow"
     try:
         client = CardClient(
             await connect_card(settings.place, timeout=_STATUS_TIMEOUT), segmentation=segmentation_at(settings.place)

@@ -16,6 +16,7 @@ from typing import Final
 
 from secure_element.card_os import CardOs
 from secure_element.errors import SecureElementError
+from secure_element.latency import LatencyModel
 from secure_element.session import CardHost, Observer, Session
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,16 @@ class SocketInUseError(SecureElementError):
 class CardServer(CardHost):
     """Serves ``card`` at the Unix socket ``path`` while it is entered as a context. Raises SocketInUseError if another process does."""
 
-    def __init__(self, card: CardOs, path: Path, *, socket_mode: int = 0o600, observe: Observer | None = None) -> None:
-        super().__init__(card, observe)
+    def __init__(
+        self,
+        card: CardOs,
+        path: Path,
+        *,
+        socket_mode: int = 0o600,
+        observe: Observer | None = None,
+        latency: LatencyModel | None = None,
+    ) -> None:
+        super().__init__(card, observe, latency)
         self._path = path
         self._socket_mode = socket_mode
         self._session: Session | None = None

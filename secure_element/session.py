@@ -6,6 +6,7 @@ A command that takes long runs in a thread; meanwhile the answer to reset is sti
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from typing import Final, cast
 from secfunet.card.errors import CardFormatError
 from secfunet.card.vpcd import Control, FrameDecoder, encode_frame
 from secure_element.card_os import CardOs
+from secure_element.latency import LatencyModel
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +34,11 @@ Observer = Callable[[str, int, float], None]
 class CardHost:
     """What has a card and does the work for its sessions."""
 
-    def __init__(self, card: CardOs, observe: Observer | None = None) -> None:
+    def __init__(self, card: CardOs, observe: Observer | None = None, latency: LatencyModel | None = None) -> None:
+        """With ``latency`` each answer waits until a card of hardware would have had it (for benchmarks only)."""
         self.card = card
         self._observe = observe
+        self._latency = latency
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="card")
 
     def admit(self, session: Session) -> None:
@@ -56,9 +60,26 @@ class CardHost:
             self._observe(self.card.name_of(command), int.from_bytes(response[-2:]), time.perf_counter() - started)
         return response
 
-    async def process_aside(self, command: bytes) -> bytes:
-        """One command, in the card's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self.process, command)
+    @property
+    def is_slow(self) -> bool:
+        """Whether every command takes time."""
+        return self._latency is not None
+
+    async def process_late(self, command: bytes, lost: asyncio.Event) -> bytes:
+        """One command that takes time: in the card's thread if it computes for long, and not before the model of a card's speed says so,
+        or the client is gone (``lost``), which takes the power away.
+        """
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        if CardOs.takes_long(command):
+            response = await loop.run_in_executor(self._executor, self.process, command)
+        else:
+            response = self.process(command)
+        if self._latency is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(began + self._latency.seconds(command, self.card.work)):
+                    await lost.wait()
+        return response
 
     async def end_work(self) -> None:
         """Waits for the card's thread, and powers the card off."""
@@ -80,7 +101,7 @@ class Session(asyncio.Protocol):
         self._early = bytearray()
         self._is_powered = False
         self._is_dropped = False
-        self._is_lost = False
+        self._lost = asyncio.Event()
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -115,7 +136,7 @@ class Session(asyncio.Protocol):
             self._send_answers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._is_lost = True
+        self._lost.set()
         self._waiting.clear()
         if self._work is None:
             self._host.release(self)
@@ -137,20 +158,20 @@ class Session(asyncio.Protocol):
             self._control(body[0])
         elif not self._is_powered:
             self._drop("a command before power on")
-        elif CardOs.takes_long(body):
+        elif CardOs.takes_long(body) or self._host.is_slow:
             self._work = asyncio.create_task(self._do_long(body))
         else:
             self._write(self._host.process(body))
 
     async def _do_long(self, body: bytes) -> None:
         try:
-            response = await self._host.process_aside(body)
+            response = await self._host.process_late(body, self._lost)
         finally:
             self._work = None
         self._write(response)
         while self._waiting and self._work is None:
             self._do(self._waiting.popleft())
-        if self._is_lost and self._work is None:
+        if self._lost.is_set() and self._work is None:
             self._host.release(self)
 
     def _control(self, number: int) -> None:

@@ -16,6 +16,7 @@ from secfunet.service.settings import FilePath, Settings
 from secure_element.applet import CardOptions, SessionKeyOrder
 from secure_element.eap_engine import EAP_FRAGMENT
 from secure_element.errors import StoreError
+from secure_element.latency import LatencySettings
 from secure_element.segmentation import AnswerStyle
 from secure_element.store import StoreSecret
 
@@ -70,6 +71,8 @@ class CardSettings(LocalCardSettings):
     socket_mode: Annotated[str, Field(pattern="^0[0-7]{3}$")] = "0600"
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    # None, as it is for every card that serves somebody: answers leave as soon as they are there.
+    benchmark_latency: LatencySettings | None = None
 
     @model_validator(mode="after")
     def _has_one_place(self) -> Self:
