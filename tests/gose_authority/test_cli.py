@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gose.authority import AuthorityFolder
-from gose.cli import parse_duration
+from gose.commands.options import parse_duration
 from gose.registry import Registry
 from secfunet.identity import Role, load_certificate, role_of, thumbprint
 from secfunet.service.cli import ExitCode

@@ -1,13 +1,4 @@
-"""What a grid knows of those whom it serves: hypervisors, VMs with their secure elements, servers, tokens, and what was revoked.
-
-One SQLite file (write-ahead log), shared by the commands of an administrator and a running grid. Nothing is cached here: each
-question is read from the file, so a revocation that another process has committed is seen by the next question. A revocation is on
-the disk before it is acknowledged.
-
-An identity is a certificate under its thumbprint. It is *pending* from its issue until a card has shown that it holds it, then
-*active*, and *replaced* when its name, or its secure element, went to another. Only active identities are found by their
-thumbprint; all stay in the file.
-"""
+"""The file, and every question that is asked of it."""
 
 from __future__ import annotations
 
@@ -16,162 +7,26 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from gose.errors import GoseError
+from gose.registry.records import Identity, NotEnrolledError, RegistryError, Revocation, RevocationKind, Token
+from gose.registry.rows import (
+    SCHEMA,
+    SELECT_IDENTITY,
+    SELECT_REVOCATION,
+    SELECT_TOKEN,
+    identity_of,
+    revocation_of,
+    token_of,
+)
 from gose.state import open_database, transaction
 from secfunet.identity import Role
-
-SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS identities (
-  thumbprint TEXT PRIMARY KEY,
-  role TEXT NOT NULL CHECK (role IN ('hypervisor', 'vm', 'server')),
-  name TEXT NOT NULL,
-  seid TEXT,
-  certificate BLOB NOT NULL,
-  state TEXT NOT NULL CHECK (state IN ('pending', 'active', 'replaced')),
-  recorded_at REAL NOT NULL,
-  expires_at REAL NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE UNIQUE INDEX IF NOT EXISTS one_active_name ON identities (role, name) WHERE state = 'active';
-CREATE UNIQUE INDEX IF NOT EXISTS one_pending_name ON identities (role, name) WHERE state = 'pending';
-CREATE UNIQUE INDEX IF NOT EXISTS one_active_seid ON identities (seid) WHERE state = 'active' AND seid IS NOT NULL;
-CREATE VIEW IF NOT EXISTS hypervisors AS SELECT * FROM identities WHERE role = 'hypervisor';
-CREATE VIEW IF NOT EXISTS vms AS SELECT * FROM identities WHERE role = 'vm';
-CREATE VIEW IF NOT EXISTS servers AS SELECT * FROM identities WHERE role = 'server';
-CREATE TABLE IF NOT EXISTS tokens (
-  jti TEXT PRIMARY KEY,
-  vmid TEXT NOT NULL,
-  hvid TEXT NOT NULL,
-  operations TEXT NOT NULL,
-  issued_at REAL NOT NULL,
-  expires_at REAL NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS tokens_by_expiry ON tokens (expires_at);
-CREATE TABLE IF NOT EXISTS bindings (
-  vmid TEXT PRIMARY KEY,
-  hvid TEXT NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS reservations (
-  seid TEXT PRIMARY KEY,
-  until REAL NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS user_tokens (
-  counter INTEGER PRIMARY KEY,
-  recipient TEXT NOT NULL,
-  name TEXT NOT NULL,
-  issued_at REAL NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS revocations (
-  sequence INTEGER PRIMARY KEY AUTOINCREMENT,
-  kind TEXT NOT NULL CHECK (kind IN ('token', 'vm', 'hypervisor', 'server')),
-  value TEXT NOT NULL,
-  name TEXT NOT NULL,
-  revoked_at REAL NOT NULL,
-  UNIQUE (kind, value)
-) STRICT;
-"""
 
 _TICK: Final = 1e-6  # seconds between two tokens of a VM, at least
 TOKENS_KEPT: Final = 30 * 86400.0
 """How long an expired token (and its revocation) stays in the registry, seconds: for whoever asks afterwards what was issued."""
-
-
-class RegistryError(GoseError):
-    """Root of the registry's refusals."""
-
-
-class NotEnrolledError(RegistryError):
-    """Nothing of that name (or thumbprint, or jti) is in the registry."""
-
-    def __init__(self, kind: str, name: str) -> None:
-        super().__init__(f"no {kind} '{name}' is in the registry")
-        self.kind = kind
-        self.name = name
-
-
-class AlreadyEnrolledError(RegistryError):
-    """The name, or the secure element, is in use; ``by`` names the holder."""
-
-    def __init__(self, message: str, by: str) -> None:
-        super().__init__(message)
-        self.by = by
-
-
-class State(StrEnum):
-    """Where an identity stands."""
-
-    PENDING = "pending"
-    ACTIVE = "active"
-    REPLACED = "replaced"
-
-
-class RevocationKind(StrEnum):
-    """What was revoked: a token (by jti), or an identity (by thumbprint)."""
-
-    TOKEN = "token"  # noqa: S105 - a word, no password
-    VM = "vm"
-    HYPERVISOR = "hypervisor"
-    SERVER = "server"
-
-
-@dataclass(frozen=True)
-class Identity:
-    """A certificate that the CA issued. Times are UTC seconds; ``revoked_at`` None: not revoked."""
-
-    role: Role
-    name: str
-    thumbprint: str
-    certificate: bytes = field(repr=False)  # DER
-    seid: str | None  # the secure element of the grid that holds its key; None: a card elsewhere
-    state: State
-    recorded_at: float
-    expires_at: float
-    revoked_at: float | None
-
-    @property
-    def is_revoked(self) -> bool:
-        """Whether it must be refused."""
-        return self.revoked_at is not None
-
-
-@dataclass(frozen=True)
-class Token:
-    """What is kept of a VM-Auth-Token that was issued (never the token itself). Times are UTC seconds."""
-
-    jti: str
-    vmid: str
-    hvid: str
-    operations: frozenset[str]
-    issued_at: float
-    expires_at: float
-    revoked_at: float | None
-
-
-@dataclass(frozen=True)
-class Revocation:
-    """One revocation; ``value`` is a jti or a thumbprint, ``name`` what a person calls it. ``sequence`` only grows."""
-
-    sequence: int
-    kind: RevocationKind
-    value: str
-    name: str
-    revoked_at: float
-
-
-_IDENTITY: Final = (
-    "SELECT i.role, i.name, i.thumbprint, i.certificate, i.seid, i.state, i.recorded_at, i.expires_at, r.revoked_at "
-    "FROM identities AS i LEFT JOIN revocations AS r ON r.kind = i.role AND r.value = i.thumbprint "
-)
-_TOKEN: Final = (
-    "SELECT t.jti, t.vmid, t.hvid, t.operations, t.issued_at, t.expires_at, r.revoked_at "  # noqa: S105 - SQL, no password
-    "FROM tokens AS t LEFT JOIN revocations AS r ON r.kind = 'token' AND r.value = t.jti "
-)
-_REVOCATION: Final = "SELECT sequence, kind, value, name, revoked_at FROM revocations "
 
 
 class Registry:
@@ -274,8 +129,8 @@ class Registry:
                 (role, name, seid),
             )
             database.execute("UPDATE identities SET state = 'active' WHERE thumbprint = ?", (thumbprint,))
-            active = database.execute(_IDENTITY + "WHERE i.thumbprint = ?", (thumbprint,)).fetchone()
-        return _identity(active)
+            active = database.execute(SELECT_IDENTITY + "WHERE i.thumbprint = ?", (thumbprint,)).fetchone()
+        return identity_of(active)
 
     # --- bindings, and what an administrator does to a card that is in service
 
@@ -334,13 +189,15 @@ class Registry:
 
     def token(self, jti: str) -> Token | None:
         """What was issued under that jti, or None."""
-        row = self._one(_TOKEN + "WHERE t.jti = ?", jti)
-        return None if row is None else _token(row)
+        row = self._one(SELECT_TOKEN + "WHERE t.jti = ?", jti)
+        return None if row is None else token_of(row)
 
     def tokens(self, *, unexpired_at: float | None = None) -> tuple[Token, ...]:
         """All tokens on record, or those that have not expired at that time; the newest first."""
         since = float("-inf") if unexpired_at is None else unexpired_at
-        return tuple(map(_token, self._all(_TOKEN + "WHERE t.expires_at > ? ORDER BY t.issued_at DESC, t.jti", since)))
+        return tuple(
+            map(token_of, self._all(SELECT_TOKEN + "WHERE t.expires_at > ? ORDER BY t.issued_at DESC, t.jti", since))
+        )
 
     def record_user_token(self, recipient: str, name: str, issued_at: float) -> int:
         """Records a user's token before it is handed out; returns its counter, which only grows.
@@ -389,18 +246,18 @@ class Registry:
         One question, cheap enough to be asked before every operation.
         """
         row = self._one(
-            _REVOCATION
+            SELECT_REVOCATION
             + "WHERE (kind = 'token' AND value = ?) OR (kind = 'vm' AND value = ?) OR (kind = 'hypervisor' AND value = ?) "
             "ORDER BY sequence LIMIT 1",
             jti,
             vmid,
             hvid,
         )
-        return None if row is None else _revocation(row)
+        return None if row is None else revocation_of(row)
 
     def revocations(self, *, after: int = 0) -> tuple[Revocation, ...]:
         """Revocations with a sequence number above ``after``, oldest first: what a running grid has to act upon since it last looked."""
-        return tuple(map(_revocation, self._all(_REVOCATION + "WHERE sequence > ? ORDER BY sequence", after)))
+        return tuple(map(revocation_of, self._all(SELECT_REVOCATION + "WHERE sequence > ? ORDER BY sequence", after)))
 
     def last_revocation(self) -> int:
         """The highest sequence number, 0 if nothing was ever revoked; a cheap question."""
@@ -415,15 +272,15 @@ class Registry:
                 "INSERT INTO revocations (kind, value, name, revoked_at) VALUES (?, ?, ?, ?) ON CONFLICT (kind, value) DO NOTHING",
                 (kind.value, value, name, self._clock()),
             )
-            row = database.execute(_REVOCATION + "WHERE kind = ? AND value = ?", (kind.value, value)).fetchone()
-        return _revocation(row)
+            row = database.execute(SELECT_REVOCATION + "WHERE kind = ? AND value = ?", (kind.value, value)).fetchone()
+        return revocation_of(row)
 
     def _identity(self, where: str, *parameters: object) -> Identity | None:
-        row = self._one(_IDENTITY + where, *parameters)
-        return None if row is None else _identity(row)
+        row = self._one(SELECT_IDENTITY + where, *parameters)
+        return None if row is None else identity_of(row)
 
     def _identities(self, where: str, *parameters: object) -> tuple[Identity, ...]:
-        return tuple(map(_identity, self._all(_IDENTITY + where, *parameters)))
+        return tuple(map(identity_of, self._all(SELECT_IDENTITY + where, *parameters)))
 
     def _one(self, query: str, *parameters: object) -> tuple[object, ...] | None:
         with self._lock:
@@ -448,48 +305,3 @@ def open_registry(path: Path) -> Iterator[Registry]:
             yield registry
     except sqlite3.Error as error:
         raise RegistryError(f"{path} cannot be used: {error}") from error
-
-
-def _identity(row: tuple[object, ...]) -> Identity:
-    role, name, thumbprint, certificate, seid, state, recorded_at, expires_at, revoked_at = row
-    return Identity(
-        role=Role(str(role)),
-        name=str(name),
-        thumbprint=str(thumbprint),
-        certificate=_blob(certificate),
-        seid=None if seid is None else str(seid),
-        state=State(str(state)),
-        recorded_at=_time(recorded_at),
-        expires_at=_time(expires_at),
-        revoked_at=None if revoked_at is None else _time(revoked_at),
-    )
-
-
-def _token(row: tuple[object, ...]) -> Token:
-    jti, vmid, hvid, operations, issued_at, expires_at, revoked_at = row
-    return Token(
-        jti=str(jti),
-        vmid=str(vmid),
-        hvid=str(hvid),
-        operations=frozenset(str(operations).split()),
-        issued_at=_time(issued_at),
-        expires_at=_time(expires_at),
-        revoked_at=None if revoked_at is None else _time(revoked_at),
-    )
-
-
-def _revocation(row: tuple[object, ...]) -> Revocation:
-    sequence, kind, value, name, revoked_at = row
-    return Revocation(int(str(sequence)), RevocationKind(str(kind)), str(value), str(name), _time(revoked_at))
-
-
-def _time(value: object) -> float:
-    if not isinstance(value, float | int):
-        raise sqlite3.DataError("a time in the registry is no number")
-    return float(value)
-
-
-def _blob(value: object) -> bytes:
-    if not isinstance(value, bytes):
-        raise sqlite3.DataError("a certificate in the registry is no blob")
-    return value

@@ -1,0 +1,46 @@
+"""What commands work on: the cards of the settings, with the keys of their administrator."""
+
+from __future__ import annotations
+
+from gose.authority import CardAccess
+from gose.authority.enrolment import CONNECT_TIMEOUT
+from gose.authority.errors import EnrolmentError
+from gose.cards import CardWays
+from gose.registry import NotEnrolledError
+from gose.settings import GoseSettings, SecureElementSettings
+from secfunet.card.administrator_keys import AdministratorKeys
+from secfunet.identity import Holder, Role, check_name
+
+
+def server_names(settings: GoseSettings) -> tuple[str, ...]:
+    """What stands in the servers' certificates."""
+    return tuple(dict.fromkeys((*settings.names, settings.service_provider_host, settings.openid_provider_host)))
+
+
+def holder(role: Role, name: str) -> Holder:
+    """Raises IdentityError for a name that is none."""
+    return Holder(role, check_name(name))
+
+
+def element_of(settings: GoseSettings, seid: str, role: Role) -> SecureElementSettings:
+    """The secure element of that name and role in the settings. Raises NotEnrolledError, EnrolmentError."""
+    element = settings.secure_element(seid)
+    if element is None:
+        known = ", ".join(entry.seid for entry in settings.secure_elements if entry.role == role) or "none"
+        raise NotEnrolledError(f"secure element (in the settings: {known})", seid)
+    if element.role != role:
+        raise EnrolmentError(f"the secure element '{seid}' has the role '{element.role}' in the settings, not '{role}'")
+    return element
+
+
+def access_to(settings: GoseSettings, element: SecureElementSettings) -> CardAccess:
+    """The way to that card for its administrator. Raises EnrolmentError, and what reading the keys raises."""
+    if element.administrator_keys_file is None:
+        raise EnrolmentError(f"the settings name no 'administrator_keys_file' for the secure element '{element.seid}'")
+    ways = CardWays.of(settings)
+    return CardAccess.through(
+        lambda: ways.connect(element, timeout=CONNECT_TIMEOUT),
+        AdministratorKeys.read(element.administrator_keys_file),
+        where=f"the card at {element.place}",
+        segmentation=element.card_segmentation,
+    )

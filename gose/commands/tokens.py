@@ -1,0 +1,81 @@
+"""``gose issue-token`` and ``gose revoke``: rights are given, and taken away."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gose.authority import AuthorityFolder
+from gose.commands.options import CONFIG, ConfigOption, ValidOption, parse_operations
+from gose.registry import open_registry
+from gose.settings import GoseSettings
+from secfunet.identity import Role
+from secfunet.operation import OPERATIONS
+from secfunet.service.files import write_atomically
+from secfunet.service.settings import load_settings
+
+app = typer.Typer()
+revoke_app = typer.Typer(
+    help="Revoke a token, or everything of a VM, a hypervisor or a server, at once.", no_args_is_help=True
+)
+app.add_typer(revoke_app, name="revoke")
+
+
+@app.command("issue-token")
+def issue_token(
+    vm: Annotated[str, typer.Option(help="Name of the VM.")],
+    hypervisor: Annotated[str, typer.Option(help="Name of the hypervisor that it runs on.")],
+    operations: Annotated[str, typer.Option(metavar="LIST", help="Some of sign,decrypt,encrypt.")] = ",".join(
+        OPERATIONS
+    ),
+    valid: ValidOption = "8h",  # type: ignore[assignment]  # likewise
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write (mode 0600) in place of standard output.")
+    ] = None,
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Issue a VM-Auth-Token: the VM may use its key from that hypervisor, for these operations, until then."""
+    allowed = parse_operations(operations)
+    settings = load_settings(GoseSettings, config)
+    authority = AuthorityFolder(settings.authority)
+    with open_registry(settings.database) as registry:
+        token = authority.token_authority.issue(
+            registry,
+            vm=vm,
+            hypervisor=hypervisor,
+            audience=settings.audience,
+            operations=allowed,
+            now=time.time(),
+            valid=valid,
+        )
+    if out is None:
+        typer.echo(token)
+    else:
+        write_atomically(out, token.encode("ascii") + b"\n", mode=0o600)
+
+
+@revoke_app.command("token")
+def revoke_token(jti: str, config: ConfigOption = CONFIG) -> None:
+    """Revoke one VM-Auth-Token; 'gose status' lists the JTIs."""
+    with open_registry(load_settings(GoseSettings, config).database) as registry:
+        registry.revoke_token(jti)
+    typer.echo(f"token {jti} is revoked")
+
+
+def _revoker(role: Role) -> Callable[[str, Path], None]:
+    def revoke(name: str, config: ConfigOption = CONFIG) -> None:
+        with open_registry(load_settings(GoseSettings, config).database) as registry:
+            revocations = registry.revoke_identity(role, name)
+        for revocation in revocations:
+            typer.echo(f"{role} {name}: {revocation.value} is revoked")
+
+    revoke.__doc__ = f"Revoke every certificate of a {role}: its tokens and sessions fall with it."
+    return revoke
+
+
+for _role in (Role.HYPERVISOR, Role.VM, Role.SERVER):
+    revoke_app.command(_role.value)(_revoker(_role))
