@@ -32,14 +32,30 @@ class _Report(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+class Latency(_Report):
+    """Of the last some hundred: the median and the 99th percentile, in seconds."""
+
+    p50: float
+    p99: float
+
+
 class RunningCard(_Report):
-    """A slot: ``state`` is connecting, in_service or out_of_service (``cause`` says why); ``queue`` names what it works off."""
+    """A slot: ``state`` is connecting, in_service or out_of_service (``cause`` says why); ``queue`` names what it works off.
+
+    Since the grid was started: ``jobs_done`` (batches, or leases of a server card), ``operations`` in them, ``errors`` among these by
+    reason, ``busy_seconds`` that they occupied it. ``waited``: jobs in the queue, ``worked``: operations in the card (None: no sample yet).
+    """
 
     seid: str
     state: str
     cause: str
     queue: str
     jobs_done: int
+    operations: int = 0
+    errors: dict[str, int] = {}
+    busy_seconds: float = 0.0
+    waited: Latency | None = None
+    worked: Latency | None = None
 
 
 class RunningSession(_Report):
@@ -55,14 +71,16 @@ class RunningSession(_Report):
 
 
 class RunningGrid(_Report):
-    """The whole report. ``queues``: how many jobs wait in each."""
+    """The whole report, made at ``time``. ``queues``: how many jobs wait in each; ``refused``: how many were because it was too long."""
 
     pid: int
     version: str
     started_at: float
+    time: float = 0.0
     streams: int
     cards: tuple[RunningCard, ...]
     queues: dict[str, int]
+    refused: dict[str, int] = {}
     sessions: tuple[RunningSession, ...]
 
 

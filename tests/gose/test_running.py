@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import stat
 import sys
 import time
@@ -12,12 +13,15 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import pytest_asyncio
+from prometheus_client.parser import text_string_to_metric_families
 
+from gose.overview.table import duration
 from gose.running import SOCKET, RunningError, ask_running_grid
 from secfunet.identity import Role, load_certificate, pem_of
-from tests.gose.grid import TestGrid, new_grid, sign_operation
+from tests.gose.grid import TestGrid, free_ports, new_grid, sign_operation
 from tests.support.cards import CardProcess, running_card
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.e2e]
@@ -26,7 +30,8 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.e2e]
 class Served:
     """A grid whose settings lie in a file, ``gose serve`` on it, and a blank card in its settings."""
 
-    def __init__(self, grid: TestGrid, blank: CardProcess, config: Path) -> None:
+    def __init__(self, grid: TestGrid, blank: CardProcess, config: Path, metrics_port: int) -> None:
+        self.metrics_port = metrics_port
         self.grid = grid
         self.blank = blank
         self.config = config
@@ -88,8 +93,10 @@ async def served(short_folder: Path) -> AsyncIterator[Served]:
     async with new_grid(short_folder, servers=1) as grid, running_card(short_folder, name="blank") as blank:
         grid.hypervisor("hv-a")
         settings = grid.settings
+        (metrics_port,) = free_ports(1)
         lines = [
             'state = "state"',
+            f"metrics_port = {metrics_port}",
             'names = ["localhost", "127.0.0.1"]',
             f'service_provider = {{ https = "{settings.service_provider.https}", grpc = "{settings.service_provider.grpc}" }}',
             f'openid_provider = {{ endpoint = "{settings.openid_provider.endpoint}", login = "{settings.openid_provider.login}" }}',
@@ -105,7 +112,7 @@ async def served(short_folder: Path) -> AsyncIterator[Served]:
             ]
         config = short_folder / "gose.toml"
         config.write_text("\n".join(lines) + "\n")
-        served = Served(grid, blank, config)
+        served = Served(grid, blank, config, metrics_port)
         await served.start()
         yield served
         await served.kill()
@@ -140,6 +147,73 @@ async def test_status_of_a_running_grid(served: Served) -> None:
     mode = (served.grid.settings.state / SOCKET).stat().st_mode
     assert stat.S_ISSOCK(mode)
     assert stat.S_IMODE(mode) == 0o600
+
+
+async def test_the_same_figures_for_a_person_a_program_and_prometheus(served: Served) -> None:
+    await served.sign("vm-1")
+    card = {card["seid"]: card for card in (await served.status())["secure_elements"]}["se-vm-1"]
+    assert card["operations"] == card["jobs_done"] > 0
+    assert card["errors"] == {}
+    assert 0 < card["worked"]["p50"] <= card["worked"]["p99"] <= card["busy_seconds"]
+    assert 0 <= card["waited"]["p50"] <= card["waited"]["p99"]
+    _, text, _ = await served.gose("status")
+    (row,) = [line for line in text.splitlines() if line.startswith("  se-vm-1 ")]
+    assert f" {card['operations']} " in row
+    assert f"{duration(card['worked']['p50'])} / {duration(card['worked']['p99'])}" in row
+    async with aiohttp.ClientSession() as http, http.get(f"http://127.0.0.1:{served.metrics_port}/metrics") as answer:
+        samples = {
+            (sample.name, sample.labels.get("quantile") or sample.labels.get("state", "")): sample.value
+            for family in text_string_to_metric_families(await answer.text())
+            for sample in family.samples
+            if sample.labels.get("seid") == "se-vm-1"
+        }
+    assert samples["gose_card_operations_total", ""] == card["operations"]
+    assert samples["gose_card_busy_seconds_total", ""] == card["busy_seconds"]
+    assert samples["gose_card_work_seconds", "0.99"] == card["worked"]["p99"]
+    assert samples["gose_card_wait_seconds", "0.5"] == card["waited"]["p50"]
+    assert (samples["gose_card_state", "in_service"], samples["gose_card_state", "out_of_service"]) == (1, 0)
+
+
+def hear_sigint() -> None:
+    """Tests that a shell runs in its background are started with SIGINT ignored, and so would be what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+async def test_watching(served: Served) -> None:
+    """An object a line, with what happened since the one before; Ctrl-C is a good end. For a person: what needs a look comes first."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gose.cli", "status", "--watch", "--json", "--interval", "0.2"),
+        *("--config", str(served.config)),
+        stdout=asyncio.subprocess.PIPE,
+        limit=2**20,
+        preexec_fn=hear_sigint,
+    )
+    assert process.stdout is not None
+    first = json.loads(await process.stdout.readline())
+    assert first["pulse"] is None
+    await served.sign("vm-1")
+    done = 0.0
+    for _ in range(100):
+        pulse = json.loads(await process.stdout.readline())["pulse"]
+        done += pulse["cards"]["se-vm-1"]["per_second"]
+        assert 0 <= pulse["cards"]["se-vm-1"]["busy"] <= 1
+        if done:
+            break
+    assert done > 0
+    process.send_signal(signal.SIGINT)
+    assert await process.wait() == 0
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gose.cli", "status", "--watch", "--interval", "0.1", "--config", str(served.config)),
+        stdout=asyncio.subprocess.PIPE,
+        preexec_fn=hear_sigint,
+    )
+    assert process.stdout is not None
+    picture = (await process.stdout.readuntil(b"\n\n")).decode()
+    process.send_signal(signal.SIGINT)
+    await process.wait()
+    cards = [line.split()[0] for line in picture.splitlines() if line.startswith("  se")]
+    assert cards[0] == "se-blank", "which is out of service"
+    assert "2 of 3 cards in service, 0 jobs wait" in picture
 
 
 async def test_a_report_has_no_secret(served: Served) -> None:

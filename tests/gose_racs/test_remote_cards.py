@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 
 from gose.overview import CardState, take_overview
+from gose.overview.text import as_text
 from secfunet.gose.v1 import operation_pb2
 from secfunet.operation import check_result
 from secfunet.racs.commands import PowerOn
@@ -82,7 +83,7 @@ async def test_status_says_where_a_card_is(world: RemoteGrid) -> None:
     for overview, state in ((gone, CardState.GONE), (there, CardState.ANSWERS), (running, CardState.IN_SERVICE)):
         (card,) = [card for card in overview.cards if card.element.seid == "far-vm-b"]
         assert (card.element.place, card.state) == (place, state)
-        assert place in overview.as_text()
+        assert place in as_text(overview)
 
 
 async def test_a_command_that_the_node_refuses_costs_the_operation_only(world: RemoteGrid) -> None:

@@ -1,0 +1,41 @@
+"""Columns of text, and how times are written in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from gose.running import Latency
+
+
+def table(title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A title and rows under their headers."""
+    body = list(rows)
+    if not body:
+        return f"{title}: none"
+    widths = [max(len(row[column]) for row in (header, *body)) for column in range(len(header))]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *body)
+    )
+    return f"{title}:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def day(seconds: float) -> str:
+    """UTC."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")
+
+
+def minute(seconds: float) -> str:
+    """UTC."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def duration(seconds: float) -> str:
+    """Three digits, in the unit that fits: ``0.412 ms``, ``350 ms``, ``1.4 s``."""
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"
+
+
+def latency(found: Latency | None) -> str:
+    """``median / 99th percentile``."""
+    return "-" if found is None else f"{duration(found.p50)} / {duration(found.p99)}"

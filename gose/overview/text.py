@@ -1,0 +1,134 @@
+"""The picture for a person; times are UTC, and latencies are ``median / 99th percentile``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from gose.overview.picture import CardReport, Overview
+from gose.overview.table import day, latency, minute, table
+from gose.registry import Identity
+
+
+def as_text(overview: Overview) -> str:
+    """For people; times are UTC."""
+    names = {identity.thumbprint: identity.name for identity in (*overview.vms, *overview.hypervisors)}
+    parts = [
+        f"authority: {overview.authority.path}, CA until {day(overview.authority.ca_certificate.not_valid_after_utc.timestamp())}",
+        grid_line(overview),
+        table(
+            "secure elements",
+            ("SEID", "ROLE", "CARD", "HOLDER", "WAITING", "OPERATIONS", "ERRORS", "WAITED", "WORKED", "PLACE", "CAUSE"),
+            (
+                (
+                    card.element.seid,
+                    card.element.role,
+                    card.state.value,
+                    card.holder.name if card.holder else "-",
+                    "-" if card.waiting is None else str(card.waiting),
+                    "-" if card.running is None else str(card.running.operations),
+                    "-" if card.running is None else _errors(card.running.errors),
+                    "-" if card.running is None else latency(card.running.waited),
+                    "-" if card.running is None else latency(card.running.worked),
+                    card.element.place,
+                    cause_of(overview, card),
+                )
+                for card in overview.cards
+            ),
+        ),
+        *_sessions(overview, names),
+        _identities(overview, "hypervisors", "HVID", overview.hypervisors),
+        _identities(overview, "VMs", "VMID", overview.vms),
+        _identities(overview, "servers", "THUMBPRINT", overview.servers),
+        table(
+            "tokens",
+            ("JTI", "VM", "HYPERVISOR", "OPERATIONS", "UNTIL", "STANDING"),
+            (
+                (
+                    token.jti,
+                    names.get(token.vmid, token.vmid),
+                    names.get(token.hvid, token.hvid),
+                    ",".join(sorted(token.operations)),
+                    minute(token.expires_at),
+                    "good" if token.revoked_at is None else f"revoked {minute(token.revoked_at)}",
+                )
+                for token in overview.tokens
+            ),
+        ),
+        table(
+            "revocations",
+            ("KIND", "NAME", "SINCE"),
+            (
+                (revocation.kind.value, revocation.name, minute(revocation.revoked_at))
+                for revocation in overview.revocations
+            ),
+        ),
+    ]
+    return "\n\n".join(parts)
+
+
+def grid_line(overview: Overview) -> str:
+    """Whether a grid runs, in one line."""
+    running = overview.running
+    if running is None:
+        return "grid: not running"
+    return (
+        f"grid: running since {minute(running.started_at)} (process {running.pid}, version {running.version}), "
+        f"{len(running.sessions)} sessions, {running.streams} streams"
+    )
+
+
+def cause_of(overview: Overview, card: CardReport) -> str:
+    """Why a card is not in service; empty if it is."""
+    if card.running is not None:
+        return card.running.cause
+    return "" if overview.running is None else "the running grid does not know it: restart the grid"
+
+
+def _sessions(overview: Overview, names: Mapping[str, str]) -> Iterator[str]:
+    if overview.running is not None:
+        yield table(
+            "sessions",
+            ("SESSION", "VM", "HYPERVISOR", "SEID", "OPERATIONS", "UNTIL"),
+            (
+                (
+                    session.name,
+                    names.get(session.vmid, session.vmid),
+                    names.get(session.hvid, session.hvid),
+                    session.seid,
+                    ",".join(session.operations),
+                    minute(session.expires_at),
+                )
+                for session in overview.running.sessions
+            ),
+        )
+
+
+def _identities(overview: Overview, title: str, short_form: str, identities: Iterable[Identity]) -> str:
+    return table(
+        title,
+        ("NAME", "STANDING", "UNTIL", "SEID", short_form),
+        (
+            (
+                identity.name,
+                _standing(overview, identity),
+                day(identity.expires_at),
+                identity.seid or "-",
+                identity.thumbprint,
+            )
+            for identity in identities
+        ),
+    )
+
+
+def _standing(overview: Overview, identity: Identity) -> str:
+    if identity.revoked_at is not None:
+        return f"revoked {minute(identity.revoked_at)}"
+    return "good" if identity.expires_at > overview.now else "expired"
+
+
+def _errors(errors: Mapping[str, int]) -> str:
+    """The number, and what they were."""
+    if not errors:
+        return "0"
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(errors.items()))
+    return f"{sum(errors.values())} ({reasons})"
