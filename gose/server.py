@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable
@@ -30,7 +29,8 @@ from gose.openid_provider.login import Login
 from gose.openid_provider.sign_on import SignOns
 from gose.openid_provider.store import SqliteOpenIdStore
 from gose.registry import Registry
-from gose.running import RunningCard, RunningGrid, RunningSession, reporting
+from gose.report import report_of
+from gose.running import RunningGrid, reporting
 from gose.service_provider.execution import Executor
 from gose.service_provider.guard import Guard
 from gose.service_provider.openid_client import OpenIdHttp
@@ -40,10 +40,8 @@ from gose.sessions import SessionStore
 from gose.settings import GoseSettings, origin
 from gose.single_use import RateLimit, SingleUse
 from gose.slots.rack import Rack
-from gose.slots.slot import SlotState
 from gose.standing import RegistryStanding
 from gose.state import SERVING_BUSY_TIMEOUT, open_database
-from secfunet import __version__
 from secfunet.container import ContainerProfile
 from secfunet.gose.v1 import service_provider_pb2, service_provider_pb2_grpc
 from secfunet.identity import Role
@@ -84,6 +82,9 @@ class GridService:
         self.settings = settings
         self.metrics = Metrics()
         self.rack: Rack
+        self.sessions: SessionStore
+        self.executor: Executor
+        self.guard: Guard
         self._clock = clock
         self._stack = AsyncExitStack()
 
@@ -119,7 +120,7 @@ class GridService:
                 )
             )
         )
-        sessions = SessionStore(database, standing, limits, metrics, clock=self._clock)
+        sessions = self.sessions = SessionStore(database, standing, limits, metrics, clock=self._clock)
         openid_store = SqliteOpenIdStore(database)
         await stack.enter_async_context(self._maintained(sessions, openid_store, answers))
         stack.enter_context(MetricsServer(metrics.registry, settings.metrics_port))
@@ -129,7 +130,7 @@ class GridService:
         await self.rack.start()
         threads = ThreadPoolExecutor(SEALING_THREADS, thread_name_prefix="seal")
         stack.callback(threads.shutdown)
-        executor = Executor(
+        executor = self.executor = Executor(
             self.rack,
             answers,
             standing,
@@ -149,9 +150,12 @@ class GridService:
         service_provider = await self._open_operations(stack, keys, executor, sessions)
         await self._open_radius(stack, keys, standing)
         started_at = self._clock()
-        await stack.enter_async_context(
-            reporting(settings.state, lambda: self._report(started_at, sessions, service_provider))
-        )
+
+        def report() -> RunningGrid:
+            streams = service_provider.streams
+            return report_of(self.rack, sessions, streams=streams, started_at=started_at, now=self._clock())
+
+        await stack.enter_async_context(reporting(settings.state, report))
         log.info(
             "the grid is ready",
             extra={
@@ -284,8 +288,9 @@ class GridService:
         self, stack: AsyncExitStack, keys: AuthorityFolder, executor: Executor, sessions: SessionStore
     ) -> ServiceProvider:
         settings, limits = self.settings, self.settings.limits
+        self.guard = Guard(sessions, self.metrics, calls_per_hypervisor=limits.calls_per_hypervisor)
         server = grpc.aio.server(
-            interceptors=[Guard(sessions, self.metrics)],
+            interceptors=[self.guard],
             options=[
                 ("grpc.max_receive_message_length", limits.message_size),
                 ("grpc.max_send_message_length", limits.message_size),
@@ -335,37 +340,6 @@ class GridService:
         admission = Admission([Role(role) for role in settings.roles], keys.ca_certificate, standing, self._clock)
         dialogues = Dialogues(self.rack.servers, admission, limits, clock=self._clock)
         await stack.enter_async_context(RadiusServer(settings, dialogues, limits, self.metrics))
-
-    def _report(self, started_at: float, sessions: SessionStore, service_provider: ServiceProvider) -> RunningGrid:
-        return RunningGrid(
-            pid=os.getpid(),
-            version=__version__,
-            started_at=started_at,
-            streams=service_provider.streams,
-            cards=tuple(
-                RunningCard(
-                    seid=slot.seid,
-                    state=slot.state.value,
-                    cause="" if slot.state is SlotState.IN_SERVICE else slot.cause,
-                    queue=slot.queue_name,
-                    jobs_done=slot.jobs_done,
-                )
-                for slot in self.rack.slots()
-            ),
-            queues=self.rack.queues(),
-            sessions=tuple(
-                RunningSession(
-                    name=session.name,
-                    vmid=session.vmid,
-                    hvid=session.hvid,
-                    seid=session.seid,
-                    operations=tuple(sorted(session.operations)),
-                    created_at=session.created_at,
-                    expires_at=session.expires_at,
-                )
-                for session in sessions.all()
-            ),
-        )
 
     # --- in the background
 

@@ -166,6 +166,7 @@ class Limits(Settings):
     longest_deadline: Seconds = 300.0  # a unary call that asks for more is held to this
     stream_batches: Count = 16  # batches of one stream in work at the same time
     streams_per_hypervisor: Count = 256
+    calls_per_hypervisor: Count = 1024  # streams and unary calls at the same time
     message_size: Annotated[int, Field(ge=65536, le=16 * 2**20)] = 2**20
     answers_kept: Seconds = 300.0  # how long a retry gets the first answer
     answers_size: Annotated[int, Field(ge=2**20)] = 256 * 2**20

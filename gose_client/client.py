@@ -21,7 +21,7 @@ from gose_client.channel import OperationsChannel
 from gose_client.connectors import Connectors, explain
 from gose_client.content_keys import ContentKeys
 from gose_client.deadline import Deadline
-from gose_client.errors import GoseClientError, GridRefusedError, GridUnavailableError
+from gose_client.errors import OVERLOAD, GoseClientError, GridRefusedError, GridUnavailableError
 from gose_client.http_connections import HttpConnections
 from gose_client.login import Grant, Logins
 from gose_client.session import VmSession
@@ -131,9 +131,9 @@ class GoseClient:
                     # The login was lost on its way (a restarted grid has forgotten it): from the beginning.
                     beginnings += 1
                     self._logins.forget()
-                elif error.code is not grpc.StatusCode.UNAVAILABLE:
+                elif error.code is not grpc.StatusCode.UNAVAILABLE and error.reason not in OVERLOAD:
                     raise
-                await deadline.pause(error, error.retry_after or 0.0)
+                await deadline.pause_or_refuse(error)
             except GridUnavailableError as error:
                 await deadline.pause(error)
             except (CardError, ApduError) as error:

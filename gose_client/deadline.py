@@ -7,7 +7,7 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator
 
-from gose_client.errors import DeadlineError
+from gose_client.errors import OVERLOAD, DeadlineError, GridRefusedError
 
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 1.0
@@ -39,14 +39,26 @@ class Deadline:
             raise DeadlineError(self.cause) from self.cause
 
     async def pause(self, cause: BaseException, at_least: float = 0.0) -> None:
-        """Waits before the next attempt: longer each time, and not all callers equally long.
+        """Waits before the next attempt: longer each time, ``at_least`` so long (what the grid advised), and not all callers equally long.
 
         Raises DeadlineError if no time is left for it.
         """
         self.cause = cause
-        jitter = 0.5 + secrets.randbelow(1000) / 2000
-        pause = max(self._pause * jitter, at_least)
+        part = secrets.randbelow(1000) / 2000
+        # What the grid said is a minimum; many callers were told the same at the same moment.
+        pause = max(self._pause * (0.5 + part), at_least * (1 + part))
         if pause >= self.left:
             raise DeadlineError(cause) from cause
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
         await asyncio.sleep(pause)
+
+    async def pause_or_refuse(self, error: GridRefusedError) -> None:
+        """Waits as the grid advised. Raises DeadlineError if no time is left for it; ``error`` itself if the grid has too much to do: its
+        advice is worth more to the caller than the news that his time would not have sufficed.
+        """
+        try:
+            await self.pause(error, error.retry_after or 0.0)
+        except DeadlineError:
+            if error.reason in OVERLOAD:
+                raise error from None
+            raise

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import grpc
 
 from secfunet.errors import SecFuNetError
+
+OVERLOAD: Final = frozenset({"SLOT_BUSY", "TOO_MANY_CALLS", "TOO_MANY_STREAMS", "TOO_MANY_SESSIONS", "TOO_MANY_LOGINS"})
+"""The grid's reasons of RESOURCE_EXHAUSTED: nothing was done, and ``retry_after`` says when there will be room."""
 
 
 class GoseClientError(SecFuNetError):

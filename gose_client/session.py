@@ -5,6 +5,7 @@
 | the connection broke, or the grid went away | connect again, with pauses; the same operations with the same request ids |
 | the grid does not know the session any more, or it ended | one new login, however many callers found out; then the same operations |
 | the grid shuts down or cannot write its state, the VM's card is out of service or slow | what it hit, again, as the grid advises |
+| the grid has too much to do (RESOURCE_EXHAUSTED) | what it refused, again, not before it advises; without time for that, its refusal |
 | anything else | the caller is told |
 
 A retry has the request ids of the first attempt, so the grid gives its first answer, and no operation is executed twice.
@@ -24,6 +25,7 @@ import grpc.aio
 from gose_client.channel import CORRELATION_KEY, SESSION_KEY, OperationsChannel
 from gose_client.deadline import Deadline
 from gose_client.errors import (
+    OVERLOAD,
     DeadlineError,
     GoseClientError,
     GridRefusedError,
@@ -42,7 +44,9 @@ _log = logging.getLogger(__name__)
 BATCH: Final = 64  # operations
 _SESSION_GONE: Final = frozenset({"SESSION_UNKNOWN", "SESSION_EXPIRED"})
 # DEADLINE_EXCEEDED is the grid's own bound for a batch: whose time is longer asks again, and gets what was done meanwhile.
-_WORTH_RETRYING: Final = frozenset({"SHUTTING_DOWN", "CARD_UNAVAILABLE", "STATE_UNAVAILABLE", "DEADLINE_EXCEEDED"})
+_WORTH_RETRYING: Final = frozenset(
+    {"SHUTTING_DOWN", "CARD_UNAVAILABLE", "STATE_UNAVAILABLE", "DEADLINE_EXCEEDED", *OVERLOAD}
+)
 _MAX_LOGINS = 3  # in one call: a grid that forgets sessions faster than that is beyond healing
 
 
@@ -184,7 +188,7 @@ class VmSession:
                         logins += 1
                         await self._renew(generation, deadline)
                     elif error.reason in _WORTH_RETRYING:
-                        await deadline.pause(error, error.retry_after or 0.0)
+                        await deadline.pause_or_refuse(error)
                     else:
                         raise
                     continue

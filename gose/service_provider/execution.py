@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from gose.answers import AnswerStore, Question, scope_of
 from gose.errors import Reason, Refusal
 from gose.metrics import Metrics
+from gose.overload import OverloadLog, is_overload
 from gose.service_provider.card_errors import refusal_of
 from gose.service_provider.status import failure_of
 from gose.sessions import Session
@@ -101,8 +102,14 @@ class Executor:
         self._threads = threads
         self._clock = clock
         self._monotonic = monotonic
+        self._overload = OverloadLog()
         self._flights: dict[tuple[bytes, bytes], _Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def in_work(self) -> int:
+        """Batches that wait for their card, are in it, or are being sealed."""
+        return len(self._tasks)
 
     async def close(self, timeout: float) -> None:
         """Waits for what is in work, at most ``timeout`` seconds, and ends the rest."""
@@ -217,7 +224,7 @@ class Executor:
                 else:
                     await self._work_bound(card, card.binding, flight, session, scope, deadline)
 
-            await bank.submit(work, deadline=deadline)
+            await bank.submit(work, deadline=deadline, operations=len(flight.tasks))
             if outputs:
                 await self._seal(flight, session, scope, outputs)
         except Refusal as refusal:
@@ -239,13 +246,17 @@ class Executor:
         """In the slot, the card for ourselves. Ends between two handfuls when the deadline has passed."""
         for begin in range(0, len(flight.tasks), HANDFUL):
             if self._monotonic() >= deadline:
+                card.figures.failed(Reason.DEADLINE_EXCEEDED.value, len(flight.tasks) - begin)
                 return
             handful = flight.tasks[begin : begin + HANDFUL]
+            if begin + HANDFUL >= len(flight.tasks):
+                card.sending_last()
             # Fewer outcomes than operations: the card was lost, which is the last of them.
             for index, outcome in enumerate(await card.client.operate([_request_of(one) for one in handful]), begin):
                 one = flight.tasks[index]
                 if isinstance(outcome, bytes):
                     outputs.append((one, outcome))
+                    card.figures.did()
                     continue
                 refusal = refusal_of(outcome)
                 if isinstance(outcome, CardGoneError):
@@ -253,7 +264,9 @@ class Executor:
                     card.port.is_lost = True
                     for rest in flight.tasks[index:]:
                         flight.outcomes[rest.question.request_id] = refusal
+                    card.figures.failed(refusal.reason.value, len(flight.tasks) - index)
                     return
+                card.figures.failed(refusal.reason.value)
                 if refusal.reason is Reason.CARD_UNAVAILABLE:
                     card.port.is_lost = True
                 flight.outcomes[one.question.request_id] = refusal
@@ -266,17 +279,23 @@ class Executor:
             raise Refusal(Reason.CARD_REFUSED, "the VM's card is bound to another hypervisor", detail=binding.hvid)
         for begin in range(0, len(flight.tasks), HANDFUL):
             if self._monotonic() >= deadline:
+                card.figures.failed(Reason.DEADLINE_EXCEEDED.value, len(flight.tasks) - begin)
                 return
             handful = flight.tasks[begin : begin + HANDFUL]
             operations = tuple(_sealed_operation_of(one) for one in handful)
+            if begin + HANDFUL >= len(flight.tasks):
+                card.sending_last()
             try:
                 answer = await card.client.seal(SealRequest(int(self._clock()), operations))
             except (CardError, ApduError) as error:
                 card.port.is_lost = True
                 for one in flight.tasks[begin:]:
                     flight.outcomes[one.question.request_id] = refusal_of(error)
+                card.figures.failed(refusal_of(error).reason.value, len(flight.tasks) - begin)
                 return
             failed = {request_id: refusal_of(StatusError(sw, KeyIns.SEAL)) for request_id, sw in answer.failures}
+            for refusal in failed.values():
+                card.figures.failed(refusal.reason.value)
             done = [one.question for one in handful if one.question.request_id not in failed]
             flight.outcomes.update(
                 {
@@ -285,6 +304,7 @@ class Executor:
                     if one.question not in done
                 }
             )
+            card.figures.did(len(done))
             if done and answer.container:
                 self._answers.keep(scope, done, answer.container)
                 flight.outcomes.update({question.request_id: answer.container for question in done})
@@ -348,6 +368,14 @@ class Executor:
             refusal = refusals.get(operation.request_id)
             kind = operation.WhichOneof("kind") or "none"
             self._metrics.operations.labels(kind, "OK" if refusal is None else refusal.reason.value).inc()
+        if refusals and not answers and all(map(is_overload, refusals.values())):
+            refused = self._overload.count(Reason.SLOT_BUSY, len(refusals))
+            if refused:
+                log.warning(
+                    "operations refused: their cards have too much to do",
+                    extra={"operations": refused, "session": session.name, "seid": session.seid},
+                )
+            return
         if refusals or log.isEnabledFor(logging.INFO):
             log.log(
                 logging.WARNING if refusals else logging.INFO,

@@ -2,19 +2,21 @@
 
 grpc.aio shows an interceptor no more than method and metadata; the certificate is in the context that the handler gets. So the
 interceptor wraps every handler that there is, those that are added later too; only health is answered without a session.
-Rules, in their order: the connection has a client certificate; the call names one session; the session may be used over this
-connection, now; a unary call has a deadline.
+Rules, in their order: the connection has a client certificate; its hypervisor has not too many calls in work; the call names one session;
+the session may be used over this connection, now; a unary call has a deadline.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import contextvars
 import logging
 import secrets
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -24,6 +26,7 @@ import grpc.aio
 
 from gose.errors import Reason, Refusal
 from gose.metrics import Metrics
+from gose.overload import OverloadLog, is_overload
 from gose.service_provider.status import abort
 from gose.sessions import Session, SessionStore
 from gose.state import state_unavailable
@@ -33,6 +36,7 @@ log = logging.getLogger(__name__)
 
 SESSION_KEY = "secfunet-session"
 CORRELATION_KEY = "secfunet-correlation-id"
+CALLS_RETRY_AFTER = 0.5  # seconds
 _HEALTH = "/grpc.health.v1.Health/"
 _MAX_CORRELATION = 64
 
@@ -57,9 +61,12 @@ def current_caller() -> Caller:
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, unused-ignore] # generic only in some stub versions
     """Wraps each handler once; see the module's docstring."""
 
-    def __init__(self, sessions: SessionStore, metrics: Metrics) -> None:
+    def __init__(self, sessions: SessionStore, metrics: Metrics, *, calls_per_hypervisor: int) -> None:
         self._sessions = sessions
         self._metrics = metrics
+        self._calls_per_hypervisor = calls_per_hypervisor
+        self._calls: Counter[str] = Counter()
+        self._overload = OverloadLog()
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     async def intercept_service(
@@ -77,9 +84,28 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, unused-ignore
             wrapped = self._wrapped[method] = self._wrap(handler, method)
         return wrapped
 
-    def admit(self, context: grpc.aio.ServicerContext[Any, Any], *, needs_deadline: bool) -> Caller:
+    @property
+    def calls(self) -> int:
+        """How many are in work."""
+        return self._calls.total()
+
+    @contextlib.contextmanager
+    def _place(self, hvid: str) -> Iterator[None]:
+        """One call of this hypervisor, while the context lasts. Raises Refusal TOO_MANY_CALLS: before anything was done for it."""
+        if self._calls[hvid] >= self._calls_per_hypervisor:
+            raise Refusal(
+                Reason.TOO_MANY_CALLS, "this hypervisor has too many calls in work", retry_after=CALLS_RETRY_AFTER
+            )
+        self._calls[hvid] += 1
+        try:
+            yield
+        finally:
+            self._calls[hvid] -= 1
+            if not self._calls[hvid]:
+                del self._calls[hvid]
+
+    def admit(self, context: grpc.aio.ServicerContext[Any, Any], hvid: str, *, needs_deadline: bool) -> Caller:
         """Raises Refusal."""
-        hvid = peer_thumbprint(context)
         secret = correlation = ""
         secrets_given = 0
         for key, value in context.invocation_metadata() or ():
@@ -116,9 +142,10 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, unused-ignore
     ) -> Callable[[Any, Any], Awaitable[Any]]:
         async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
-                caller = self.admit(context, needs_deadline=needs_deadline)
-                _caller.set(caller)
-                return await behaviour(request, context)
+                hvid = peer_thumbprint(context)
+                with self._place(hvid):
+                    _caller.set(self.admit(context, hvid, needs_deadline=needs_deadline))
+                    return await behaviour(request, context)
             except Refusal as refusal:
                 self._note(refusal, method, context)
                 await abort(context, refusal)
@@ -134,6 +161,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, unused-ignore
 
     def _note(self, refusal: Refusal, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self._metrics.refusals.labels(refusal.reason.value).inc()
+        refused = self._overload.count(refusal.reason) if is_overload(refusal) else 1
+        if not refused:
+            return
         caller = _caller.get(None)
         metadata = {key: value for key, value in context.invocation_metadata() or () if key == CORRELATION_KEY}
         log.warning(
@@ -141,6 +171,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, unused-ignore
             extra={
                 "method": method,
                 "reason": refusal.reason.value,
+                "calls": refused,
                 "cause": refusal.detail or refusal.message,
                 "peer": context.peer(),
                 "session": caller.session.name if caller else None,

@@ -20,6 +20,8 @@ from secfunet.card.lease import Lease
 
 Result = TypeVar("Result")
 
+FORGOTTEN = "LEASE_FORGOTTEN"  # among a server card's errors: it was taken away from its borrower
+
 
 class Bank:
     """Jobs for one queue of cards. It refuses while every card of it is out of service."""
@@ -37,7 +39,7 @@ class Bank:
         self.name = name
         self._limits = limits
         self._monotonic = monotonic
-        self.queue: JobQueue[ReadyCard] = JobQueue(name, limits.slot_queue, monotonic)
+        self.queue: JobQueue[ReadyCard] = JobQueue(name, limits.slot_queue, monotonic, workers=self._in_service)
         self.slots = [
             Slot(
                 seid,
@@ -65,9 +67,11 @@ class Bank:
         self.queue.close()
         await asyncio.gather(*(slot.close() for slot in self.slots))
 
-    def submit(self, work: Callable[[ReadyCard], Awaitable[Result]], *, deadline: float) -> asyncio.Future[Result]:
+    def submit(
+        self, work: Callable[[ReadyCard], Awaitable[Result]], *, deadline: float, operations: int = 1
+    ) -> asyncio.Future[Result]:
         """Queues ``work``; see JobQueue.put. ``deadline`` (monotonic) is for the waiting: work that has begun ends by itself."""
-        return self.queue.put(work, deadline=deadline)
+        return self.queue.put(work, deadline=deadline, operations=operations)
 
     @contextlib.asynccontextmanager
     async def lease(self, *, timeout: float) -> AsyncIterator[CardClient]:
@@ -97,6 +101,10 @@ class Bank:
                 # What a borrower kept or left half done ends with its connection; the next lease starts from a fresh one.
                 card.port.is_lost |= not is_returned
                 card.port.is_lost |= not await lease.end()
+                if is_returned:
+                    card.figures.did()
+                else:
+                    card.figures.failed(FORGOTTEN)
 
         try:
             job = self.queue.put(lend, deadline=self._monotonic() + timeout)
@@ -123,6 +131,9 @@ class Bank:
             lent.cancel()
             if not given_back.done():
                 given_back.set_result(None)
+
+    def _in_service(self) -> int:
+        return sum(slot.state is SlotState.IN_SERVICE for slot in self.slots)
 
     def _slot_changed(self, slot: Slot) -> None:
         if slot.state is SlotState.IN_SERVICE:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gose.cards import CardWays
 from gose.settings import Limits, SecureElementSettings
 from gose.slots.errors import SlotError
+from gose.slots.figures import CardFigures
 from gose.slots.port import GuardedPort
 from secfunet.apdu import PinError
 from secfunet.card.binding import Binding
 from secfunet.card.client import CardClient
+from secfunet.card.parameters import Segmentation
 from secfunet.card.ready import CardOpener, PinWithheldError
 
 
@@ -26,11 +28,23 @@ class PinRefusedError(SlotError):
 
 @dataclass(frozen=True)
 class ReadyCard:
-    """A card that is ready for work, and the port below its client."""
+    """A card that is ready for work, and the port below its client. ``figures``: where work on it counts its operations; ``sent_last``: see
+    ``sending_last``.
+    """
 
     client: CardClient
     port: GuardedPort
     binding: Binding | None = None
+    figures: CardFigures = field(default_factory=CardFigures)
+    sent_last: Callable[[], None] = lambda: None
+
+    def sending_last(self) -> None:
+        """The job's last commands are about to be sent: those of the next job may follow while the card works on them.
+
+        Only for work that nothing of the next one can disturb: each command is a whole APDU, and so is its answer.
+        """
+        if self.client.segmentation is Segmentation.EXTENDED:
+            self.sent_last()
 
 
 ConnectCard = Callable[[], Awaitable[ReadyCard]]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from gose.errors import GoseError
+
+SHORTEST_RETRY: Final = 0.01  # seconds that a refused caller is told to wait
+LONGEST_RETRY: Final = 30.0
 
 
 class SlotError(GoseError):
@@ -10,13 +15,13 @@ class SlotError(GoseError):
 
 
 class SlotBusyError(SlotError):
-    """The queue before the card is full; ``retry_after`` in seconds."""
+    """The queue before the card is full, or too long for the job's deadline; ``retry_after`` in seconds."""
 
     def __init__(self, name: str, waiting: int, retry_after: float) -> None:
         super().__init__(f"{waiting} jobs already wait for {name}")
         self.name = name
         self.waiting = waiting
-        self.retry_after = retry_after
+        self.retry_after = min(max(SHORTEST_RETRY, retry_after), LONGEST_RETRY)
 
 
 class SlotDeadlineError(SlotError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ class GuardedPort:
     def __init__(self, port: CardPort, *, timeout: float) -> None:
         self._port = port
         self._timeout = timeout
+        self._running: deque[asyncio.Timeout] = deque()
         self.is_lost = False
 
     async def transmit(self, command: bytes) -> bytes:
@@ -48,8 +50,14 @@ class GuardedPort:
             exchange.close()
             raise CardGoneError("the connection to the card was lost")
         try:
-            async with asyncio.timeout(self._timeout):
-                return await exchange
+            async with asyncio.timeout(None) as limit:
+                self._running.append(limit)
+                try:
+                    self._time_the_first()
+                    return await exchange
+                finally:
+                    self._running.remove(limit)
+                    self._time_the_first()
         except TimeoutError:
             self.is_lost = True
             raise CardGoneError(f"the card did not answer within {self._timeout:g} s") from None
@@ -59,6 +67,18 @@ class GuardedPort:
         except CardGoneError:
             self.is_lost = True
             raise
+
+    def _time_the_first(self) -> None:
+        """The time of an exchange begins when the card has answered those before it."""
+        if self._running and self._running[0].when() is None:
+            self._running[0].reschedule(asyncio.get_running_loop().time() + self._timeout)
+
+    def abandon(self) -> None:
+        """The connection is lost: what is under way fails now."""
+        self.is_lost = True
+        for limit in self._running:
+            if not limit.expired():
+                limit.reschedule(asyncio.get_running_loop().time())
 
     async def reset(self, *, cold: bool = False) -> bytes:
         """See CardPort.reset. The card is in no state to serve afterwards, so the connection counts as lost."""

@@ -10,6 +10,7 @@ from gose.metrics import Metrics
 from gose.settings import GoseSettings
 from gose.slots.bank import Bank
 from gose.slots.connect import CardConnector
+from gose.slots.export import CardCollector
 from gose.slots.slot import Admit, Slot, admit_any
 
 SERVER_CARDS = "server cards"
@@ -42,18 +43,19 @@ class Rack:
         )
         for name, vm_bank in [*self._vms.items(), (SERVER_CARDS, self.servers)]:
             metrics.queue_length.labels(name).set_function(vm_bank.queue.__len__)
+        metrics.registry.register(CardCollector(self.slots, lambda: (one.queue for one in self.banks())))
 
     def vm(self, seid: str) -> Bank | None:
         """The queue of a VM's card, or None if the grid has no such card."""
         return self._vms.get(seid)
 
-    def queues(self) -> dict[str, int]:
-        """How many jobs wait, by SEID (VMs' cards) and under SERVER_CARDS."""
-        return {bank.name: len(bank.queue) for bank in (*self._vms.values(), self.servers)}
+    def banks(self) -> tuple[Bank, ...]:
+        """Every queue with its slots; a VM's card's has the card's SEID as its name, the server cards' SERVER_CARDS."""
+        return (*self._vms.values(), self.servers)
 
     def slots(self) -> Iterator[Slot]:
         """Every slot."""
-        for bank in (*self._vms.values(), self.servers):
+        for bank in self.banks():
             yield from bank.slots
 
     async def start(self) -> None:

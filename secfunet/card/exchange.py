@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Awaitable, Callable
 from typing import Final, Generic, Protocol, TypeVar, cast
 
 from secfunet.card.errors import CardGoneError
@@ -13,6 +14,7 @@ ANSWER_TIMEOUT: Final = 120.0
 """A card that has not answered after so many seconds is given up (an RSA-4096 key pair may take tens of them)."""
 
 Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 class Decoder(Protocol[Answer]):
@@ -21,20 +23,40 @@ class Decoder(Protocol[Answer]):
     def feed(self, untrusted: bytes) -> list[Answer]: ...
 
 
+class _Request(Generic[Answer]):
+    """One or several frames that are out, and the answers to them that came."""
+
+    def __init__(self, answers: int) -> None:
+        self.missing = answers
+        self.answers: list[Answer] = []
+        self.result: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
+        self.over = asyncio.Event()
+
+    def end(self, error: Exception) -> None:
+        """It has the answers that came; ``error`` if none did."""
+        if not self.result.done():
+            if self.answers:
+                self.result.set_result(self.answers)
+            else:
+                self.result.set_exception(error)
+        self.over.set()
+
+
 class FramedCard(asyncio.Protocol, Generic[Answer]):
-    """What ports over a stream share. At most one request is out; the next one waits for its answers, wanted or not.
+    """What ports over a stream share. At most ``max_out`` requests are out: the one that the card works on, and those that may follow it.
+    One whose caller was cancelled is waited for, and its answers dropped, before the next goes out.
 
     ``name`` is what errors call the card.
     """
+
+    max_out = 1
 
     def __init__(self, name: str, decoder: Decoder[Answer], answer_timeout: float) -> None:
         self._name = name
         self._answer_timeout = answer_timeout
         self._decoder = decoder
         self._turn = asyncio.Lock()
-        self._answer: asyncio.Future[list[Answer]] | None = None
-        self._answers: list[Answer] = []
-        self._missing = 0  # answers to the request that is out
+        self._out: deque[_Request[Answer]] = deque()
         self._transport: asyncio.Transport | None = None
         self._lost = asyncio.get_running_loop().create_future()
 
@@ -50,56 +72,40 @@ class FramedCard(asyncio.Protocol, Generic[Answer]):
             self.abort()
             return
         for answer in answers:
-            if not self._missing:
+            if not self._out:
                 self.abort()  # an answer that nobody asked for: we no longer know what answers what
                 return
-            self._answers.append(answer)
-            self._missing -= 1
-            if not self._missing:
-                self._settle_answer()
+            request = self._out[0]
+            request.answers.append(answer)
+            request.missing -= 1
+            if not request.missing:
+                self._out.popleft().end(self.gone())
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self._missing = 0
-        self._settle_answer()
+        while self._out:
+            self._out.popleft().end(self.gone())
         if not self._lost.done():
             self._lost.set_result(None)
-
-    def _settle_answer(self) -> None:
-        """The request is over: it has the answers that came, or it fails if none did."""
-        answer, self._answer = self._answer, None
-        answers, self._answers = self._answers, []
-        if answer is None or answer.done():
-            return
-        if answers:
-            answer.set_result(answers)
-        else:
-            answer.set_exception(self.gone())
 
     # For ports
 
     async def request(self, frames: bytes, answers: int = 1) -> list[Answer]:
         """Sends ``frames`` and returns the ``answers`` to them, or those that came before the connection was lost. Raises CardGoneError."""
         async with self._turn:
-            await self._settle()
+            while self._out and (len(self._out) >= self.max_out or any(one.result.cancelled() for one in self._out)):
+                await self._wait_for(self._out[0].over.wait())
             if self._transport is None:
                 raise self.gone()
-            self._answer = answer = asyncio.get_running_loop().create_future()
-            self._missing = answers
+            request: _Request[Answer] = _Request(answers)
+            self._out.append(request)
             self._transport.write(frames)
-            return await self._wait_for(answer)
+        return await self._wait_for(request.result)
 
-    async def _settle(self) -> None:
-        """Waits for the answer to a request whose caller was cancelled, and drops it."""
-        while (answer := self._answer) is not None:
-            if answer.cancelled():
-                self._answer = answer = asyncio.get_running_loop().create_future()
-            await self._wait_for(answer)
-
-    async def _wait_for(self, answer: asyncio.Future[list[Answer]]) -> list[Answer]:
+    async def _wait_for(self, something: Awaitable[Result]) -> Result:
         try:
             async with asyncio.timeout(self._answer_timeout):
-                return await answer
+                return await something
         except TimeoutError:
             self.abort()
             raise self.gone() from None

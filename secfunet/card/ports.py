@@ -7,7 +7,8 @@ from typing import Protocol, runtime_checkable
 
 
 class CardPort(Protocol):
-    """One exclusive connection to one card. Commands are carried one after another, in the order of the calls.
+    """One exclusive connection to one card. Commands are carried one after another, in the order of the calls; the next one may be on its
+    way before the last is answered.
 
     Every method raises CardGoneError once the connection is lost. A cancelled call does not stop the card: its answer is awaited and
     dropped before the next command is sent.

@@ -16,6 +16,8 @@ from secfunet.card.vpcd import Control, FrameDecoder, encode_control, encode_fra
 class _UnixCard(FramedCard[bytes]):
     """Implements PipeliningPort."""
 
+    max_out = 2
+
     def __init__(self, path: Path, answer_timeout: float) -> None:
         super().__init__(f"the card at {path}", FrameDecoder(), answer_timeout)
         self.is_powered = False

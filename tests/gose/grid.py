@@ -268,16 +268,23 @@ async def new_grid(
     servers: int = 2,
     server_names: Sequence[str] = (),
     card_settings: str = "",
+    vm_cards: str = "",
 ) -> AsyncIterator[TestGrid]:
     """Makes an authority, starts and personalises the cards: one a VM (SEID se-NAME), some server cards.
 
-    ``server_names`` stand in the server cards' certificates as well; ``card_settings``: more lines of TOML for each card.
+    ``server_names`` stand in the server cards' certificates as well; ``card_settings``: more lines of TOML for each card,
+    ``vm_cards``: for those of VMs.
     """
     async with contextlib.AsyncExitStack() as stack:
         ports = free_ports(4)
         seids = {f"se-{name}": "vm" for name in vms} | {f"server-{number}": "server" for number in range(servers)}
         started = await asyncio.gather(
-            *(stack.enter_async_context(running_card(folder, name=seid, settings=card_settings)) for seid in seids)
+            *(
+                stack.enter_async_context(
+                    running_card(folder, name=seid, settings=card_settings + (vm_cards if role == "vm" else ""))
+                )
+                for seid, role in seids.items()
+            )
         )
         cards = dict(zip(seids, started, strict=True))
         settings = GoseSettings.model_validate(

@@ -442,7 +442,8 @@ async def test_a_full_queue_says_so(grid: TestGrid) -> None:
             await _call(stub, session, timeout=60)  # the card is in service before it hangs
             process.send_signal(signal.SIGSTOP)
             try:
-                waiting = [asyncio.create_task(_call(stub, session, timeout=60)) for _ in range(3)]
+                # Two are in the card, or on their way to it.
+                waiting = [asyncio.create_task(_call(stub, session, timeout=60)) for _ in range(4)]
                 bank = service.rack.vm("se-vm-1")
                 assert bank is not None
                 for _ in range(2000):

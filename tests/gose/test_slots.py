@@ -225,6 +225,98 @@ async def test_an_idle_card_that_hangs_is_noticed(bank: Bank, cards: list[CardPr
     await settle(lambda: bank.slots[0].state is SlotState.IN_SERVICE)
 
 
+async def sign_ahead(card: ReadyCard) -> bytes:
+    """As the service provider's jobs do: the next one's command may follow."""
+    card.sending_last()
+    return await sign(card)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def slow_bank(tmp_path: Path) -> AsyncIterator[tuple[Bank, CardProcess]]:
+    """A card that takes 50 ms for a signature."""
+    settings = "[benchmark_latency]\nprivate_key = 0.05\nkey_pair = 0\ncommand = 0"
+    async with running_card(tmp_path, settings=settings) as card:
+        await personalise(card, CertificateAuthority(), "vm", algorithm=KeyAlgorithm.P_256)
+        bank = bank_of([card])
+        await bank.start()
+        yield bank, card
+        await bank.close()
+
+
+async def test_a_busy_card_has_its_next_job_already(slow_bank: tuple[Bank, CardProcess]) -> None:
+    """One more, and not two: what waits in the queue can still be refused, cancelled, or go elsewhere."""
+    bank, _ = slow_bank
+    under_way: list[int] = []
+    most = 0
+
+    def job(number: int) -> Callable[[ReadyCard], Awaitable[int]]:
+        async def work(card: ReadyCard) -> int:
+            nonlocal most
+            under_way.append(number)
+            most = max(most, len(under_way))
+            card.sending_last()
+            assert await sign(card)
+            assert under_way[0] == number, "first in, first out"
+            under_way.remove(number)
+            return number
+
+        return work
+
+    assert await asyncio.gather(*(bank.submit(job(number), deadline=soon()) for number in range(4))) == [0, 1, 2, 3]
+    assert most == 2
+    figures = bank.slots[0].figures
+    worked = figures.worked.quantiles()
+    assert worked is not None
+    assert 0.04 < worked.p50 < 0.09, "a job's time in the card does not count what it waited there for the one before"
+
+
+async def test_work_that_does_not_say_so_is_alone(slow_bank: tuple[Bank, CardProcess]) -> None:
+    bank, _ = slow_bank
+    ahead = bank.submit(sign_ahead, deadline=soon())
+    async with bank.lease(timeout=5) as card:
+        assert ahead.done() or not await asyncio.sleep(0.2)
+        behind = bank.submit(sign_ahead, deadline=soon())
+        await card.state()
+        assert not behind.done()
+        await asyncio.sleep(0.1)
+        assert not behind.done()
+    assert await ahead
+    assert await behind
+
+
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_card_dies_with_two_jobs(slow_bank: tuple[Bank, CardProcess], death: signal.Signals) -> None:
+    bank, card = slow_bank
+    jobs = [bank.submit(sign_ahead, deadline=soon()) for _ in range(2)]
+    third = bank.submit(sign_ahead, deadline=soon())
+    await asyncio.sleep(0.02)
+    assert card.process is not None
+    card.process.send_signal(death)
+    for job in jobs:
+        with pytest.raises(CardUnavailableError):
+            await asyncio.wait_for(job, 2)
+    with pytest.raises(CardUnavailableError):
+        await asyncio.wait_for(third, 3)
+    await settle(lambda: bank.slots[0].state is SlotState.OUT_OF_SERVICE)
+    if death is signal.SIGSTOP:
+        card.process.send_signal(signal.SIGCONT)
+    else:
+        await card.process.wait()
+        await restart(card)
+    await settle(lambda: bank.slots[0].state is SlotState.IN_SERVICE, timeout=20)
+    assert await bank.submit(sign_ahead, deadline=soon())
+
+
+async def test_a_bank_is_closed_with_two_jobs_in_the_card(slow_bank: tuple[Bank, CardProcess]) -> None:
+    bank, _ = slow_bank
+    jobs = [bank.submit(sign_ahead, deadline=soon()) for _ in range(2)]
+    await asyncio.sleep(0.02)
+    await bank.close()
+    for job in jobs:
+        with pytest.raises((CardUnavailableError, SlotClosedError)):
+            await job
+
+
 async def test_a_wrong_pin_is_tried_once(cards: list[CardProcess], short_folder: Path) -> None:
     pin_file = short_folder / "pin"
     pin_file.touch(0o600)
