@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST_WORKERS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-xen check format bench bench-xen lock clean deb release testbed testbed-up testbed-down testbed-clean
+.PHONY: help setup demo test soak test-xen check format bench bench-xen lock clean deb release testbed testbed-up testbed-down testbed-clean
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ demo: setup ## run the main job: a VM signs with a key that it never holds (KEEP
 
 test: setup ## run all tests (ARGS="..." goes to pytest)
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadscope $(ARGS)
+
+soak: setup ## 100,000 operations through the whole chain while cards die at random (ARGS="..." goes to pytest)
+	@$(BIN)/python -m pytest -m long -v --log-cli-level INFO --timeout 7200 tests/e2e/test_deaths.py $(ARGS)
 
 test-xen: setup ## run the whole chain on a real Xen host under QEMU (TESTS=tests/xen/FILE; ARGS="..." goes to pytest)
 	@$(BIN)/python -m pytest -m xen -v --timeout 3600 $(or $(TESTS),tests/xen) $(ARGS)
