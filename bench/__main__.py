@@ -14,7 +14,7 @@ from bench import limits, readers, tandem
 from bench.plan import Plan
 from bench.rows import table, to_json
 
-GROUPS = ("limits", "readers", "tandem", "login", "chain", "memory")
+GROUPS = ("limits", "readers", "tandem", "login", "chain", "load", "memory")
 ON_XEN = "xen"  # minutes on a testbed of its own: only if it is asked for
 
 
@@ -45,6 +45,11 @@ async def _measure(plan: Plan, chosen: list[str]) -> list[str]:
 
             await measure(plan, stage)
 
+        async def load() -> None:
+            from bench.load import measure
+
+            await measure(plan)
+
         async def memory() -> None:
             from bench.memory import measure
 
@@ -60,6 +65,7 @@ async def _measure(plan: Plan, chosen: list[str]) -> list[str]:
         await group("tandem", lambda: tandem.measure(plan))
         await group("login", login)
         await group("chain", chain)
+        await group("load", load)
         await group("memory", memory)  # last: it starts daemons anew
         await group(ON_XEN, xen)
     return problems

@@ -49,6 +49,13 @@ class Row:
         text = f"at least {share:.0%} of '{self.compared_with}'"
         return replace(self, aim=Aim(text, self.ratio >= share, f"{share - self.ratio:.1%} points"))
 
+    def at_most(self, factor: float) -> Row:
+        """With the aim that the ratio be at most ``factor``."""
+        if self.ratio is None:
+            raise ValueError("a row without a ratio has no aim for it")
+        text = f"at most {factor:g} times '{self.compared_with}'"
+        return replace(self, aim=Aim(text, self.ratio <= factor, f"{self.ratio - factor:.2f} times"))
+
     def below(self, bound: float) -> Row:
         """With the aim that the median be below ``bound``."""
         text = f"below {bound:g} {self.unit}"
