@@ -25,7 +25,7 @@ from secfunet.gose.v1 import operation_pb2
 from secfunet.operation import OperationError, check_key
 from secfunet.service.files import private_folder
 from vm_agent.enrolment import Enrolment, EnrolmentStore, enrol
-from vm_agent.errors import AgentError, EnrolmentRefusedError, JoinError, NotEnrolledError, RequestError
+from vm_agent.errors import AgentError, EnrolmentRefusedError, NotEnrolledError, RequestError
 from vm_agent.identity import VmIdentity
 from vm_agent.join import JoinInformation
 from vm_agent.join_source import join_source
@@ -45,6 +45,10 @@ STOP_GRACE = 2.0  # seconds that local calls may still take after SIGTERM
 SERVICE = local_pb2.DESCRIPTOR.services_by_name["LocalService"].full_name
 
 
+Found = tuple[Enrolment, VmIdentity | None]
+"""An enrolment, and who the VM is if dom0 said so with it."""
+
+
 class AgentService:
     """``async with AgentService(options)`` is a running agent; see ``local_api.AgentCore`` for what it offers to its API."""
 
@@ -57,6 +61,8 @@ class AgentService:
         self._stack = AsyncExitStack()
         self._client: MiddlewareClient | None = None
         self._problem: AgentError = NotEnrolledError("the agent has not enrolled yet")
+        self._is_enrolling = False
+        self._kept = ""  # digest of the join information that the kept enrolment came from
         self._refused: tuple[str, AgentError] | None = None  # digest of join information that will never do, and why
         self._health = health.HealthServicer()
         self._door: LocalDoor | None = None
@@ -151,6 +157,7 @@ class AgentService:
     async def _live(self) -> None:
         """Enrols, serves until the certificate ends or dom0 hands over new join information, and so on."""
         pause = FIRST_PAUSE
+        found: Found | None
         while True:
             try:
                 found = await self._enrolled()
@@ -163,35 +170,38 @@ class AgentService:
                 pause = min(pause * 2, LONGEST_PAUSE)
                 continue
             pause = FIRST_PAUSE
-            await self._serve_enrolled(*found)
+            while found is not None:
+                found = await self._serve_enrolled(*found)
             self._problem = NotEnrolledError(
                 "the agent's certificate has ended: dom0 must hand this domain a new join secret (start the domain again)"
             )
 
-    async def _serve_enrolled(self, enrolment: Enrolment, identity: VmIdentity | None) -> None:
+    async def _serve_enrolled(self, enrolment: Enrolment, identity: VmIdentity | None) -> Found | None:
+        """Serves with it until it ends, or until a newer one is there, which is returned."""
         client = MiddlewareClient(
             enrolment,
             self._options,
             target=await self._transport.target(enrolment.agent),
-            save=self._store.save,
+            save=self._save_renewed,
             identity=identity,
             clock=self._clock,
         )
         async with client:
             self._client = client
             self._settled.set()
-            waits = [
-                asyncio.create_task(client.ended()),
-                asyncio.create_task(self._invited(enrolment)),
-            ]
+            ended = asyncio.create_task(client.ended())
+            again = asyncio.create_task(self._enrolled_again(enrolment))
             told = asyncio.create_task(self._follow(client))
             try:
-                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((ended, again), return_when=asyncio.FIRST_COMPLETED)
+                if self._is_enrolling:
+                    await asyncio.wait((again,), timeout=ENROL_TIMEOUT)  # its secret may be spent already
             finally:
                 self._client = None
-                for task in (*waits, told):
+                for task in (ended, again, told):
                     task.cancel()
         await self._tell_health(False)
+        return again.result() if again.done() and not again.cancelled() else None
 
     async def _follow(self, client: MiddlewareClient) -> None:
         while True:
@@ -199,16 +209,32 @@ class AgentService:
             await self._tell_health(client.connected)
             await client.changed.wait()
 
-    async def _invited(self, enrolment: Enrolment) -> None:
-        """Returns when there is join information that this enrolment did not come from."""
+    async def _enrolled_again(self, enrolment: Enrolment) -> Found:
+        """Waits for join information that this enrolment did not come from, and enrols with it, beside what is served.
+
+        What is served is not disturbed until that has worked: dom0 may be slow, or away again.
+        """
+        pause, problem = INVITED_PAUSE, ""
         while True:
-            await asyncio.sleep(INVITED_PAUSE)
-            with contextlib.suppress(JoinError):
+            await asyncio.sleep(pause)
+            try:
                 join = await asyncio.to_thread(self._join.read)
                 if join is not None and join.digest != enrolment.join_digest and not self._was_refused(join):
-                    return
+                    return await self._accept(join)
+            except AgentError as error:
+                if str(error) != problem:
+                    problem = str(error)
+                    log.warning("not enrolled again: %s", error, extra={"reason": error.reason, "detail": error.detail})
+                pause = min(pause * 2, LONGEST_PAUSE)
+            else:
+                pause = INVITED_PAUSE
 
-    async def _enrolled(self) -> tuple[Enrolment, VmIdentity | None]:
+    def _save_renewed(self, renewed: Enrolment) -> None:
+        """Not if a newer invitation of dom0 was taken meanwhile: the old one must not come back after a restart."""
+        if renewed.join_digest == self._kept:
+            self._store.save(renewed)
+
+    async def _enrolled(self) -> Found:
         """The kept enrolment if it still serves, else a new one. Raises an AgentError that says what is missing."""
         kept: Enrolment | None = None
         problem: AgentError = NotEnrolledError(
@@ -232,16 +258,21 @@ class AgentService:
             problem = error
         if kept is None or kept.expires_at <= self._clock():
             raise problem
+        self._kept = kept.join_digest
         log.info("enrolled before", extra={"uuid": kept.uuid, "expires_at": kept.expires_at})
         return kept, None
 
-    async def _accept(self, join: JoinInformation) -> tuple[Enrolment, VmIdentity | None]:
+    async def _accept(self, join: JoinInformation) -> Found:
+        self._is_enrolling = True
         try:
             target = await self._transport.target(join.enrol)
             enrolment, identity = await enrol(join, target=target, now=self._clock(), timeout=ENROL_TIMEOUT)
         except EnrolmentRefusedError as error:
             self._refused = join.digest, error  # attempts are bounded at the other end, and this one will never do
             raise
+        finally:
+            self._is_enrolling = False
+        self._kept = enrolment.join_digest
         self._store.save(enrolment)
         if not self._join.erase():
             log.warning("used join information could not be removed", extra={"path": self._join.where})

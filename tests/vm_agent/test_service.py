@@ -114,6 +114,22 @@ async def test_a_domain_that_is_paused_enrols_later_with_the_same_secret(
     assert (middleware.paused, middleware.enrolments) == (0, 1)
 
 
+async def test_a_new_invitation_disturbs_nothing_until_it_is_accepted(
+    middleware: MiddlewareDouble, options: AgentOptions
+) -> None:
+    async with running(options) as (service, stub):
+        await eventually(lambda: service.status().connected)
+        client = service._client
+        middleware.paused = 2
+        middleware.invite()
+        while middleware.paused:
+            assert service._client is client
+            assert (await stub.Sign(SIGN, timeout=5)).signature
+            await asyncio.sleep(0.02)
+        await eventually(lambda: middleware.enrolments == 2 and service.status().connected)
+        assert (await stub.Sign(SIGN, timeout=5)).signature
+
+
 async def test_a_wrong_join_secret_is_presented_once(middleware: MiddlewareDouble, options: AgentOptions) -> None:
     middleware.join_secret = bytes(32)  # not what join.json says
     async with running(options) as (service, stub):
