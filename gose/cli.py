@@ -17,11 +17,9 @@ from gose.authority.errors import (
     IssuanceError,
     TokenNotIssuedError,
 )
-from gose.commands import authority, binding, enrolment, running, tokens
-from gose.racs.cli import racs_app
+from gose.commands import authority, binding, enrolment, racs, running, tokens, users
 from gose.racs.tls import TlsFilesError
 from gose.registry import AlreadyEnrolledError, NotEnrolledError
-from gose.users_cli import user_app
 from secfunet.apdu import ApduError
 from secfunet.card.errors import CardBusyError, CardError, CardFormatError, CardGoneError
 from secfunet.identity import IdentityError
@@ -37,8 +35,8 @@ app = typer.Typer(
 )
 for _module in (authority, enrolment, binding, tokens, running):
     app.add_typer(_module.app)
-app.add_typer(racs_app, name="racs")
-app.add_typer(user_app, name="user")
+app.add_typer(racs.app, name="racs")
+app.add_typer(users.app, name="user")
 
 
 @app.callback()

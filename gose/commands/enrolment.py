@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from gose.authority import AuthorityFolder, CardAccess, EnrolmentOrder, enrol, sign_request
-from gose.authority.errors import EnrolmentError
 from gose.commands.options import (
     CONFIG,
     CertificateOption,
@@ -22,6 +19,7 @@ from gose.commands.options import (
     SecureElementOption,
     ValidOption,
 )
+from gose.commands.requests import read_request
 from gose.commands.resources import access_to, element_of, holder, server_names
 from gose.registry import Identity, open_registry
 from gose.settings import GoseSettings
@@ -75,10 +73,7 @@ def sign_hypervisor(
 ) -> None:
     """Enrol the hypervisor whose card lies on another host, by that card's request; 'secure-element install' takes the certificate."""
     settings = load_settings(GoseSettings, config)
-    try:
-        der = x509.load_pem_x509_csr(request.read_bytes()).public_bytes(Encoding.DER)
-    except ValueError as error:
-        raise EnrolmentError(f"{request} is no PKCS#10 request: {error}") from None
+    der = read_request(request)
     order = EnrolmentOrder(holder(Role.HYPERVISOR, name), "hypervisor", KeyAlgorithm.RSA_2048, valid, replace=replace)
     authority = AuthorityFolder(settings.authority).certificate_authority
     with open_registry(settings.database) as registry:

@@ -7,30 +7,22 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from gose.authority import AuthorityFolder
-from gose.authority.certificate_authority import check_request
-from gose.authority.errors import IssuanceError
-from gose.authority.folder import DAY
+from gose.commands.options import CONFIG, ConfigOption
+from gose.commands.requests import certify
 from gose.registry import open_registry
 from gose.settings import GoseSettings
 from secfunet.container import ContainerProfile
-from secfunet.identity import Holder, Role, check_name, der_of, load_certificate, pem_of, thumbprint
+from secfunet.identity import Holder, Role, check_name, load_certificate
 from secfunet.service.files import read_secret, write_atomically
 from secfunet.service.settings import load_settings
 from secfunet.user_token import MAX_VALUE
 
-user_app = typer.Typer(help="People who have a card, and the tokens in it.", no_args_is_help=True)
-
-ConfigOption = Annotated[
-    Path, typer.Option("--config", envvar="GOSE_CONFIG", help="The grid's settings (TOML).", show_default=True)
-]
-CONFIG = Path("gose.toml")
+app = typer.Typer(help="People who have a card, and the tokens in it.", no_args_is_help=True)
 
 
-@user_app.command()
+@app.command()
 def sign(
     name: str,
     request: Annotated[Path, typer.Option(help="What 'secure-element request' wrote beside the card.", exists=True)],
@@ -39,19 +31,11 @@ def sign(
     config: ConfigOption = CONFIG,
 ) -> None:
     """Certify the card of a user by its request; 'secure-element install' takes the certificate. Its key is RSA."""
-    holder = Holder(Role.USER, check_name(name))
-    settings = load_settings(GoseSettings, config)
-    authority = AuthorityFolder(settings.authority).certificate_authority
-    try:
-        der = x509.load_pem_x509_csr(request.read_bytes()).public_bytes(Encoding.DER)
-    except ValueError as error:
-        raise IssuanceError(f"{request} is no PKCS#10 request: {error}") from None
-    certificate = der_of(authority.issue(holder, check_request(der, holder), now=time.time(), valid=days * DAY))
-    write_atomically(out, pem_of(certificate), mode=0o644)
-    typer.echo(f"user {name} is certified: {thumbprint(certificate)}")
+    found = certify(load_settings(GoseSettings, config), Holder(Role.USER, check_name(name)), request, out, days=days)
+    typer.echo(f"user {name} is certified: {found}")
 
 
-@user_app.command("issue-token")
+@app.command("issue-token")
 def issue_token(
     token: Annotated[str, typer.Argument(metavar="TOKEN", help="What the card is to call it.")],
     certificate: Annotated[Path, typer.Option(help="Certificate (PEM) of the card for which it is.", exists=True)],
@@ -75,7 +59,7 @@ def issue_token(
     typer.echo(f"{out}: {len(container)} bytes; load containers in the order in which they were made")
 
 
-@user_app.command("token-authority")
+@app.command("token-authority")
 def token_authority(
     out: Annotated[
         Path, typer.Option("--out", help="Where to write the public key (PEM): for 'secure-element token trust'.")
