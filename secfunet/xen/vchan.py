@@ -18,7 +18,11 @@ from secfunet.xen.libraries import load
 
 PACKAGE = "libxenmisc4.17"
 RING_SIZE = 16384  # bytes, each way: 9 pages a channel; dom0's xen_gntalloc allows 1024 pages in all unless it is told otherwise
-_OPEN, _NO_CLIENT_YET = 1, 2  # libxenvchan_is_open; all else means closed: after a migration, 255 was seen
+_CLOSED, _OPEN, _NO_CLIENT_YET = (
+    0,
+    1,
+    2,
+)  # libxenvchan_is_open; a guest that was migrated sees 255: its pages lead nowhere
 _CHUNK = 65536
 
 
@@ -39,8 +43,9 @@ class _Head(ctypes.Structure):
 class Vchan:
     """One end of a channel. Not for several tasks that read, or that write, at once."""
 
-    def __init__(self, library: ctypes.CDLL, handle: int) -> None:
+    def __init__(self, library: ctypes.CDLL, handle: int, *, is_client: bool) -> None:
         self._library = library
+        self._is_client = is_client
         self._handle: int | None = handle
         self._changed = asyncio.Event()
         self._buffer = ctypes.create_string_buffer(_CHUNK)
@@ -57,6 +62,7 @@ class Vchan:
             library,
             lambda: library.libxenvchan_server_init(None, domain_id, path.encode(), ring_size, ring_size),
             f"no channel can be made for domain {domain_id}",
+            is_client=False,
         )
 
     @classmethod
@@ -67,10 +73,11 @@ class Vchan:
             library,
             lambda: library.libxenvchan_client_init(None, domain_id, path.encode()),
             f"the channel of domain {domain_id} at {path} cannot be opened",
+            is_client=True,
         )
 
     @classmethod
-    async def _make(cls, library: ctypes.CDLL, init: Any, what: str) -> Self:
+    async def _make(cls, library: ctypes.CDLL, init: Any, what: str, *, is_client: bool) -> Self:
         def call() -> tuple[int | None, int]:
             # errno is a thread's own.
             ctypes.set_errno(0)
@@ -90,7 +97,7 @@ class Vchan:
             raise
         if not handle:
             raise VchanError(f"{what}: {os.strerror(code) if code else 'refused'}", code)
-        return cls(library, handle)
+        return cls(library, handle, is_client=is_client)
 
     @property
     def is_open(self) -> bool:
@@ -130,11 +137,14 @@ class Vchan:
                 await self._change()
 
     async def close(self) -> None:
-        """Unmaps the rings and tells the peer. Does nothing the second time."""
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            self._loop.remove_reader(self._descriptor)
-            self._changed.set()
+        """Unmaps the rings and tells the peer. Does nothing the second time.
+
+        A client whose pages lead nowhere abandons the channel. Not a server: what it reads there its client has written, which could have
+        it keep page after page.
+        """
+        if self._is_client and self._state() not in (_CLOSED, _OPEN, _NO_CLIENT_YET):
+            self.abandon()
+        elif (handle := self._let_go()) is not None:
             await asyncio.shield(asyncio.to_thread(self._library.libxenvchan_close, handle))
 
     def abandon(self) -> None:
@@ -143,10 +153,14 @@ class Vchan:
         For a guest that was migrated with the channel open: to close it hits a BUG in Linux (6.1, drivers/xen/evtchn.c: the event channel
         is not bound any more), which kills the thread that does.
         """
-        if self._handle is not None:
-            self._handle = None
+        self._let_go()
+
+    def _let_go(self) -> int | None:
+        handle, self._handle = self._handle, None
+        if handle is not None:
             self._loop.remove_reader(self._descriptor)
             self._changed.set()
+        return handle
 
     def _state(self) -> int:
         return int(self._library.libxenvchan_is_open(self._handle)) if self._handle is not None else 0

@@ -20,6 +20,8 @@ class Library:
     def __init__(self) -> None:
         self.memory = ctypes.create_string_buffer(b"\xff" * 88, 88)
         self.descriptor = os.eventfd(0)
+        self.state = 1
+        self.closed = False
 
     def libxenvchan_server_init(self, *_: object) -> int:
         return ctypes.addressof(self.memory)
@@ -29,7 +31,11 @@ class Library:
     def libxenvchan_fd_for_select(self, _: int) -> int:
         return self.descriptor
 
+    def libxenvchan_is_open(self, _: int) -> int:
+        return self.state
+
     def libxenvchan_close(self, _: int) -> None:
+        self.closed = True
         os.close(self.descriptor)
 
 
@@ -46,3 +52,24 @@ def test_no_call_waits_whatever_was_in_the_memory_of_the_channel(monkeypatch: py
         await made.close()
 
     asyncio.run(make())
+
+
+@pytest.mark.parametrize(
+    ("end", "state", "closed"), [("client", 255, False), ("client", 0, True), ("server", 255, True)]
+)
+def test_a_guest_does_not_close_what_its_migration_took_away(
+    monkeypatch: pytest.MonkeyPatch, end: str, state: int, closed: bool
+) -> None:
+    """Linux in the guest has a BUG there. A server does close: what it reads its client has written."""
+    library = Library()
+    monkeypatch.setattr(vchan, "_library", lambda: library)
+
+    async def make() -> None:
+        made = await (vchan.Vchan.serve(1, "/path") if end == "server" else vchan.Vchan.connect(0, "path"))
+        library.state = state
+        await made.close()
+        await made.close()
+        assert await made.read() == b""
+
+    asyncio.run(make())
+    assert library.closed is closed
