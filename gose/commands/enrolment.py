@@ -128,18 +128,23 @@ def enrol_cards(
     out: Annotated[Path, typer.Option("--out", help="Folder for the certificates, NAME.pem.", file_okay=False)],
     key: KeyOption = "rsa-2048",  # type: ignore[assignment]  # typer parses the default, too
     valid: ValidOption = "365d",  # type: ignore[assignment]  # likewise
+    replace: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SEID", help="One that has a new key made, its certificate notwithstanding (repeatable)."),
+    ] = None,
     config: ConfigOption = CONFIG,
 ) -> None:
     """Enrol every secure element of the settings that has no certificate in the folder yet, each under its SEID."""
     settings = load_settings(GoseSettings, config)
+    anew = set(replace or ())
+    if unknown := anew - {element.seid for element in settings.secure_elements}:
+        raise typer.BadParameter(f"the settings have no secure element '{min(unknown)}'", param_hint="--replace")
     for element in settings.secure_elements:
         certificate = out / f"{element.seid}.pem"
-        if certificate.exists():
+        if certificate.exists() and element.seid not in anew:
             continue
-        if element.role == "server":
-            enrol_server(element.seid, element.seid, certificate, key, valid, config=config)
-        else:
-            enrol_vm(element.seid, element.seid, certificate, key, valid, config=config)
+        enrol_one = enrol_server if element.role == "server" else enrol_vm
+        enrol_one(element.seid, element.seid, certificate, key, valid, replace=element.seid in anew, config=config)
 
 
 def _enrol(settings: GoseSettings, order: EnrolmentOrder, access: CardAccess, out: Path | None) -> None:

@@ -12,7 +12,7 @@ import pytest
 from gose.authority import AuthorityFolder
 from gose.commands.options import parse_duration
 from gose.registry import Registry
-from secfunet.identity import Role, load_certificate, role_of, thumbprint
+from secfunet.identity import Holder, Role, load_certificate, role_of, thumbprint
 from secfunet.service.cli import ExitCode
 from secfunet.vm_auth_token import TokenVerifier, unverified_claims
 from tests.gose_authority.conftest import Gose
@@ -127,6 +127,42 @@ async def test_an_administrators_day(gose: Gose, tmp_path: Path) -> None:
             assert running_grid.is_identity_revoked(Role.HYPERVISOR, hvid)
         assert gose("issue-token", "--vm", "web", "--hypervisor", "host").returncode == ExitCode.REFUSED
         assert "revoked" in gose("status").stdout
+
+
+@pytest.mark.e2e
+async def test_all_cards_of_the_settings_are_enrolled_and_a_lost_one_anew(gose: Gose, tmp_path: Path) -> None:
+    """The card of a VM is lost and its name revoked: only who says --replace gives the name another key."""
+    folder, out = tmp_path / "cards", tmp_path / "certificates"
+    folder.mkdir()
+    everything = ("enrol-cards", "--key", "p-256", "--out", str(out))
+    async with running_card(folder, name="web") as web, running_card(folder, name="login") as login:
+        (tmp_path / "gose.toml").write_text(
+            "".join(
+                f'[[secure_elements]]\nseid = "{name}"\nsocket = "{card.socket}"\nrole = "{role}"\n'
+                f'user_pin_file = "{card.user_pin_file}"\nadministrator_keys_file = "{card.keys_file}"\n'
+                for name, role, card in (("web", "vm", web), ("login", "server", login))
+            )
+        )
+        assert gose("init").returncode == 0
+        out.mkdir(mode=0o700)
+        assert gose(*everything).returncode == 0
+        first = {path.name: path.read_bytes() for path in out.iterdir()}
+        assert sorted(first) == ["login.pem", "web.pem"]
+        assert gose(*everything).returncode == 0
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == first
+
+        assert gose("revoke", "vm", "web").returncode == 0
+        (out / "web.pem").unlink()
+        refused = gose(*everything)
+        assert (refused.returncode, sorted(path.name for path in out.iterdir())) == (ExitCode.REFUSED, ["login.pem"])
+        assert "--replace" in refused.stderr
+        unknown = gose(*everything, "--replace", "db")
+        assert (unknown.returncode, "no secure element 'db'" in unknown.stderr) == (ExitCode.USAGE, True)
+        assert gose(*everything, "--replace", "web").returncode == 0
+        assert (out / "login.pem").read_bytes() == first["login.pem"]
+        old, new = load_certificate(first["web.pem"]), load_certificate((out / "web.pem").read_bytes())
+        assert role_of(new) == role_of(old) == Holder(Role.VM, "web")
+        assert new.public_key() != old.public_key()
 
 
 def _der(path: Path) -> bytes:

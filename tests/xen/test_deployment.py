@@ -213,8 +213,8 @@ def test_rotation_gives_new_certificates_and_ends_old_tokens(bed: Testbed, hosts
 def test_a_lost_card_of_a_vm_is_replaced(bed: Testbed, hosts: dict[str, Any], work: Path) -> None:
     grid, lost = bed[GRID], certificate(bed[GRID], "db")
     grid.run("systemctl stop secure-element@db.service; rm -r /var/lib/secfunet-card/db")
-    grid.run(f"{GOSE} revoke vm db {CONFIG}; rm {CERTIFICATES}/db.pem")
-    play(bed, "site", hosts, work)
+    grid.run(f"{GOSE} revoke vm db {CONFIG}")
+    play(bed, "site", hosts, work, "-e", json.dumps({"gose_replace": ["db"]}))
     works(bed)
     replaced = certificate(grid, "db")
     assert replaced.serial_number != lost.serial_number
