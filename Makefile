@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST_WORKERS ?= 2
+XEN_WORKERS ?= 2
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test soak test-xen check format bench bench-xen lock clean deb release testbed testbed-up testbed-down testbed-clean
 
@@ -20,8 +21,8 @@ test: setup ## run all tests (ARGS="..." goes to pytest)
 soak: setup ## 100,000 operations through the whole chain while cards die at random (ARGS="..." goes to pytest)
 	@$(BIN)/python -m pytest -m long -v --log-cli-level INFO --timeout 7200 tests/e2e/test_deaths.py $(ARGS)
 
-test-xen: setup ## run the whole chain on a real Xen host under QEMU (TESTS=tests/xen/FILE; ARGS="..." goes to pytest)
-	@$(BIN)/python -m pytest -m xen -v --timeout 3600 $(or $(TESTS),tests/xen) $(ARGS)
+test-xen: setup ## run the whole chain on real Xen hosts under QEMU (TESTS=tests/xen/FILE; XEN_WORKERS=1: one testbed at a time; ARGS="..." goes to pytest)
+	@$(BIN)/python -m pytest -m xen -v -n $(XEN_WORKERS) --dist loadfile --timeout 3600 $(or $(TESTS),tests/xen) $(ARGS)
 
 check: setup ## format, lint, types, import contract, protos, shell, playbooks
 	$(BIN)/ruff format --check .

@@ -1,13 +1,17 @@
-"""Fixtures of the tests on Xen, and the table at the end that says what ran, what could not, and how long it took."""
+"""Fixtures of the tests on Xen, and the table at the end that says what ran, what could not, and how long it took.
+
+Modules may run side by side (pytest-xdist): each has hosts of its own. What they share is made by one worker while the others wait.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -21,6 +25,7 @@ HERE = Path(__file__).parent
 Made = TypeVar("Made")
 _steps: list[tuple[str, str, float, str]] = []
 _fixtures: list[tuple[str, float]] = []
+_BEGAN = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,7 +53,7 @@ def release() -> Release:
         require_tools(install=True)
     except TestbedError as error:
         pytest.exit(f"the tests on Xen cannot run here: {error}", returncode=4)
-    return _timed("the release: archive, package, guest's disk", lambda: make_release(ROOT / "dist"))
+    return _timed("the release: archive, package, guest's disk", lambda: make_release(ROOT / "dist"), shared=True)
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +61,7 @@ def deployed(request: pytest.FixtureRequest, release: Release, work: Path) -> st
     """The state of the testbed in which this checkout is deployed."""
     if chosen := request.config.getoption("--state"):
         return str(chosen)
-    return _timed("deployment by the playbooks, or its saved state", lambda: deployed_state(release, work))
+    return _timed("deployment by the playbooks, or its saved state", lambda: deployed_state(release, work), shared=True)
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +95,25 @@ def make_vm(bed: Testbed, orchestrator: Orchestrator, work: Path) -> Iterator[Ca
         yield make
 
 
-def _timed(what: str, make: Callable[[], Made]) -> Made:
-    begin = time.monotonic()
-    made = make()
-    _fixtures.append((what, time.monotonic() - begin))
+def _timed(what: str, make: Callable[[], Made], *, shared: bool = False) -> Made:
+    with ExitStack() as stack:
+        if shared:
+            (ROOT / "dist").mkdir(exist_ok=True)
+            fcntl.flock(stack.enter_context((ROOT / "dist" / "xen.lock").open("w")), fcntl.LOCK_EX)
+        begin = time.monotonic()
+        made = make()
+        _fixtures.append((what, time.monotonic() - begin))
     return made
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["on Xen"] = _fixtures
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    _fixtures.extend(getattr(node, "workeroutput", {}).get("on Xen", ()))
 
 
 @pytest.hookimpl(trylast=True)
@@ -116,4 +135,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     words = {"passed": "ok", "failed": "FAILED", "skipped": "NOT RUN"}
     for name, outcome, seconds, why in _steps:
         terminalreporter.write_line(f"{seconds:7.1f} s  {words[outcome]:8} {name}{f' ({why})' if why else ''}")
-    terminalreporter.write_line(f"{sum(s for *_, s, _ in _steps) + sum(s for _, s in _fixtures):7.1f} s  in all")
+    terminalreporter.write_line(f"{time.monotonic() - _BEGAN:7.1f} s  in all")

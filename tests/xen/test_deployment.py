@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from release.archive import build as build_archive
 from secfunet.identity import der_of, load_certificate, thumbprint
 from testbed import Testbed
+from testbed.guests import Guest
 from tests.xen.deployment import (
     GRID,
     HOST,
@@ -25,7 +28,8 @@ from tests.xen.deployment import (
     inventory,
     play,
 )
-from tests.xen.vm import CERTIFICATES, CONFIG, GOSE, certificate, issue_token
+from tests.xen.orchestrator import Orchestrator
+from tests.xen.vm import CERTIFICATES, CONFIG, GOSE, Vm, certificate, issue_token
 
 OWN = re.compile(
     r"/(opt/secfunet|etc/secfunet|var/lib/secfunet-[a-z]+)(/.*)?"
@@ -236,8 +240,15 @@ def test_a_lost_card_of_a_hypervisor_is_replaced(bed: Testbed, hosts: dict[str, 
 
 
 def test_a_backup_is_sealed_and_fresh_hosts_are_restored_from_it(
-    bed: Testbed, hosts: dict[str, Any], work: Path, secrets_there: list[str]
+    bed: Testbed,
+    hosts: dict[str, Any],
+    work: Path,
+    release: Release,
+    secrets_there: list[str],
+    make_vm: Callable[..., Vm],
 ) -> None:
+    """A VM that the lost hosts knew uses its key on the new ones."""
+    web = make_vm("web", 21)
     passphrase = work / "passphrase"
     passphrase.write_text("a passphrase of this test alone\n")
     passphrase.chmod(0o644)
@@ -257,13 +268,20 @@ def test_a_backup_is_sealed_and_fresh_hosts_are_restored_from_it(
     assert "has secure elements already" in " ".join(refused.stdout.split())
     known = hypervisor(bed), certificate(bed[GRID], "web").serial_number
 
-    with Testbed.resume("restored", hosts=HOSTS) as fresh:
+    with Testbed.resume("restored", hosts=HOSTS, guest_disk=release.guest_disk) as fresh:
         said = play(fresh, "restore", hosts, work, *options)
         assert [secret for secret in secrets_there if secret in said.stdout + said.stderr] == []
         works(fresh)
         assert (hypervisor(fresh), certificate(fresh[GRID], "web").serial_number) == known
-        assert "web" in fresh[HOST].run(f"{SECURE_MIDDLEWARE} vm list --json").text
-        issue_token(fresh[GRID], "web", HOST)
+        folder = work / "restored"
+        folder.mkdir()
+        with Orchestrator(fresh[HOST], folder) as orchestrator:
+            assert orchestrator.list()["web"].uuid == web.uuid
+            guest, token = Guest(fresh[HOST], "web", web.guest.address), issue_token(fresh[GRID], "web", HOST)
+            again = replace(web, guest=guest, orchestrator=orchestrator, folder=folder, token=token)
+            again.boot()
+            again.must_work()
+            guest.hang_up()
 
 
 def test_a_decommissioned_host_has_no_right_and_nothing_of_ours(
