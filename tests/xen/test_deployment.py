@@ -269,8 +269,9 @@ def test_a_backup_is_sealed_and_fresh_hosts_are_restored_from_it(
     known = hypervisor(bed), certificate(bed[GRID], "web").serial_number
 
     with Testbed.resume("restored", hosts=HOSTS, guest_disk=release.guest_disk) as fresh:
-        said = play(fresh, "restore", hosts, work, *options)
-        assert [secret for secret in secrets_there if secret in said.stdout + said.stderr] == []
+        for name in (GRID, HOST):  # the second one alone, as after the loss of a hypervisor
+            said = play(fresh, "restore", hosts, work, *options, "--limit", name)
+            assert [secret for secret in secrets_there if secret in said.stdout + said.stderr] == []
         works(fresh)
         assert (hypervisor(fresh), certificate(fresh[GRID], "web").serial_number) == known
         folder = work / "restored"
