@@ -1,4 +1,4 @@
-"""A flood must not become a flood of the log: of what is refused for want of room, a line a second says how many there were."""
+"""A flood must not become a flood of the log: of what anybody can have refused at will, a line a second says how many there were."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 
 from grpc import StatusCode
 
-from gose.errors import Reason, Refusal
+from gose.errors import Refusal
 
 INTERVAL: Final = 1.0  # seconds between two lines for one reason
 
@@ -18,15 +18,15 @@ def is_overload(refusal: Refusal) -> bool:
     return refusal.code is StatusCode.RESOURCE_EXHAUSTED
 
 
-class OverloadLog:
-    """Says which refusals are written down."""
+class FloodLog:
+    """Says which refusals are written down. Reasons are few and ours; never a word of whoever is refused."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
-        self._written: dict[Reason, float] = {}
-        self._unwritten: dict[Reason, int] = {}
+        self._written: dict[str, float] = {}
+        self._unwritten: dict[str, int] = {}
 
-    def count(self, reason: Reason, refused: int = 1) -> int:
+    def count(self, reason: str, refused: int = 1) -> int:
         """``refused`` more were. Returns how many a line is to be written for now, those before included; 0: none."""
         pending = self._unwritten.get(reason, 0) + refused
         now = self._monotonic()

@@ -13,6 +13,7 @@ from prometheus_client import Counter, Gauge
 
 from gose.errors import GoseError
 from gose.metrics import Metrics
+from gose.overload import FloodLog
 from gose.radius.dialogue import Dialogues
 from gose.radius.packets import AccessRequest, RadiusDiscard, encode_reply, parse_request
 from gose.settings import Limits, RadiusSettings
@@ -49,6 +50,7 @@ class RadiusServer(asyncio.DatagramProtocol):
         )
         self._answers: OrderedDict[tuple[object, ...], tuple[float, bytes | None]] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._discards = FloodLog()
         self._transport: asyncio.DatagramTransport | None = None
 
     async def __aenter__(self) -> Self:
@@ -143,4 +145,8 @@ class RadiusServer(asyncio.DatagramProtocol):
 
     def _discard(self, discard: RadiusDiscard, addr: Peer) -> None:
         self._outcomes.labels(discard.reason).inc()
-        log.warning("packet discarded", extra={"client": str(addr[0]), "reason": discard.reason, "cause": str(discard)})
+        if packets := self._discards.count(discard.reason):
+            log.warning(
+                "packets discarded",
+                extra={"client": str(addr[0]), "packets": packets, "reason": discard.reason, "cause": str(discard)},
+            )

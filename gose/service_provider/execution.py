@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from gose.answers import AnswerStore, Question, scope_of
 from gose.errors import Reason, Refusal
 from gose.metrics import Metrics
-from gose.overload import OverloadLog, is_overload
+from gose.overload import FloodLog, is_overload
 from gose.service_provider.card_errors import refusal_of
 from gose.service_provider.status import failure_of
 from gose.sessions import Session
@@ -102,7 +102,7 @@ class Executor:
         self._threads = threads
         self._clock = clock
         self._monotonic = monotonic
-        self._overload = OverloadLog()
+        self._overload = FloodLog()
         self._flights: dict[tuple[bytes, bytes], _Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 

@@ -26,7 +26,7 @@ import grpc.aio
 
 from gose.errors import Reason, Refusal
 from gose.metrics import Metrics
-from gose.overload import OverloadLog, is_overload
+from gose.overload import FloodLog, is_overload
 from gose.service_provider.status import abort
 from gose.sessions import Session, SessionStore
 from gose.state import state_unavailable
@@ -66,7 +66,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, unused-ignore
         self._metrics = metrics
         self._calls_per_hypervisor = calls_per_hypervisor
         self._calls: Counter[str] = Counter()
-        self._overload = OverloadLog()
+        self._overload = FloodLog()
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     async def intercept_service(

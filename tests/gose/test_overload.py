@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa, utils
 from cryptography.hazmat.primitives.hashes import SHA256
 
 from gose.errors import Reason
-from gose.overload import OverloadLog
+from gose.overload import FloodLog
 from gose.server import GridService
 from secfunet.gose.v1 import service_provider_pb2 as pb
 from secfunet.identity import load_certificate
@@ -170,7 +170,7 @@ async def test_a_neighbours_flood_does_not_fill_this_vms_queue(slow: TestGrid) -
 
 async def test_what_is_not_written_is_counted() -> None:
     now = 0.0
-    log = OverloadLog(lambda: now)
+    log = FloodLog(lambda: now)
     assert log.count(Reason.SLOT_BUSY) == 1
     assert [log.count(Reason.SLOT_BUSY, 5), log.count(Reason.SLOT_BUSY), log.count(Reason.TOO_MANY_CALLS)] == [0, 0, 1]
     now = 1.0

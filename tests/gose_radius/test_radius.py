@@ -323,6 +323,18 @@ async def test_what_is_not_answered(grid: TestGrid) -> None:
         grid.settings = settings
 
 
+async def test_a_flood_of_strangers_is_a_few_lines_of_the_log(grid: TestGrid, caplog: pytest.LogCaptureFixture) -> None:
+    async with grid.running() as service, client_of(grid) as client, client_of(grid, b"another secret") as stranger:
+        caplog.clear()
+        began = time.monotonic()
+        for _ in range(200):
+            stranger.send(stranger.request(EapPacket(EapCode.RESPONSE, 7, EapType.IDENTITY, b"x").encode())[1])
+        await settle(lambda: outcomes(service).get("wrong_secret") == 200)
+        lines = [record for record in caplog.records if record.getMessage() == "packets discarded"]
+        assert 1 <= len(lines) <= 2 + (time.monotonic() - began)
+        assert (await client.begin()).code == Code.ACCESS_CHALLENGE
+
+
 async def test_a_card_that_dies_in_the_middle(grid: TestGrid) -> None:
     card = grid.cards["server-0"]
     peer = engine_of(grid, grid.hypervisor("hv-a"))
