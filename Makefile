@@ -2,7 +2,8 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST_WORKERS ?= 2
-XEN_WORKERS ?= 2
+# Testbeds side by side: each takes a processor and 5 GB.
+XEN_WORKERS ?= $(shell awk '/MemAvailable/ { print ($$2 > 11e6) ? 2 : 1 }' /proc/meminfo)
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test soak test-xen check format bench bench-xen lock clean deb release testbed testbed-up testbed-down testbed-clean
 

@@ -13,9 +13,8 @@ from testbed import Testbed
 from tests.xen.attacks import CALL_WITH, attack
 from tests.xen.audit import Audit
 from tests.xen.deployment import GRID, HOST, Release, host_variables, inventory, play
-from tests.xen.vm import Vm
+from tests.xen.vm import AGENT_STATE, Vm
 
-AGENT_STATE = "/run/secfunet/state"
 DOM0 = "192.168.77.1"
 
 

@@ -25,6 +25,7 @@ from vm_agent.errors import AgentError
 CERTIFICATES = "/var/lib/secfunet-gose/certificates"
 GOSE = "runuser -u secfunet-gose -- /opt/secfunet/current/bin/gose"
 CONFIG = "--config /etc/secfunet/gose/gose.toml"
+AGENT_STATE = "/run/secfunet/state"  # of guests on the shared disk: in memory
 AGENT_SOCKET = "/run/secfunet/agent.sock"
 PSS = operation_pb2.SIGNATURE_SCHEME_RSASSA_PSS_SHA256
 OAEP = operation_pb2.ENCRYPTION_SCHEME_RSAES_OAEP_SHA256
