@@ -1,0 +1,113 @@
+"""Whatever a peer says in whatever order: an answer or RadiusDiscard, never an accept, and no place and no card is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gose.radius.dialogue import Dialogues, NotAdmittedError
+from gose.radius.packets import AccessRequest, RadiusDiscard, Reply, parse_request
+from gose.settings import Limits
+from secfunet.card import KeyAlgorithm, SingleCard
+from secfunet.eap import EapCode, EapPacket, EapType
+from secfunet.radius.wire import Code
+from secure_element.card_os import CardOs
+from secure_element.eap_engine import EapDiscarded, EapEngine, EapFailure
+from tests.gose_radius.peer import SECRET, RadiusClient
+from tests.secure_element_tls.pki import authority, tls_id
+from tests.support.local_card import new_store, personalised, ready_client
+from tests.support.pki import CertificateAuthority
+
+STRANGER = tls_id(authority(), "stranger")  # of an authority that the card does not trust
+PLACES = 4
+
+packets = st.one_of(
+    st.just(("peer", 0, b"")),  # what an honest peer says next
+    st.tuples(st.just("changed"), st.integers(0, 2**16), st.binary(min_size=1, max_size=1)),
+    st.tuples(st.just("eap"), st.integers(0, 255), st.binary(max_size=64)),
+    st.tuples(st.just("tls"), st.integers(0, 255), st.binary(max_size=64)),
+    st.tuples(st.just("bytes"), st.just(0), st.binary(max_size=64)),
+)
+HONEST = (("peer", 0, b""), "its own")
+said = st.builds(
+    lambda steps, rest: [HONEST] * steps + rest,  # some way into a handshake first
+    st.integers(0, 5),
+    st.lists(st.tuples(packets, st.sampled_from(("its own", "none", "another"))), max_size=12),
+)
+
+
+@pytest.fixture(scope="module")
+def card() -> Iterator[CardOs]:
+    with TemporaryDirectory() as folder:
+        store = new_store(Path(folder))
+        yield asyncio.run(personalised(store, CertificateAuthority("of the grid"), ("server", KeyAlgorithm.P_256)))
+
+
+@given(said=said)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_anything_in_any_order(card: CardOs, said: list[tuple[tuple[str, int, bytes], str]]) -> None:
+    asyncio.run(talk(card, said))
+
+
+def nobody(certificate: bytes) -> str:
+    raise NotAdmittedError("nobody is let in here")
+
+
+async def talk(card: CardOs, said: list[tuple[tuple[str, int, bytes], str]]) -> None:
+    pool = SingleCard(lambda: ready_client(card, "server"))
+    dialogues = Dialogues(pool, nobody, Limits(handshakes=PLACES, server_card_timeout=0.05))
+    peer = EapEngine(randbytes=os.urandom, legacy_tls=False)
+    peer.select_identity(STRANGER)
+    peer.reset_state()
+    heard, state = EapPacket(EapCode.REQUEST, 7, EapType.IDENTITY).encode(), None
+    for (kind, number, data), whose in said:
+        eap = spoken(peer, heard, kind, number, data)
+        sent = {"its own": state, "none": None, "another": os.urandom(16)}[whose]
+        request = parse_request(RadiusClient().request(eap, sent)[1], SECRET)
+        reply = await answer(dialogues, request)
+        if isinstance(reply, RadiusDiscard):
+            assert reply.reason in {"malformed", "out_of_order", "busy", "in_work"}
+        else:
+            assert reply.code in {Code.ACCESS_CHALLENGE, Code.ACCESS_REJECT}
+            assert EapPacket.decode(reply.eap)
+            if reply.code == Code.ACCESS_CHALLENGE and reply.state is not None:
+                heard, state = reply.eap, reply.state
+        assert len(dialogues) <= PLACES
+    await dialogues.close()
+    assert len(dialogues) == 0
+    async with pool.lease(timeout=1):
+        pass
+    await pool.close()
+
+
+async def answer(dialogues: Dialogues, request: AccessRequest) -> Reply | RadiusDiscard:
+    try:
+        return await dialogues.answer("127.0.0.1", request)
+    except RadiusDiscard as discard:
+        return discard
+
+
+def spoken(peer: EapEngine, heard: bytes, kind: str, number: int, data: bytes) -> bytes:
+    match kind:
+        case "peer" | "changed":
+            try:
+                honest = peer.process(heard)
+            except (EapDiscarded, EapFailure):
+                return b""
+            if kind == "changed" and honest:
+                at = number % len(honest)
+                return honest[:at] + bytes((honest[at] ^ (data[0] or 1),)) + honest[at + 1 :]
+            return honest
+        case "eap":
+            return EapPacket(EapCode.RESPONSE, number, 1 + number % 60, data).encode()
+        case "tls":
+            return EapPacket(EapCode.RESPONSE, number, EapType.TLS, data).encode()
+        case _:
+            return data
