@@ -14,14 +14,20 @@ import grpc.aio
 import pytest
 import pytest_asyncio
 
+from gose.authority import CardAccess
+from gose.authority.binding import bind
+from gose.cards import CardWays
 from gose.overview import CardState, take_overview
 from gose.overview.text import as_text
+from secfunet.card.administrator_keys import AdministratorKeys
+from secfunet.container import ContainerError, ContainerProfile, unwrap_content_key, verify_container
 from secfunet.gose.v1 import operation_pb2
-from secfunet.operation import check_result
+from secfunet.identity import Role, load_certificate, rsa_key_of
+from secfunet.operation import check_result, parse_result_set
 from secfunet.racs.commands import PowerOn
 from tests.gose.grid import sign_operation
 from tests.gose.test_operations import check_signature, execute, reason_of, under, until_back
-from tests.gose_racs.node import refusals, settle, talking
+from tests.gose_racs.node import refusals, settle, talking, user
 from tests.gose_racs.remote import RemoteGrid, new_remote_grid
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -115,6 +121,40 @@ async def test_a_command_that_the_node_refuses_costs_the_operation_only(world: R
             await signed(world, stub, "vm-b", session)
         (slot,) = [slot for slot in service.rack.slots() if slot.seid == "far-vm-b"]
         assert slot.jobs_done == 2
+
+
+async def test_a_card_of_a_node_is_bound_to_a_hypervisor(world: RemoteGrid) -> None:
+    """Binding is administered through the node, and the card's own containers come through it: neither it nor the grid can open them."""
+    grid = world.grid
+    element, vm = grid.settings.secure_element("far-vm-b"), grid.vms["vm-b"]
+    assert element is not None
+    assert element.administrator_keys_file is not None
+    ways, keys = CardWays.of(grid.settings), AdministratorKeys.read(element.administrator_keys_file)
+    access = CardAccess.through(lambda: ways.connect(element, timeout=5), keys, where=element.place)
+
+    async def bound_to(name: str | None) -> None:
+        with grid.registry() as registry:
+            hypervisor = None if name is None else registry.named(Role.HYPERVISOR, name)
+            profile = ContainerProfile.OAEP_PSS_SHA256
+            await bind(vm, hypervisor, "vm", access, registry, profile=profile, now=time.time())
+
+    both = [user("grid-a", "vm-b", "web-b", allow=["personalise", "operate", "tls"])]
+    async with world.node_running(users=both):
+        await bound_to("hv-a")
+        async with grid.running(**LIMITS), grid.channel("hv-a") as channel:
+            session = await grid.session("vm-b", "hv-a")
+            operation = sign_operation()
+            answer = await grid.stub(channel).Execute(execute(operation), timeout=10, metadata=under(session))
+        (container,) = answer.containers
+        with pytest.raises(ContainerError):
+            grid.open("hv-a", container)  # not the container authority's
+        hypervisor = grid.hypervisor("hv-a")
+        verified = verify_container(container, rsa_key_of(load_certificate(vm.certificate)), 256)
+        results = parse_result_set(verified.open(unwrap_content_key(hypervisor.key, verified.header)))
+        ids = {"vmid": vm.thumbprint, "hvid": hypervisor.hvid}
+        output = check_result(results, operation=operation, now=time.time(), **ids)
+        check_signature(grid, "vm-b", operation.sign.digest, output)
+        await bound_to(None)
 
 
 async def test_a_node_that_is_restarted(world: RemoteGrid) -> None:
