@@ -304,3 +304,12 @@ def test_a_decommissioned_host_has_no_right_and_nothing_of_ours(
     assert bed[HOST].run("systemctl list-units --all --plain --no-legend 'secure-*'").text == ""
     with pytest.raises(Exception, match="hypervisor"):
         issue_token(bed[GRID], "web", HOST)
+
+
+def test_a_decommissioned_host_joins_anew(bed: Testbed, hosts: dict[str, Any], work: Path) -> None:
+    """Under its name, which was revoked: by nothing less than saying so."""
+    refused = play(bed, "site", hosts, work, check=False)
+    assert "is enrolled already" in refused.stdout
+    play(bed, "site", hosts, work, "-e", "dom0_middleware_renew=true", "--limit", HOST)
+    works(bed)
+    issue_token(bed[GRID], "web", HOST)
