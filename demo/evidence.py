@@ -20,7 +20,7 @@ class NoEvidenceError(SecFuNetError):
 
 @dataclass(frozen=True, slots=True)
 class LoginSeen:
-    """One login of the hypervisor for a session of one VM, in the grid's words. Times in seconds."""
+    """A session of one VM, and the login of the hypervisor that it rests on, in the grid's words. Times in seconds."""
 
     hypervisor: str
     session: str
@@ -53,16 +53,19 @@ def records(path: Path) -> list[Record]:
 
 
 def last_login(stack: Stack, vm: str) -> LoginSeen:
-    """The latest login for ``vm``. Raises NoEvidenceError if the grid saw none."""
+    """The latest session of ``vm`` and its login, which may have been made for a neighbour's session a moment before.
+
+    Raises NoEvidenceError if the grid saw none.
+    """
     log = records(stack.daemons["gose"].log)
     granted = _last(log, message="session granted", seid=vm)
-    same = [entry for entry in log if entry.get("correlation") == granted["correlation"]]
-    begun, login = _last(same, message="login begun"), _last(same, message="hypervisor logged in")
+    login = _last(log[: log.index(granted)], message="hypervisor logged in", hvid=granted["hvid"])
+    asked, begun = (_last(log, message="login begun", correlation=one["correlation"]) for one in (login, granted))
     return LoginSeen(
         hypervisor=login["hypervisor"],
         session=granted["session"],
         seid=granted["seid"],
-        to_login=_time(login) - _time(begun),
+        to_login=_time(login) - _time(asked),
         to_session=_time(granted) - _time(begun),
         resumed=login["resumed"],
     )

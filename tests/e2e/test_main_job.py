@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from demo.attacks import public_key_pem
+from demo.evidence import last_login
 from demo.processes import COMMANDS, run
 from demo.stack import Stack
 
@@ -67,6 +68,16 @@ async def test_a_correlation_id_runs_from_agent_to_card(stack: Stack) -> None:
     identifiers = re.findall(r'"correlation[_a-z]*": ?"([0-9a-f]{16})"', last)
     assert identifiers
     assert identifiers[0] in grid
+
+
+async def test_vms_of_a_host_share_its_login(stack: Stack) -> None:
+    """What the story tells of a VM's session, also if the login behind it was made for the other VM."""
+    for vm in stack.vms:
+        await stack.agent(vm, "sign", "-", input_data=b"sign this")
+    seen = [last_login(stack, vm) for vm in stack.vms]
+    assert {one.hypervisor for one in seen} == {stack.host}
+    assert [one.seid for one in seen] == list(stack.vms)
+    assert len({one.session for one in seen}) == len(stack.vms)
 
 
 async def test_the_demonstration_tells_its_story(folder: Path) -> None:
