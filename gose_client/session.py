@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import grpc.aio
@@ -56,6 +56,24 @@ class BatchAnswer:
 
     containers: tuple[bytes, ...]
     failures: tuple[operation_pb2.OperationFailure, ...]
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What is left to ask for, what came of the rest, and what the grid said last of those that are worth another attempt."""
+
+    todo: list[operation_pb2.Operation]
+    containers: list[bytes] = field(default_factory=list)
+    failures: list[operation_pb2.OperationFailure] = field(default_factory=list)
+    to_retry: list[operation_pb2.OperationFailure] = field(default_factory=list)
+    logins: int = 0
+
+    def take(self, answer: pb.ExecuteStreamResponse) -> None:
+        self.containers += answer.containers
+        self.to_retry = [failure for failure in answer.failures if failure.reason in _WORTH_RETRYING]
+        self.failures += [failure for failure in answer.failures if failure.reason not in _WORTH_RETRYING]
+        ids = {failure.request_id for failure in self.to_retry}
+        self.todo = [operation for operation in self.todo if operation.request_id in ids]
 
 
 class VmSession:
@@ -121,7 +139,8 @@ class VmSession:
     ) -> BatchAnswer:
         """Runs operations, at most 64 a batch. A failure of one operation is in the answer, not an error.
 
-        Raises GridRefusedError when the grid refuses all of it, DeadlineError after ``timeout`` seconds, GridUntrustedError and
+        Raises GridRefusedError when the grid refuses all of it, DeadlineError after ``timeout`` seconds (unless the last answer said of
+        each operation why it has to wait: then that is the answer), GridUntrustedError and
         HypervisorCardError for what waiting does not heal, SessionClosedError after close, RequestInvalidError.
         """
         if not operations:
@@ -164,51 +183,47 @@ class VmSession:
     async def _run(
         self, operations: Sequence[operation_pb2.Operation], deadline: Deadline, correlation: str
     ) -> BatchAnswer:
-        todo = list(operations)
-        containers: list[bytes] = []
-        failures: list[operation_pb2.OperationFailure] = []
-        logins = 0
-        async with deadline.enforced():
-            while True:
-                generation = self._generation
-                stream: OperationStream | None = None
-                try:
-                    stream = await self._open_stream(deadline)
-                    generation = self._generation
-                    answer = await stream.execute(todo, correlation)
-                except GridUnavailableError as error:
-                    self._discard(stream)
-                    self._check_open()
-                    await deadline.pause(error)
-                    continue
-                except GridRefusedError as error:
-                    self._discard(stream)
-                    self._check_open()
-                    if error.reason in _SESSION_GONE and logins < _MAX_LOGINS:
-                        logins += 1
-                        await self._renew(generation, deadline)
-                    elif error.reason in _WORTH_RETRYING:
-                        await deadline.pause_or_refuse(error)
-                    else:
-                        raise
-                    continue
-                containers += answer.containers
-                again = [failure for failure in answer.failures if failure.reason in _WORTH_RETRYING]
-                failures += [failure for failure in answer.failures if failure.reason not in _WORTH_RETRYING]
-                if not again or not await self._may_retry(again, deadline):
-                    return BatchAnswer(tuple(containers), (*failures, *again))
-                ids = {failure.request_id for failure in again}
-                todo = [operation for operation in todo if operation.request_id in ids]
-
-    async def _may_retry(self, failures: Sequence[operation_pb2.OperationFailure], deadline: Deadline) -> bool:
-        first = failures[0]
-        cause = GridUnavailableError(first.message, reason=first.reason)
+        batch = _Batch(list(operations))
         try:
-            await deadline.pause(cause, max(failure.retry_after_ms for failure in failures) / 1000)
+            async with deadline.enforced():
+                while batch.todo:
+                    await self._advance(batch, deadline, correlation)
         except DeadlineError:
-            # What the grid said of each operation tells the caller more than that his time is over.
-            return False
-        return True
+            # What the grid said last of each operation tells the caller more than that his time is over, and what is done is done.
+            if not batch.to_retry:
+                raise
+        return BatchAnswer(tuple(batch.containers), (*batch.failures, *batch.to_retry))
+
+    async def _advance(self, batch: _Batch, deadline: Deadline, correlation: str) -> None:
+        """One attempt, and the pause after it if there must be another. Raises DeadlineError if there is no time for that."""
+        generation = self._generation
+        stream: OperationStream | None = None
+        try:
+            stream = await self._open_stream(deadline)
+            generation = self._generation
+            answer = await stream.execute(batch.todo, correlation)
+        except GridUnavailableError as error:
+            batch.to_retry = []
+            self._discard(stream)
+            self._check_open()
+            await deadline.pause(error)
+        except GridRefusedError as error:
+            batch.to_retry = []
+            self._discard(stream)
+            self._check_open()
+            if error.reason in _SESSION_GONE and batch.logins < _MAX_LOGINS:
+                batch.logins += 1
+                await self._renew(generation, deadline)
+            elif error.reason in _WORTH_RETRYING:
+                await deadline.pause_or_refuse(error)
+            else:
+                raise
+        else:
+            batch.take(answer)
+            if batch.to_retry:
+                first = batch.to_retry[0]
+                cause = GridUnavailableError(first.message, reason=first.reason)
+                await deadline.pause(cause, max(failure.retry_after_ms for failure in batch.to_retry) / 1000)
 
     async def _open_stream(self, deadline: Deadline) -> OperationStream:
         self._check_open()

@@ -66,7 +66,7 @@ async def test_a_caller_without_patience_is_told_when_to_come_again(host: Host) 
         occupied = [bank.submit(occupy, deadline=time.monotonic() + 60)]
         await asyncio.sleep(0.05)
         occupied.append(bank.submit(occupy, deadline=time.monotonic() + 60))
-        answer = await session.execute([sign_operation()], timeout=0.05)
+        answer = await session.execute([sign_operation()], timeout=0.5)
         (failure,) = answer.failures
         assert (failure.reason, failure.code) == ("SLOT_BUSY", grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
         assert failure.retry_after_ms > 0
