@@ -1,4 +1,4 @@
-"""``python -m testbed``: build, up, down, status, ssh, clean."""
+"""``python -m testbed``: check, build, up, down, save, status, ssh, clean."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from release.locked import LockError
 from testbed.bed import NUMBERS, PRISTINE, Testbed
 from testbed.build import build, built, clean
 from testbed.errors import TestbedError
+from testbed.tools import require_machine, require_tools
 
 
 def main() -> int:
@@ -27,6 +28,9 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m testbed", description="A real Xen host under QEMU.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    one = commands.add_parser("check", help="say whether this machine can carry a testbed; install the programs for it")
+    one.set_defaults(act=_check)
 
     one = commands.add_parser("build", help="build the images, unless they are there")
     one.set_defaults(act=_build)
@@ -59,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("clean", help="remove images and saved hosts that are not of the present recipes")
     one.set_defaults(act=_clean)
     return parser
+
+
+def _check(_: argparse.Namespace) -> None:
+    require_machine()
+    require_tools(install=True)
 
 
 def _build(_: argparse.Namespace) -> None:

@@ -26,6 +26,29 @@ _PROGRAMS = {
 }
 
 
+MEMORY = 5 * 10**9  # bytes: a Xen host and one for the grid, with QEMU's own
+DISK = 8 * 10**9  # bytes: images, saved states, and what two running testbeds write
+
+
+def require_machine(*, memory: int | None = None, disk: int | None = None) -> None:
+    """Raises TestbedError, which says what there is too little of: bytes of memory that are available, of disk that are free (None: this
+    machine's), or the right to make images of guests.
+    """
+    place = next(path for path in (places.folder(), *places.folder().parents) if path.exists())
+    disk = shutil.disk_usage(place).free if disk is None else disk
+    memory = _available_memory() if memory is None else memory
+    for what, there, needed in (("memory that is available", memory, MEMORY), (f"free disk in {place}", disk, DISK)):
+        if there < needed:
+            raise TestbedError(f"a testbed needs {needed / 1e9:.0f} GB of {what}; there are {there / 1e9:.1f}")
+    if os.geteuid() != 0:
+        raise TestbedError("packages are installed on guests' disks in a chroot: run this as root")
+
+
+def _available_memory() -> int:
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
 def missing_packages() -> tuple[str, ...]:
     """Debian packages that ``build`` and ``up`` need and that are not here."""
     missing = []
