@@ -184,7 +184,7 @@ def _chain(plan: Plan, bed: Testbed, work: Path) -> None:
             vm.boot()
             vm.guest.run("cat >/run/sign.py", data=SIGN.encode())
             for _ in range(plan.rounds):
-                said = vm.guest.run(f"{AGENT_PYTHON} /run/sign.py 20", timeout=1200).stdout
+                said = vm.guest.run(f"{AGENT_PYTHON} /run/sign.py 5", timeout=1200).stdout
                 samples[way].append(json.loads(said))
         vm.guest.hang_up()
     for index, (what, unit) in enumerate((("a signature alone", "ms"), ("signatures, 16 at once", "1/s"))):
