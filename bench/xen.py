@@ -182,6 +182,7 @@ def _chain(plan: Plan, bed: Testbed, work: Path) -> None:
                 )
                 orchestrator.stop(vm.uuid)
             vm.boot()
+            vm.must_work()  # dom0 has enrolled its agent; that has heard of it, too
             vm.guest.run("cat >/run/sign.py", data=SIGN.encode())
             for _ in range(plan.rounds):
                 said = vm.guest.run(f"{AGENT_PYTHON} /run/sign.py 5", timeout=1200).stdout
