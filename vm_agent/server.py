@@ -37,7 +37,7 @@ from vm_agent.transport import Transport
 
 log = logging.getLogger(__name__)
 
-ENROL_TIMEOUT = 10.0  # seconds
+ENROL_TIMEOUT = 60.0  # seconds: the secret is good for one use, so an answer that is given up costs the VM its run
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between looks at the join information, and between attempts to enrol
 SETTLE_TIME = 10.0  # seconds that a program waits for the first enrolment
 INVITED_PAUSE = 1.0  # seconds between looks for a new invitation of an enrolled agent
