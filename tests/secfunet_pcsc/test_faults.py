@@ -84,6 +84,15 @@ async def settle(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+async def signed_once_back(bank: Bank) -> bytes:
+    """A signature; tries again while the loss of the card comes out, and while it is found again."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            with contextlib.suppress(CardUnavailableError):
+                return await bank.submit(sign, deadline=soon())
+            await asyncio.sleep(0.05)
+
+
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[None]:
     """The process stands still: it neither answers nor goes away."""
@@ -198,10 +207,7 @@ async def test_the_worker_is_killed(cards: list[CardProcess], banks: list[Bank],
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     for bank in banks:
-        with contextlib.suppress(CardUnavailableError):
-            await bank.submit(sign, deadline=soon())
-        await settle(lambda bank=bank: bank.slots[0].state is SlotState.IN_SERVICE)  # type: ignore[misc]
-        assert await bank.submit(sign, deadline=soon())
+        assert await signed_once_back(bank)
     assert worker_pid(pcscd.socket) != pid
 
 
