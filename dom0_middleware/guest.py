@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from enum import Enum
 
 from dom0_middleware.errors import Reason, Refused, Unavailable
@@ -13,7 +13,7 @@ from dom0_middleware.guest_authority import AgentCertificate
 from dom0_middleware.hypervisor import DomainState
 from dom0_middleware.policy import Subject
 from dom0_middleware.refusals import RefusalMeter
-from dom0_middleware.state import StateStore, VmRecord
+from dom0_middleware.state import RunRecord, StateStore, VmRecord
 
 # An agent renews once in two thirds of a certificate's life; this leaves room for one that restarts again and again.
 RENEWALS = 20.0
@@ -39,7 +39,7 @@ class GuestDomain:
         *,
         clock: Callable[[], float],
         hypervisor_answers: Callable[[], bool],
-        serials: Mapping[int, float] | None = None,
+        run: RunRecord | None = None,
     ) -> None:
         self.record = record
         self.phase = Phase.STARTING
@@ -47,7 +47,8 @@ class GuestDomain:
         self._store = store
         self._clock = clock
         self._hypervisor_answers = hypervisor_answers
-        self._serials = dict(serials or {})
+        self._serials = dict(run.serials) if run is not None else {}
+        self._has_shown = run is not None and run.secret_forgotten
         self._changed = asyncio.Event()
         self._version = 0
         self.operations_in_flight = 0
@@ -65,9 +66,9 @@ class GuestDomain:
 
     @property
     def enrolled(self) -> bool:
-        """An agent of this run holds a certificate that has not ended."""
+        """An agent of this run has shown a certificate, and has one that has not ended."""
         now = self._clock()
-        return any(end > now for end in self._serials.values())
+        return self._has_shown and any(end > now for end in self._serials.values())
 
     def set_state(self, state: DomainState) -> None:
         if self.phase is not Phase.ENDED:
@@ -113,6 +114,25 @@ class GuestDomain:
             raise Refused(Reason.VM_REVOKED, "this VM's right to its key was revoked")
         if not self.record.vm_auth_token:
             raise Refused(Reason.TOKEN_MISSING, "there is no VM-Auth-Token for this VM")
+
+    def shows_certificate(self) -> bool:
+        """Its agent called with a current certificate: it has what the join secret was for, which is forgotten with that.
+
+        True the first time in this run.
+        """
+        if self._has_shown:
+            return False
+        try:
+            self._store.forget_secret(self.uuid)
+        except Unavailable:
+            return False  # the next call tries again: who has that key has its certificate already
+        self._has_shown = True
+        return True
+
+    def make_first(self, certificate: AgentCertificate) -> None:
+        """``certificate`` is current beside those before it, which are for the same key: nobody knows yet which of them arrived."""
+        self._serials = {**self._serials, certificate.serial: certificate.not_after}
+        self._store.set_serials(self.uuid, self._serials)
 
     def make_current(self, certificate: AgentCertificate, *, renewed: int | None = None) -> None:
         """``certificate`` is current from now on; of those before it only ``renewed``, the serial that asked for it."""

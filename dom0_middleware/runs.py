@@ -197,8 +197,8 @@ class Runs:
         """Removes channels that belong to no run."""
         await self._channel.sweep(self._guests)
 
-    async def enrolled(self, guest: GuestDomain) -> None:
-        """The join information has done its work."""
+    async def secret_used(self, guest: GuestDomain) -> None:
+        """Its agent has what it needs from the join information."""
         await self._channel.erase_join(guest.uuid)
 
     async def _pull_plug(self, uuid: str) -> None:
@@ -215,7 +215,7 @@ class Runs:
             self._store,
             clock=self._clock,
             hypervisor_answers=lambda: self._hypervisor.connected,
-            serials=run.serials if run is not None else None,
+            run=run,
         )
         self._guests[record.uuid] = guest
         self._metrics.guests.set(len(self._guests))

@@ -123,7 +123,7 @@ class MiddlewareService:
             clock=clock,
             boot=boot_id or BOOT_ID.read_text(encoding="ascii").strip(),
         )
-        servers.on_enrolled = self.vms.enrolled
+        servers.on_secret_used, servers.on_enrolled = self.vms.secret_used, self.vms.enrolled
         self.metrics.sessions.set_function(lambda: len(self.sessions))
 
     async def __aenter__(self) -> MiddlewareService:

@@ -40,7 +40,8 @@ CREATE TABLE IF NOT EXISTS runs (
   secret_hash BLOB NOT NULL,
   attempts_left INTEGER NOT NULL,
   secret_used INTEGER NOT NULL DEFAULT 0,
-  serials TEXT NOT NULL DEFAULT '{}'
+  serials TEXT NOT NULL DEFAULT '{}',
+  secret_key BLOB NOT NULL DEFAULT x''
 ) STRICT;
 CREATE TABLE IF NOT EXISTS host (one INTEGER PRIMARY KEY CHECK (one = 1), boot TEXT NOT NULL) STRICT;
 """
@@ -51,10 +52,12 @@ ALTER TABLE vms ADD COLUMN address TEXT NOT NULL DEFAULT '';
 ALTER TABLE vms ADD COLUMN arriving INTEGER NOT NULL DEFAULT 0;
 """,
     2: "ALTER TABLE vms ADD COLUMN leaving TEXT NOT NULL DEFAULT '';",
+    3: "ALTER TABLE runs ADD COLUMN secret_key BLOB NOT NULL DEFAULT x'';",
 }
-_VERSION = 3
+_VERSION = 4
 
 
+_SELECT_RUNS = "SELECT uuid, domain_id, attempts_left, secret_used, secret_hash=x'', serials FROM runs"
 _UNIQUE = {"vms.vmid": "VMID", "vms.address": "address", "vms_address": "address", "vms.uuid": "UUID"}
 
 
@@ -92,6 +95,7 @@ class VmRecord:
 class RunRecord:
     """One run of a domain, from StartVm until it stops. ``domain_id`` None: it has not booted yet.
 
+    ``secret_used``: the join secret belongs to one key. ``secret_forgotten``: it is worth nothing any more, to that key neither.
     ``serials``: the agent's current certificates, serial number -> end of life (UTC seconds).
     """
 
@@ -99,6 +103,7 @@ class RunRecord:
     domain_id: int | None
     attempts_left: int
     secret_used: bool
+    secret_forgotten: bool
     serials: Mapping[int, float]
 
 
@@ -229,30 +234,34 @@ class StateStore:
         self._execute("DELETE FROM runs WHERE uuid=?", (uuid,))
 
     def run(self, uuid: str) -> RunRecord | None:
-        row = self._execute(
-            "SELECT uuid, domain_id, attempts_left, secret_used, serials FROM runs WHERE uuid=?", (uuid,)
-        ).fetchone()
+        row = self._execute(f"{_SELECT_RUNS} WHERE uuid=?", (uuid,)).fetchone()
         return _run(row) if row else None
 
     def runs(self) -> tuple[RunRecord, ...]:
-        rows = self._execute("SELECT uuid, domain_id, attempts_left, secret_used, serials FROM runs")
-        return tuple(_run(row) for row in rows)
+        return tuple(_run(row) for row in self._execute(_SELECT_RUNS))
 
     # Join secrets: each step is one atomic statement, so two callers cannot both pass it.
 
     def take_attempt(self, uuid: str) -> bytes | None:
-        """Uses up one attempt before anything is compared; the secret's hash, or None if no attempt is left or the secret is used."""
+        """Uses up one attempt before anything is compared; the secret's hash, or None if no attempt is left or it is forgotten."""
         row = self._execute(
-            "UPDATE runs SET attempts_left=attempts_left-1 WHERE uuid=? AND attempts_left>0 AND secret_used=0"
+            "UPDATE runs SET attempts_left=attempts_left-1 WHERE uuid=? AND attempts_left>0 AND secret_hash!=x''"
             " RETURNING secret_hash",
             (uuid,),
         ).fetchone()
         return bytes(row[0]) if row else None
 
-    def use_secret(self, uuid: str) -> bool:
-        """True for exactly one caller."""
-        done = self._execute("UPDATE runs SET secret_used=1, secret_hash=x'' WHERE uuid=? AND secret_used=0", (uuid,))
+    def use_secret(self, uuid: str, key: bytes, *, attempts: int) -> bool:
+        """True for callers with the first ``key`` (a hash of it) only, which has ``attempts`` more, until the secret is forgotten."""
+        done = self._execute(
+            "UPDATE runs SET attempts_left=CASE secret_used WHEN 0 THEN ? ELSE attempts_left END, secret_used=1, secret_key=?"
+            " WHERE uuid=? AND secret_hash!=x'' AND (secret_used=0 OR secret_key=?)",
+            (attempts, key, uuid, key),
+        )
         return done.rowcount == 1
+
+    def forget_secret(self, uuid: str) -> None:
+        self._execute("UPDATE runs SET secret_hash=x'', secret_key=x'' WHERE uuid=?", (uuid,))
 
 
 def _vm(row: tuple[object, ...]) -> VmRecord:
@@ -274,11 +283,12 @@ def _vm(row: tuple[object, ...]) -> VmRecord:
 
 
 def _run(row: tuple[object, ...]) -> RunRecord:
-    uuid, domain_id, attempts, used, serials = row
+    uuid, domain_id, attempts, used, forgotten, serials = row
     return RunRecord(
         uuid=str(uuid),
         domain_id=None if domain_id is None else int(str(domain_id)),
         attempts_left=int(str(attempts)),
         secret_used=bool(used),
+        secret_forgotten=bool(forgotten),
         serials={int(serial, 16): float(end) for serial, end in json.loads(str(serials)).items()},
     )

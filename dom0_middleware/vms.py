@@ -323,9 +323,12 @@ class Vms:
         domains = {info.uuid: info for info in await self._hypervisor.list()}
         return [self._describe(record, domains.get(record.uuid)) for record in self._store.vms()]
 
-    async def enrolled(self, guest: GuestDomain) -> None:
-        """An agent of this run got its first certificate."""
-        await self._runs.enrolled(guest)
+    async def secret_used(self, guest: GuestDomain) -> None:
+        """An agent of this run presented its join secret, and is about to get its certificate."""
+        await self._runs.secret_used(guest)
+
+    def enrolled(self, guest: GuestDomain) -> None:
+        """An agent of this run showed its first certificate."""
         info = DomainInfo(guest.uuid, guest.record.name, DomainState.RUNNING, guest.domain_id, guest.record.vmid)
         self._events.tell(pb.VM_EVENT_KIND_ENROLLED, self._describe(guest.record, info))
 

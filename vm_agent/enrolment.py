@@ -1,13 +1,18 @@
-"""Enrolment: a single-use join secret becomes a certificate for the agent's own key, and is kept across restarts.
+"""Enrolment: a join secret becomes a certificate for the agent's own key, and is kept across restarts.
 
 What is kept is one file, replaced as a whole, so that key and certificate always belong together. It also remembers which invitation it
 came from: join information that could not be erased is not presented a second time.
+
+dom0 takes a join secret for the first key that comes with it, and no other. So the attempt is kept before it is made, with its key: whether
+the answer is lost or the agent is killed, it asks again with the same.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,9 +26,11 @@ from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc
 from secfunet.service.files import UnsafeFileError, read_secret, write_atomically
 from vm_agent.errors import AgentError, EnrolmentRefusedError, JoinError, NotEnrolledError, from_rpc_error
 from vm_agent.identity import VmIdentity, parse_identity
-from vm_agent.join import JoinInformation
+from vm_agent.join import JoinInformation, join_of
 from vm_agent.keys import AgentKey
 from vm_agent.transport import options_for
+
+log = logging.getLogger(__name__)
 
 MAX_KEPT_BYTES = 32768
 CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
@@ -105,38 +112,97 @@ class Enrolment:
         return cls(key=key, certificate=certificate, guest_authority=authority, **values)
 
 
+@dataclass(frozen=True, slots=True)
+class EnrolmentAttempt:
+    """An invitation, and the key that it is for."""
+
+    join: JoinInformation
+    key: AgentKey = field(repr=False)
+
+    def to_json(self) -> bytes:
+        """What the kept file holds. A secret."""
+        return json.dumps({"join": self.join.fields(), "key": self.key.pem().decode()}, indent=1).encode()
+
+    @classmethod
+    def from_json(cls, untrusted: bytes, folder: Path) -> EnrolmentAttempt:
+        """Raises JoinError or NotEnrolledError, and nothing else, if this is no kept attempt."""
+        try:
+            kept = json.loads(untrusted)
+            return cls(join_of(kept["join"], folder), AgentKey.from_pem(kept["key"].encode()))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise NotEnrolledError("the kept attempt to enrol cannot be read") from None
+
+
 class EnrolmentStore:
-    """The kept enrolment: one file of mode 0600 in the agent's state folder."""
+    """The kept enrolment, and the attempt that is not over yet: files of mode 0600 in the agent's state folder."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._path = folder / "enrolment.json"
+        self._attempt_path = folder / "enrolling.json"
 
     def load(self) -> Enrolment | None:
         """What is kept; None if nothing is. Raises NotEnrolledError if it cannot be used."""
-        try:
-            return Enrolment.from_json(read_secret(self._path, limit=MAX_KEPT_BYTES))
-        except FileNotFoundError:
-            return None
-        except UnsafeFileError as error:
-            raise NotEnrolledError(str(error)) from error
-        except OSError as error:
-            raise NotEnrolledError(f"{self._path} cannot be read: {error.strerror}") from error
+        kept = _read(self._path)
+        return None if kept is None else Enrolment.from_json(kept)
 
     def save(self, enrolment: Enrolment) -> None:
-        write_atomically(self._path, enrolment.to_json())
+        """Raises NotEnrolledError if it cannot be kept."""
+        _write(self._path, enrolment.to_json())
+
+    def load_attempt(self) -> EnrolmentAttempt | None:
+        """The attempt that is not over; None if there is none, or if what is kept is none: then it is removed."""
+        try:
+            kept = _read(self._attempt_path)
+            return None if kept is None else EnrolmentAttempt.from_json(kept, self._folder)
+        except (JoinError, NotEnrolledError) as error:
+            log.warning("an attempt to enrol is forgotten: %s", error)
+            self.forget_attempt()
+            return None
+
+    def begin_attempt(self, join: JoinInformation) -> EnrolmentAttempt:
+        """The attempt that was begun with this invitation, else a new one, kept. Raises NotEnrolledError if it cannot be."""
+        begun = self.load_attempt()
+        if begun is None or begun.join.digest != join.digest:
+            begun = EnrolmentAttempt(join, AgentKey.generate())
+            _write(self._attempt_path, begun.to_json())
+        return begun
+
+    def forget_attempt(self) -> None:
+        """It is over, one way or the other."""
+        with contextlib.suppress(OSError):  # it is told from a new one by its invitation
+            self._attempt_path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return read_secret(path, limit=MAX_KEPT_BYTES)
+    except FileNotFoundError:
+        return None
+    except UnsafeFileError as error:
+        raise NotEnrolledError(str(error)) from error
+    except OSError as error:
+        raise NotEnrolledError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise NotEnrolledError(f"{path} cannot be written: {error.strerror}") from error
 
 
 async def enrol(
-    join: JoinInformation, *, target: str, now: float, timeout: float
+    attempt: EnrolmentAttempt, *, target: str, now: float, timeout: float
 ) -> tuple[Enrolment, VmIdentity | None]:
-    """Presents the join secret once, over TLS to whoever holds the guest authority's certificate for ``server_name``.
+    """Presents the join secret, over TLS to whoever holds the guest authority's certificate for ``server_name``.
 
     ``target``: what ``join.enrol`` is for gRPC.
 
     Returns the enrolment and, if the answer already tells it, who the VM is. Raises EnrolmentRefusedError (this secret will never do) or
-    another AgentError (try again).
+    another AgentError (try again, with the same attempt).
     """
-    key = AgentKey.generate()
+    join, key = attempt.join, attempt.key
     credentials = grpc.ssl_channel_credentials(root_certificates=_pem(join.guest_authority))
     async with grpc.aio.secure_channel(target, credentials, channel_options(join.server_name, target)) as channel:
         stub = agent_pb2_grpc.EnrolmentServiceStub(channel)

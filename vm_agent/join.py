@@ -1,6 +1,6 @@
 """The join information: what dom0 handed to this domain, and to no other, so that its agent can enrol.
 
-A JSON object (file of mode 0600): ``uuid`` of the domain, ``join_secret`` (base64url, 32 bytes, good for one use), ``guest_authority``
+A JSON object (file of mode 0600): ``uuid`` of the domain, ``join_secret`` (base64url, 32 bytes, good for one key), ``guest_authority``
 (PEM), the addresses ``enrol`` and ``agent`` and ``server_name``, which the middleware's certificate carries. An address is ``unix:PATH`` (a
 relative path is relative to the file's folder), ``tcp:ADDRESS:PORT`` (an IP address, IPv6 in brackets) or ``vchan:SERVICE``.
 """
@@ -48,6 +48,17 @@ class JoinInformation:
         """SHA-256 of the secret, hex: names this invitation without telling it."""
         return hashlib.sha256(b"secfunet join secret\0" + self.secret).hexdigest()
 
+    def fields(self) -> dict[str, str]:
+        """The members of the JSON object. A secret."""
+        return {
+            "uuid": self.uuid,
+            "join_secret": base64.urlsafe_b64encode(self.secret).decode(),
+            "guest_authority": x509.load_der_x509_certificate(self.guest_authority).public_bytes(Encoding.PEM).decode(),
+            "enrol": self.enrol,
+            "agent": self.agent,
+            "server_name": self.server_name,
+        }
+
 
 def parse_join(untrusted: bytes, folder: Path) -> JoinInformation:
     """Raises JoinError, and nothing else, for whatever is no join information."""
@@ -57,6 +68,11 @@ def parse_join(untrusted: bytes, folder: Path) -> JoinInformation:
         fields = json.loads(untrusted)
     except (ValueError, RecursionError):
         raise JoinError("the join information is no JSON") from None
+    return join_of(fields, folder)
+
+
+def join_of(fields: object, folder: Path) -> JoinInformation:
+    """Of a JSON value: see ``parse_join``."""
     if not isinstance(fields, dict):
         raise JoinError("the join information is no JSON object")
     server_name = _text(fields, "server_name")

@@ -37,7 +37,7 @@ from vm_agent.transport import Transport
 
 log = logging.getLogger(__name__)
 
-ENROL_TIMEOUT = 60.0  # seconds: the secret is good for one use, so an answer that is given up costs the VM its run
+ENROL_TIMEOUT = 60.0  # seconds: what is given up is asked for again, but that is bounded at the other end
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between looks at the join information, and between attempts to enrol
 SETTLE_TIME = 10.0  # seconds that a program waits for the first enrolment
 INVITED_PAUSE = 1.0  # seconds between looks for a new invitation of an enrolled agent
@@ -218,7 +218,7 @@ class AgentService:
         while True:
             await asyncio.sleep(pause)
             try:
-                join = await asyncio.to_thread(self._join.read)
+                join = await self._invitation()
                 if join is not None and join.digest != enrolment.join_digest and not self._was_refused(join):
                     return await self._accept(join)
             except AgentError as error:
@@ -232,7 +232,21 @@ class AgentService:
     def _save_renewed(self, renewed: Enrolment) -> None:
         """Not if a newer invitation of dom0 was taken meanwhile: the old one must not come back after a restart."""
         if renewed.join_digest == self._kept:
-            self._store.save(renewed)
+            self._save(renewed)
+
+    def _save(self, enrolment: Enrolment) -> None:
+        try:
+            self._store.save(enrolment)
+        except NotEnrolledError as error:
+            log.error("this enrolment will end with this process: %s", error, extra={"reason": error.reason})
+
+    async def _invitation(self) -> JoinInformation | None:
+        """What dom0 hands over; else what it handed over and has erased by now, if that attempt is not over."""
+        join = await asyncio.to_thread(self._join.read)
+        if join is not None:
+            return join
+        begun = self._store.load_attempt()
+        return begun.join if begun is not None else None
 
     async def _enrolled(self) -> Found:
         """The kept enrolment if it still serves, else a new one. Raises an AgentError that says what is missing."""
@@ -249,7 +263,7 @@ class AgentService:
                 "the agent's certificate has ended: dom0 must hand this domain a new join secret (start the domain again)"
             )
         try:
-            join = await asyncio.to_thread(self._join.read)
+            join = await self._invitation()
             if join is not None and self._refused is not None and self._was_refused(join):
                 problem = self._refused[1]
             elif join is not None and (kept is None or join.digest != kept.join_digest):
@@ -266,14 +280,17 @@ class AgentService:
         self._is_enrolling = True
         try:
             target = await self._transport.target(join.enrol)
-            enrolment, identity = await enrol(join, target=target, now=self._clock(), timeout=ENROL_TIMEOUT)
+            attempt = self._store.begin_attempt(join)
+            enrolment, identity = await enrol(attempt, target=target, now=self._clock(), timeout=ENROL_TIMEOUT)
         except EnrolmentRefusedError as error:
+            self._store.forget_attempt()
             self._refused = join.digest, error  # attempts are bounded at the other end, and this one will never do
             raise
         finally:
             self._is_enrolling = False
         self._kept = enrolment.join_digest
-        self._store.save(enrolment)
+        self._save(enrolment)
+        self._store.forget_attempt()
         if not self._join.erase():
             log.warning("used join information could not be removed", extra={"path": self._join.where})
         log.info("enrolled", extra={"uuid": enrolment.uuid, "expires_at": enrolment.expires_at})

@@ -31,14 +31,14 @@ class EnrolmentService(agent_pb2_grpc.EnrolmentServiceServicer):
         authority: GuestAuthority,
         identities: Identities,
         audit: AuditLog,
-        on_enrolled: Callable[[GuestDomain], Awaitable[None]],
+        on_secret_used: Callable[[GuestDomain], Awaitable[None]],
     ) -> None:
         self._guest = guest
         self._secrets = secrets
         self._authority = authority
         self._identities = identities
         self._audit = audit
-        self._on_enrolled = on_enrolled
+        self._on_secret_used = on_secret_used
 
     async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolResponse:  # noqa: N802 - gRPC's name
         try:
@@ -49,7 +49,7 @@ class EnrolmentService(agent_pb2_grpc.EnrolmentServiceServicer):
                 detail = "; ".join(part for part in (error.detail, note) if part)
                 self._record("refused", reason=str(error.reason), detail=detail)
             raise
-        await self._on_enrolled(self._guest)
+        await self._on_secret_used(self._guest)
         identity = await identity_as_known(
             self._identities, self._guest, min(IDENTITY_TIMEOUT, timeout_of(context) / 2)
         )
@@ -65,12 +65,12 @@ class EnrolmentService(agent_pb2_grpc.EnrolmentServiceServicer):
         if guest.record.revoked:
             guest.require_authorised()
         key = parse_request(request.certificate_signing_request)
-        self._secrets.redeem(guest.uuid, request.join_secret)
+        self._secrets.redeem(guest.uuid, request.join_secret, key)
         certificate, facts = self._authority.issue_agent(key, guest.uuid)
         self._record("permitted", detail=f"certificate {facts.serial:x}")
-        # On record before it is given out; if that fails the secret is used up all the same, and StartVm makes another.
+        # On record before it is given out; if that fails the agent asks again, with the same key.
         self._audit.flush()
-        guest.make_current(facts)
+        guest.make_first(facts)
         return certificate
 
     def _record(self, decision: Decision, *, reason: str = "", detail: str = "") -> None:

@@ -33,7 +33,6 @@ _MAX_CERTIFICATES = 8  # parsed ones that are remembered, a domain
 MAX_CONNECTIONS = 64  # of one server: one guest must not use up the descriptors that all of them share
 HANDSHAKE_TIMEOUT_MS = 10_000
 
-OnEnrolled = Callable[[GuestDomain], Awaitable[None]]
 ServerOptions = Sequence[tuple[str, int]]
 
 
@@ -76,12 +75,14 @@ def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredenti
     return port
 
 
-async def _nothing(_guest: GuestDomain) -> None:
-    return
-
-
 class GuestServerPairs:
-    """See ``runs.GuestServers``. ``on_enrolled`` is told of each first certificate of a run."""
+    """See ``runs.GuestServers``; ``on_secret_used`` and ``on_enrolled`` have to be set before the first ``open``.
+
+    They are told of each right use of a join secret, and of the first certificate that a run's agent shows.
+    """
+
+    on_secret_used: Callable[[GuestDomain], Awaitable[None]]
+    on_enrolled: Callable[[GuestDomain], None]
 
     def __init__(
         self,
@@ -108,7 +109,6 @@ class GuestServerPairs:
         self._concurrent_calls = concurrent_calls
         self._reflection = reflection
         self._pairs: dict[str, tuple[grpc.aio.Server, grpc.aio.Server]] = {}
-        self.on_enrolled: OnEnrolled = _nothing
 
     async def open(self, guest: GuestDomain, addresses: ChannelAddresses) -> None:
         pair = self._server_pair()
@@ -150,7 +150,7 @@ class GuestServerPairs:
             authority=self._authority,
             identities=self._identities,
             audit=self._audit,
-            on_enrolled=self.on_enrolled,
+            on_secret_used=self.on_secret_used,
         )
         agent_pb2_grpc.add_EnrolmentServiceServicer_to_server(service, server)
         await self._add_common(server, agent_pb2.DESCRIPTOR.services_by_name["EnrolmentService"].full_name)
@@ -170,6 +170,8 @@ class GuestServerPairs:
             guest.require_current(certificate)
             guest.require_running()
             self._policy.require_valid()
+            if guest.shows_certificate():
+                self.on_enrolled(guest)
             return Call(call.method, call.correlation, certificate)
 
         server = make_server(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from dataclasses import replace
+from unittest.mock import Mock
 
 import grpc
 import grpc.aio
@@ -14,9 +16,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dom0_middleware.errors import Reason, Refused
+from dom0_middleware.enrolment import MAX_REPEATS
+from dom0_middleware.errors import Reason, Refused, Unavailable
 from dom0_middleware.guest import Phase
 from dom0_middleware.guest_authority import parse_request
+from dom0_middleware.state import StateStore
 from gose_client.errors import GridUnavailableError
 from secfunet.identity import pem_of
 from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc, orchestrator_pb2
@@ -77,6 +81,68 @@ async def test_a_second_enrolment_is_refused_until_the_next_start(world: World) 
     await again.enrol()
 
 
+async def test_an_answer_that_is_lost_can_be_asked_for_again_with_the_same_key(world: World) -> None:
+    """The agent was killed, the channel broke, the answer came too late: the secret belongs to that key and to no other."""
+    world.hold_hypervisor()
+    guest = await world.boot(await world.create())
+    first = (await guest.enrol()).certificate
+    thief = replace(guest, key=ec.generate_private_key(ec.SECP256R1()))
+    assert await refused(thief) == (DENIED, "JOIN_SECRET_REFUSED")
+    await world.stop()
+    await world.start()
+    assert await refused(thief) == (DENIED, "JOIN_SECRET_REFUSED")
+    assert (await guest.enrol()).certificate != first
+    # Either may be the one that arrived; with the first call that shows one the secret is worth nothing to anybody.
+    await replace(guest, certificate=first).show_certificate()
+    assert await refused(guest) == (DENIED, "JOIN_SECRET_REFUSED")
+    await guest.show_certificate()
+    await world.stop()
+    await world.start()
+    assert await refused(guest) == (DENIED, "JOIN_SECRET_REFUSED")
+    async with world.orchestrator() as stub:
+        assert (await stub.GetVm(orchestrator_pb2.GetVmRequest(uuid=guest.uuid), timeout=TIMEOUT)).vm.enrolled
+
+
+async def test_an_answer_is_not_asked_for_again_without_end(world: World) -> None:
+    """Each is a certificate and a record in the audit log; a guest that never shows one gets no more of them."""
+    guest = await world.boot(await world.create())
+    for _ in range(1 + MAX_REPEATS):
+        await guest.enrol()
+    assert await refused(guest) == (DENIED, "JOIN_SECRET_REFUSED")
+    await guest.show_certificate()
+
+
+async def test_a_domain_that_is_paused_while_it_enrols_asks_again(world: World) -> None:
+    """dom0 waits for the grid after it took the secret; the answer to a domain that does not run is a refusal."""
+    guest = await world.boot(await world.create())
+    world.grid.login_gate.clear()
+    asked = asyncio.create_task(refused(guest))
+    await eventually(lambda: world.grid.logins)
+    domain = world.hold_hypervisor().lookupByUUIDString(guest.uuid)
+    domain.suspend()
+    await eventually(lambda: world.service.vms.guests()[0].phase is Phase.PAUSED)
+    world.grid.login_gate.set()
+    assert (await asked)[1] == "DOMAIN_NOT_RUNNING"
+    domain.resume()
+    await eventually(lambda: world.service.vms.guests()[0].phase is Phase.RUNNING)
+    await guest.enrol()
+    await guest.show_certificate()
+
+
+async def test_a_disk_that_is_full_when_the_certificate_is_shown_refuses_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = await world.boot(await world.create())
+    await guest.enrol()
+    full = Unavailable(Reason.STATE_UNAVAILABLE, "the middleware cannot write its state", retry_after=5.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(StateStore, "forget_secret", Mock(side_effect=full))
+        await guest.show_certificate()
+    await guest.enrol()  # not forgotten yet
+    await guest.show_certificate()
+    assert await refused(guest) == (DENIED, "JOIN_SECRET_REFUSED")
+
+
 async def test_five_wrong_attempts_kill_the_secret(world: World) -> None:
     guest = await world.boot(await world.create())
     for attempt in range(5):
@@ -112,10 +178,11 @@ async def test_attempts_are_counted_over_a_restart(world: World) -> None:
     assert await refused(guest) == (DENIED, "JOIN_SECRET_REFUSED")
 
 
-async def test_of_two_at_once_exactly_one_gets_a_certificate(world: World) -> None:
+async def test_of_several_keys_at_once_exactly_one_gets_a_certificate(world: World) -> None:
     guest = await world.boot(await world.create())
     world.grid.login_gate.clear()
-    tasks = [asyncio.create_task(guest.enrol()) for _ in range(5)]
+    others = [replace(guest, key=ec.generate_private_key(ec.SECP256R1())) for _ in range(4)]
+    tasks = [asyncio.create_task(one.enrol()) for one in (guest, *others)]
     await asyncio.sleep(0.1)
     world.grid.login_gate.set()
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)

@@ -80,6 +80,8 @@ async def test_create_start_stop_delete(world: World) -> None:
     assert created.vmid in domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, NAMESPACE, 0)
     guest = await world.boot(uuid)
     await guest.enrol()
+    assert not (await vm(world, uuid)).enrolled  # whether the answer arrived is not known yet
+    await guest.show_certificate()
     running = await vm(world, uuid)
     assert (running.state, running.enrolled) == (pb.VM_STATE_RUNNING, True)
     async with world.orchestrator() as stub:

@@ -20,7 +20,7 @@ from dom0_middleware.errors import Refused
 from dom0_middleware.initialise import EXAMPLE_SETTINGS
 from dom0_middleware.orchestrator_authority import credential_paths
 from dom0_middleware.settings import MiddlewareSettings
-from dom0_middleware.state import StateError, StateStore
+from dom0_middleware.state import RunRecord, StateError, StateStore
 from secfunet.middleware.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from secfunet.service.files import UnsafeFileError
 from secfunet.service.settings import SettingsError, load_settings
@@ -95,25 +95,35 @@ def test_a_state_file_of_another_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_state_file_of_each_earlier_version_is_taken_over(tmp_path: Path) -> None:
-    """As the first two versions made it."""
+    """As they made it, with a VM that is enrolled."""
     columns = (
         "uuid TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, vmid TEXT NOT NULL UNIQUE, vm_certificate BLOB NOT NULL, "
         "vm_auth_token TEXT NOT NULL, memory_mib INTEGER NOT NULL, vcpus INTEGER NOT NULL, "
         "revoked INTEGER NOT NULL DEFAULT 0, created_at REAL NOT NULL"
     )
     second = ", address TEXT NOT NULL DEFAULT '', arriving INTEGER NOT NULL DEFAULT 0"
-    for version, more in ((1, ""), (2, second)):
+    third = second + ", leaving TEXT NOT NULL DEFAULT ''"
+    runs = (
+        "uuid TEXT PRIMARY KEY REFERENCES vms (uuid) ON DELETE CASCADE, domain_id INTEGER, secret_hash BLOB NOT NULL, "
+        "attempts_left INTEGER NOT NULL, secret_used INTEGER NOT NULL DEFAULT 0, serials TEXT NOT NULL DEFAULT '{}'"
+    )
+    for version, more in ((1, ""), (2, second), (3, third)):
         path = tmp_path / f"{version}.sqlite"
         with sqlite3.connect(path) as db:
-            db.executescript(f"CREATE TABLE vms ({columns}{more}) STRICT; PRAGMA user_version={version};")
+            db.executescript(
+                f"CREATE TABLE vms ({columns}{more}) STRICT; CREATE TABLE runs ({runs}) STRICT; PRAGMA user_version={version};"
+            )
             db.execute(
                 "INSERT INTO vms (uuid, name, vmid, vm_certificate, vm_auth_token, memory_mib, vcpus, created_at)"
                 " VALUES ('u', 'web', 'v', x'00', 't', 512, 1, 1.0)"
             )
+            db.execute("""INSERT INTO runs VALUES ('u', 7, x'', 4, 1, '{"a": 2.0}')""")
         db.close()
         store = StateStore(path)
         store.set_leaving("u", "xen-2")
         assert (store.vm("u").name, store.vm("u").arriving, store.vm("u").leaving) == ("web", False, "xen-2")
+        assert store.run("u") == RunRecord("u", 7, 4, True, True, {10: 2.0})
+        assert store.take_attempt("u") is None
         store.close()
         StateStore(path).close()
 

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 from cryptography.x509.oid import NameOID
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dom0_middleware.guest_authority import GuestAuthority
 from dom0_middleware.orchestrator_authority import OrchestratorAuthority, credential_paths
@@ -307,6 +308,11 @@ class Guest:
         self.certificate = response.certificate
         return response
 
+    async def show_certificate(self) -> None:
+        """The least that an agent does with it."""
+        async with self.agent_channel() as channel:
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT)
+
     @contextlib.asynccontextmanager
     async def agent(self, address: str | None = None) -> AsyncIterator[agent_pb2_grpc.AgentServiceAsyncStub]:
         async with self.agent_channel(address) as channel:
@@ -414,6 +420,7 @@ class World:
         """A running VM whose agent has its certificate."""
         guest = await self.boot(await self.create(vm, **overrides))
         await guest.enrol()
+        await guest.show_certificate()
         return guest
 
     def audit(self) -> list[dict[str, object]]:

@@ -145,6 +145,10 @@ def _oaep() -> padding.OAEP:
     return padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), None)
 
 
+def _spki(holder: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
+    return holder.public_key().public_bytes(DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
 Answerer = Callable[[agent_pb2.OperateRequest], Awaitable[list[agent_pb2.OperateResponse]]]
 
 
@@ -158,12 +162,14 @@ class MiddlewareDouble(agent_pb2_grpc.EnrolmentServiceServicer, agent_pb2_grpc.A
         self.authority_key = ec.generate_private_key(ec.SECP256R1())
         self.authority = make_certificate("guests", self.authority_key.public_key(), self.authority_key, ca=True)
         self.join_secret = secrets.token_bytes(32)
+        self.join_key = b""  # that the secret belongs to
         self.life, self.age = 3600.0, 5.0  # of the agents' certificates
         self.serials: set[int] = set()
         self.enrolments = 0
         self.renewals = 0
         self.batches: list[agent_pb2.OperateRequest] = []
         self.streams = 0
+        self.lost = 0  # so many answers to Enrol are lost, though the secret was taken
         self.paused = 0  # so many requests to enrol find the domain paused
         self.refuse: grpc.StatusCode | None = None  # every stream
         self.refuse_identity: grpc.StatusCode | None = None  # every stream
@@ -185,7 +191,7 @@ class MiddlewareDouble(agent_pb2_grpc.EnrolmentServiceServicer, agent_pb2_grpc.A
 
     def invite(self) -> None:
         """What dom0 hands to the domain when it starts."""
-        self.join_secret = secrets.token_bytes(32)
+        self.join_secret, self.join_key = secrets.token_bytes(32), b""
         information = {
             "uuid": self.uuid,
             "join_secret": base64.urlsafe_b64encode(self.join_secret).rstrip(b"=").decode(),
@@ -257,8 +263,14 @@ class MiddlewareDouble(agent_pb2_grpc.EnrolmentServiceServicer, agent_pb2_grpc.A
             await context.abort(code, message, (("grpc-status-details-bin", status.SerializeToString()),))
         if not secrets.compare_digest(request.join_secret, self.join_secret):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "this join secret is not known")
-        self.join_secret = secrets.token_bytes(32)
+        spki = _spki(x509.load_der_x509_csr(request.certificate_signing_request))
+        if self.join_key not in (b"", spki):
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "this join secret belongs to another key")
+        self.join_key = spki
         self.enrolments += 1
+        if self.lost:
+            self.lost -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the channel broke")
         return agent_pb2.EnrolResponse(
             certificate=self.certify(request.certificate_signing_request),
             guest_authority=self.authority.public_bytes(DER),
@@ -318,3 +330,5 @@ class MiddlewareDouble(agent_pb2_grpc.EnrolmentServiceServicer, agent_pb2_grpc.A
         certificate = x509.load_pem_x509_certificate(context.auth_context()["x509_pem_cert"][0])
         if certificate.serial_number not in self.serials:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this certificate is not good any more")
+        if self.join_key == _spki(certificate):
+            self.join_secret = b""  # forgotten: it did what it was for

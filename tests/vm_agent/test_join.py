@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from secfunet.middleware.v1 import agent_pb2
 from tests.vm_agent.double import DER, PEM, make_certificate
-from vm_agent.enrolment import Enrolment, EnrolmentStore, check_certificate
+from vm_agent.enrolment import Enrolment, EnrolmentAttempt, EnrolmentStore, check_certificate
 from vm_agent.errors import EnrolmentRefusedError, IdentityUnusableError, JoinError, NotEnrolledError, facts_of
 from vm_agent.identity import parse_identity
 from vm_agent.join import erase_join, parse_join, read_join
@@ -187,6 +188,28 @@ def test_a_key_with_anothers_certificate_is_no_enrolment() -> None:
 def test_any_bytes_are_an_enrolment_or_the_documented_error(untrusted: bytes) -> None:
     with pytest.raises(NotEnrolledError):
         Enrolment.from_json(untrusted)
+
+
+@given(st.binary(max_size=100) | JSON_VALUES.map(lambda value: json.dumps(value).encode()))
+def test_any_bytes_are_an_attempt_or_the_documented_errors(untrusted: bytes) -> None:
+    with pytest.raises((JoinError, NotEnrolledError)):
+        EnrolmentAttempt.from_json(untrusted, FOLDER)
+
+
+def test_an_attempt_is_kept_for_its_owner_alone(folder: Path) -> None:
+    store = EnrolmentStore(folder)
+    assert store.load_attempt() is None
+    join = parse_join(json.dumps(GOOD).encode(), folder)
+    begun = store.begin_attempt(join)
+    assert stat.S_IMODE((folder / "enrolling.json").stat().st_mode) == 0o600
+    again = EnrolmentStore(folder).begin_attempt(join)
+    assert (again.join, again.key.pem()) == (join, begun.key.pem())
+    assert "PRIVATE" not in repr(again)
+    assert GOOD["join_secret"] not in repr(again)
+    other = store.begin_attempt(replace(join, secret=b"x" * 32))
+    assert other.key.pem() != begun.key.pem()
+    store.forget_attempt()
+    assert store.load_attempt() is None
 
 
 def test_renewal_is_due_at_two_thirds_of_the_life() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import grp
 import hashlib
@@ -16,6 +17,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import grpc
 import grpc.aio
@@ -31,7 +33,8 @@ from secfunet.middleware.v1 import agent_pb2
 from secfunet.service.files import write_atomically
 from tests.vm_agent.conftest import eventually
 from tests.vm_agent.double import Grid, MiddlewareDouble
-from vm_agent.errors import facts_of
+from vm_agent.enrolment import EnrolmentStore
+from vm_agent.errors import NotEnrolledError, facts_of
 from vm_agent.local_socket import DoorError, _Half
 from vm_agent.options import AgentOptions
 from vm_agent.server import AgentService
@@ -112,6 +115,90 @@ async def test_a_domain_that_is_paused_enrols_later_with_the_same_secret(
         await eventually(lambda: service.status().connected)
         assert (await stub.Sign(SIGN, timeout=5)).signature
     assert (middleware.paused, middleware.enrolments) == (0, 1)
+
+
+async def test_an_answer_that_is_lost_is_asked_for_again_with_the_same_key(
+    middleware: MiddlewareDouble, options: AgentOptions
+) -> None:
+    """dom0 has taken the secret, for that key alone, and erased what it handed over."""
+    middleware.lost = 2
+    async with running(options) as (service, stub):
+        await eventually(lambda: middleware.lost == 1)
+        middleware.join_json.unlink()
+        await eventually(lambda: service.status().connected)
+        assert (await stub.Sign(SIGN, timeout=5)).signature
+    assert middleware.enrolments == 3
+    assert sorted(path.name for path in options.state.glob("*.json")) == ["enrolment.json"]
+
+
+async def test_an_agent_that_is_killed_before_the_answer_asks_again(
+    middleware: MiddlewareDouble, options: AgentOptions
+) -> None:
+    middleware.lost = 1000
+    async with running(options):
+        await eventually(lambda: middleware.enrolments > 0)
+    middleware.join_json.unlink()
+    begun = options.state / "enrolling.json"
+    assert stat.S_IMODE(begun.stat().st_mode) == 0o600
+    middleware.lost = 0
+    async with running(options) as (service, _):
+        await eventually(lambda: service.status().connected)
+    assert not begun.exists()
+
+
+async def test_an_attempt_that_was_refused_is_not_made_again(
+    middleware: MiddlewareDouble, options: AgentOptions
+) -> None:
+    middleware.lost = 1000
+    async with running(options):
+        await eventually(lambda: middleware.enrolments > 0)
+    middleware.join_json.unlink()
+    middleware.join_secret = bytes(32)  # the run is over
+    async with running(options) as (_, stub):
+        assert reason_of(await refused(stub)) == "ENROLMENT_REFUSED"
+    assert not (options.state / "enrolling.json").exists()
+    middleware.lost = 0
+    async with running(options) as (service, stub):
+        assert reason_of(await refused(stub)) == "NOT_ENROLLED"
+        middleware.invite()
+        await eventually(lambda: service.status().connected)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"join": {}, "key": 1}', b"[" * 100_000, b"\0" * 40_000])
+async def test_an_attempt_that_cannot_be_read_is_forgotten(
+    middleware: MiddlewareDouble, options: AgentOptions, content: bytes
+) -> None:
+    options.state.mkdir(mode=0o700, exist_ok=True)
+    write_atomically(options.state / "enrolling.json", content)
+    async with running(options) as (service, _):
+        await eventually(lambda: service.status().connected)
+
+
+async def test_a_full_disk_costs_no_secret(
+    middleware: MiddlewareDouble, options: AgentOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key is kept before the secret is presented; where it cannot be, the agent says so and waits."""
+    with monkeypatch.context() as patch:
+        patch.setattr("vm_agent.enrolment.write_atomically", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
+        async with running(options) as (_, stub):
+            error = await refused(stub)
+            assert reason_of(error) == "NOT_ENROLLED"
+            assert "No space left" in (error.details() or "")
+    assert middleware.enrolments == 0
+    async with running(options) as (service, _):
+        await eventually(lambda: service.status().connected)
+
+
+async def test_a_disk_that_fills_afterwards_stops_nobody(
+    middleware: MiddlewareDouble, options: AgentOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    middleware.life, middleware.age = 4.0, 0.0
+    full = NotEnrolledError("enrolment.json cannot be written: No space left")
+    monkeypatch.setattr(EnrolmentStore, "save", Mock(side_effect=full))
+    async with running(options) as (service, stub):
+        await eventually(lambda: middleware.renewals >= 1)
+        await eventually(lambda: service.status().connected)
+        assert (await stub.Sign(SIGN, timeout=5)).signature
 
 
 async def test_a_new_invitation_disturbs_nothing_until_it_is_accepted(

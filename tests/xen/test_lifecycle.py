@@ -55,7 +55,16 @@ def test_a_guest_that_crashes_ends_its_run(web: Vm) -> None:
     web.guest.hang_up()
     web.orchestrator.wait_until_enrolled(web.uuid, enrolled=False)
     web.guest.wait_until_gone()
-    web.boot()
+
+
+def test_a_domain_that_is_paused_while_it_enrols_does_so_when_it_goes_on(bed: Testbed, web: Vm) -> None:
+    """dom0 has taken its secret, and waits for the grid before it answers."""
+    audit = Audit(bed[HOST])
+    web.orchestrator.start(web.uuid, web.token)
+    audit.wait_for("enrol", then="virsh -c xen:///system suspend web")
+    bed[HOST].run("virsh -c xen:///system resume web")
+    web.guest.wait_until_ready()
+    web.orchestrator.wait_until_enrolled(web.uuid)
     web.must_work()
 
 
