@@ -23,6 +23,7 @@ from pathlib import Path
 from release import ROOT
 from release.locked import LockError
 from release.wheels import own_wheel
+from secfunet.service.files import write_atomically
 
 PYTHON = (3, 11)  # Debian 12's; the wheels with compiled code are for this one alone
 SITE = Path(f"lib/python{PYTHON[0]}.{PYTHON[1]}/site-packages")
@@ -62,9 +63,7 @@ def build(out: Path, wheels: Path, suffix: str = "") -> Path:
         _environment(stage)
         _compile(stage)
         archive = out / f"secfunet-release-{version}.tar.gz"
-        unfinished = archive.with_suffix(".part")
-        unfinished.write_bytes(_packed(stage))
-        unfinished.replace(archive)
+        write_atomically(archive, _packed(stage), mode=0o644)
         return archive
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from release import ROOT
 from release.locked import entries, fetch, needed
 from release.wheels import own_wheel
+from secfunet.service.files import write_atomically
 
 SOURCES = ROOT / "packaging" / "deb"
 PACKAGE = "secfunet-vm-agent"
@@ -85,10 +86,10 @@ def build(out: Path, wheels: Path, suffix: str = "", *, compression: Sequence[st
             os.utime(path, (epoch, epoch), follow_symlinks=False)
         os.utime(stage, (epoch, epoch))
         package = out / f"{PACKAGE}_{version}_{architecture()}.deb"
-        unfinished = package.with_suffix(".part")
+        unfinished = Path(folder) / package.name
         command = ["dpkg-deb", "--root-owner-group", *compression, "--build", str(stage), str(unfinished)]
         run(command, environment={**os.environ, "SOURCE_DATE_EPOCH": str(epoch)})
-        unfinished.replace(package)
+        write_atomically(package, unfinished.read_bytes(), mode=0o644)
         return package
 
 

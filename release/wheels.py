@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from release import PLACES, ROOT
 from release.locked import LockError, entries, needed
+from secfunet.service.files import write_atomically
 
 LOCK = ROOT / "requirements.lock"
 
@@ -21,9 +23,7 @@ def own_wheel(out: Path) -> Path:
         (wheel,) = Path(folder).glob("*.whl")
         out.mkdir(parents=True, exist_ok=True)
         target = out / wheel.name
-        unfinished = target.with_suffix(".part")
-        unfinished.write_bytes(wheel.read_bytes())
-        unfinished.replace(target)
+        write_atomically(target, wheel.read_bytes(), mode=0o644)
         return target
 
 
@@ -40,9 +40,14 @@ def collect(target: Path) -> None:
     """
     wanted = "\n".join(locked_entries().values()) + "\n"
     made_of = target / "made-of.txt"  # the last that is written
-    if made_of.is_file() and made_of.read_text(encoding="utf-8") == wanted:
-        return
     target.mkdir(parents=True, exist_ok=True)
+    with (target / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two that release at once
+        if not made_of.is_file() or made_of.read_text(encoding="utf-8") != wanted:
+            _collect(target, wanted, made_of)
+
+
+def _collect(target: Path, wanted: str, made_of: Path) -> None:
     made_of.unlink(missing_ok=True)
     for old in target.glob("*.whl"):
         old.unlink()

@@ -6,11 +6,14 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from release.wheels import own_wheel
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,6 +74,14 @@ def test_the_wheel_has_every_package_and_the_stubs(tmp_path: Path) -> None:
         assert {f"{stub}_pb2.py", f"{stub}_pb2.pyi", f"{stub}_pb2_grpc.py"} <= names
     packages = {name.partition("/")[0] for name in names if not name.startswith("secfunet-")}
     assert packages == {"secfunet", "secure_element", "gose", "gose_client", "dom0_middleware", "vm_agent"}
+
+
+def test_two_that_release_at_once_get_a_whole_wheel_each(tmp_path: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        wheels = list(pool.map(lambda _: own_wheel(tmp_path), range(3)))
+    assert len(set(wheels)) == 1
+    assert zipfile.ZipFile(wheels[0]).testzip() is None
+    assert [path.name for path in tmp_path.iterdir()] == [wheels[0].name]
 
 
 def test_generated_code_is_not_committed() -> None:
