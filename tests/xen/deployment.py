@@ -137,15 +137,20 @@ def migration_state(release: Release, folder: Path) -> str:
     with Testbed.resume(f"p-{_content()}", hosts=names) as bed:
         for name in (HOST, SECOND_HOST):
             bed[name].accept_migrations()
-        hosts = {
-            name: host_variables(
-                release, folder, dom0_middleware_destinations={other: f"xen+tcp://{bed[other].address}/system"}
-            )
-            for name, other in ((HOST, SECOND_HOST), (SECOND_HOST, HOST))
-        }
-        play(bed, "site", inventory(hosts, common_release=str(release.archive)), folder)
+        play(bed, "site", pair_inventory(bed, release, folder), folder)
         bed.save(state)
     return state
+
+
+def pair_inventory(bed: Testbed, release: Release, folder: Path, **more: Any) -> dict[str, Any]:
+    """Two Xen hosts, each a destination of the other, with ``more`` of their variables, and a grid."""
+    hosts = {
+        name: host_variables(
+            release, folder, dom0_middleware_destinations={other: f"xen+tcp://{bed[other].address}/system"}, **more
+        )
+        for name, other in ((HOST, SECOND_HOST), (SECOND_HOST, HOST))
+    }
+    return inventory(hosts, common_release=str(release.archive))
 
 
 def evidence_of(state: str) -> Path:
