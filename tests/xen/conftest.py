@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pytest
 
 from testbed import Testbed, TestbedError
-from testbed.tools import require_tools
+from testbed.tools import require_machine, require_tools
 from tests.xen.deployment import GRID, HOST, HOSTS, ROOT, Release, deployed_state, make_release
 from tests.xen.orchestrator import Orchestrator
 from tests.xen.vm import Vm
@@ -50,6 +50,7 @@ def work() -> Iterator[Path]:
 def release() -> Release:
     """The hosts' archive, the agent's package, and a guest's disk, of this checkout."""
     try:
+        require_machine()
         require_tools(install=True)
     except TestbedError as error:
         pytest.exit(f"the tests on Xen cannot run here: {error}", returncode=4)
