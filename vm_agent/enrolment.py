@@ -143,7 +143,10 @@ class EnrolmentStore:
 
     def load(self) -> Enrolment | None:
         """What is kept; None if nothing is. Raises NotEnrolledError if it cannot be used."""
-        kept = _read(self._path)
+        try:
+            kept = _read(self._path)
+        except UnsafeFileError as error:
+            raise NotEnrolledError(str(error)) from error
         return None if kept is None else Enrolment.from_json(kept)
 
     def save(self, enrolment: Enrolment) -> None:
@@ -151,9 +154,17 @@ class EnrolmentStore:
         _write(self._path, enrolment.to_json())
 
     def load_attempt(self) -> EnrolmentAttempt | None:
-        """The attempt that is not over; None if there is none, or if what is kept is none: then it is removed."""
+        """The attempt that is not over; None if there is none, or if what is kept is none: then it is removed.
+
+        Raises NotEnrolledError if it cannot be read now: another time it may, and its key cannot be made again.
+        """
+        kept = None
         try:
             kept = _read(self._attempt_path)
+        except UnsafeFileError as error:
+            log.warning("an attempt to enrol is forgotten: %s", error)
+            self.forget_attempt()
+        try:
             return None if kept is None else EnrolmentAttempt.from_json(kept, self._folder)
         except (JoinError, NotEnrolledError) as error:
             log.warning("an attempt to enrol is forgotten: %s", error)
@@ -179,8 +190,6 @@ def _read(path: Path) -> bytes | None:
         return read_secret(path, limit=MAX_KEPT_BYTES)
     except FileNotFoundError:
         return None
-    except UnsafeFileError as error:
-        raise NotEnrolledError(str(error)) from error
     except OSError as error:
         raise NotEnrolledError(f"{path} cannot be read: {error.strerror}") from error
 

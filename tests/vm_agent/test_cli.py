@@ -152,6 +152,27 @@ async def test_killed_and_started_again(
     assert (await vm_agent("sign", *at, "-", data=b"x"))[0] == 0
     daemon.kill()
     await daemon.wait()
+    await started_again_it_signs(at)
+    assert middleware.enrolments == 1
+
+
+async def test_killed_before_the_answer_to_its_enrolment(folder: Path, middleware: MiddlewareDouble) -> None:
+    """dom0 has taken the secret for the killed agent's key, and has erased what it handed over."""
+    at = ("--config", folder / "vm-agent.toml")
+    (folder / "vm-agent.toml").write_text('log_level = "info"\n')
+    middleware.lost = 1000
+    first = await asyncio.create_subprocess_exec(VM_AGENT, "serve", *at, stderr=asyncio.subprocess.DEVNULL)
+    try:
+        await eventually(lambda: middleware.enrolments > 0)
+    finally:
+        first.kill()
+        await first.wait()
+    middleware.join_json.unlink()
+    middleware.lost = 0
+    await started_again_it_signs(at)
+
+
+async def started_again_it_signs(at: tuple[str, Path]) -> None:
     again = await asyncio.create_subprocess_exec(VM_AGENT, "serve", *at, stderr=asyncio.subprocess.DEVNULL)
     try:
         for _ in range(50):
@@ -160,7 +181,6 @@ async def test_killed_and_started_again(
                 break
             await asyncio.sleep(0.1)
         assert (code, errors) == (0, "")
-        assert middleware.enrolments == 1
     finally:
         again.terminate()
         await again.wait()

@@ -131,13 +131,18 @@ async def test_an_answer_that_is_lost_is_asked_for_again_with_the_same_key(
     assert sorted(path.name for path in options.state.glob("*.json")) == ["enrolment.json"]
 
 
-async def test_an_agent_that_is_killed_before_the_answer_asks_again(
-    middleware: MiddlewareDouble, options: AgentOptions
-) -> None:
+async def stopped_before_the_answer(middleware: MiddlewareDouble, options: AgentOptions) -> None:
+    """dom0 has taken the secret, and erased what it handed over; the agent is gone."""
     middleware.lost = 1000
     async with running(options):
         await eventually(lambda: middleware.enrolments > 0)
     middleware.join_json.unlink()
+
+
+async def test_an_agent_that_is_stopped_before_the_answer_asks_again(
+    middleware: MiddlewareDouble, options: AgentOptions
+) -> None:
+    await stopped_before_the_answer(middleware, options)
     begun = options.state / "enrolling.json"
     assert stat.S_IMODE(begun.stat().st_mode) == 0o600
     middleware.lost = 0
@@ -149,10 +154,7 @@ async def test_an_agent_that_is_killed_before_the_answer_asks_again(
 async def test_an_attempt_that_was_refused_is_not_made_again(
     middleware: MiddlewareDouble, options: AgentOptions
 ) -> None:
-    middleware.lost = 1000
-    async with running(options):
-        await eventually(lambda: middleware.enrolments > 0)
-    middleware.join_json.unlink()
+    await stopped_before_the_answer(middleware, options)
     middleware.join_secret = bytes(32)  # the run is over
     async with running(options) as (_, stub):
         assert reason_of(await refused(stub)) == "ENROLMENT_REFUSED"
@@ -170,6 +172,20 @@ async def test_an_attempt_that_cannot_be_read_is_forgotten(
 ) -> None:
     options.state.mkdir(mode=0o700, exist_ok=True)
     write_atomically(options.state / "enrolling.json", content)
+    async with running(options) as (service, _):
+        await eventually(lambda: service.status().connected)
+
+
+async def test_an_attempt_that_cannot_be_read_now_is_not_forgotten(
+    middleware: MiddlewareDouble, options: AgentOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No descriptor is left, for one: the key in it cannot be made again, and dom0 answers no other."""
+    await stopped_before_the_answer(middleware, options)
+    middleware.lost = 0
+    with monkeypatch.context() as patch:
+        patch.setattr("vm_agent.enrolment.read_secret", Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
+        async with running(options) as (_, stub):
+            assert "Too many open files" in ((await refused(stub)).details() or "")
     async with running(options) as (service, _):
         await eventually(lambda: service.status().connected)
 
