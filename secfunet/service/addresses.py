@@ -1,6 +1,7 @@
 """Addresses of callers in one spelling each, so that they can be compared, counted and logged.
 
-A dual-stack socket names an IPv4 caller by an IPv4-mapped IPv6 address ("::ffff:192.0.2.1", RFC 4291, 2.5.5.2). Here it is that IPv4 address.
+A dual-stack socket names an IPv4 caller by an IPv4-mapped IPv6 address ("::ffff:192.0.2.1", RFC 4291, 2.5.5.2); here that is the IPv4
+address.
 """
 
 from __future__ import annotations
