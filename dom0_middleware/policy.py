@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -25,11 +25,11 @@ from pydantic import Field, model_validator
 
 from dom0_middleware.errors import Reason, Refused
 from dom0_middleware.schemes import OPERATIONS, SCHEMES
+from secfunet.service.rate import TokenBuckets
 from secfunet.service.settings import Settings, SettingsError, load_settings
 
 log = logging.getLogger(__name__)
 
-MAX_BUCKETS = 10_000
 Pattern = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
 
 
@@ -90,50 +90,13 @@ class Subject:
     vmid: str
 
 
-@dataclass
-class _Bucket:
-    """``level`` operations may run at the monotonic time ``at``."""
-
-    level: float
-    at: float
-
-
-@dataclass
-class _Limits:
-    """The buckets of one rule, by VM. They live on over a reload that leaves the rule as it was."""
-
-    buckets: dict[str, _Bucket] = field(default_factory=dict)
-
-    def take(self, rate: Rate, uuid: str, now: float) -> float:
-        """0 if the operation may run now, else the seconds to wait."""
-        bucket = self.buckets.get(uuid)
-        if bucket is None:
-            if len(self.buckets) >= MAX_BUCKETS:
-                self._drop_full(rate, now)
-            bucket = self.buckets[uuid] = _Bucket(float(rate.burst), now)
-        bucket.level = min(float(rate.burst), bucket.level + (now - bucket.at) * rate.per_second)
-        bucket.at = now
-        if bucket.level < 1.0:
-            return (1.0 - bucket.level) / rate.per_second
-        bucket.level -= 1.0
-        return 0.0
-
-    def _drop_full(self, rate: Rate, now: float) -> None:
-        # A bucket that has filled up again says no more than none.
-        self.buckets = {
-            uuid: bucket
-            for uuid, bucket in self.buckets.items()
-            if bucket.level + (now - bucket.at) * rate.per_second < rate.burst
-        }
-
-
 class Policy:
     """The policy in force. ``monotonic``: seconds, for rates."""
 
     def __init__(self, path: Path, *, monotonic: Callable[[], float]) -> None:
         self._path = path
         self._monotonic = monotonic
-        self._rules: tuple[tuple[Rule, _Limits], ...] | None = None
+        self._rules: tuple[tuple[Rule, TokenBuckets | None], ...] | None = None
         self.problems: list[str] = ["the policy was not read yet"]
 
     def reload(self) -> None:
@@ -145,7 +108,8 @@ class Policy:
             self._rules, self.problems = None, error.problems
             log.error("the policy is invalid, every call of a guest is refused: %s", error)
             return
-        self._rules = tuple((rule, before.get(rule) or _Limits()) for rule in file.rule)
+        # The buckets of a rule live on over a reload that leaves it as it was.
+        self._rules = tuple((rule, before.get(rule) or self._buckets(rule.rate)) for rule in file.rule)
         self.problems = []
         log.info("policy read", extra={"rules": len(self._rules), "file": str(self._path)})
 
@@ -155,10 +119,10 @@ class Policy:
 
     def permit(self, subject: Subject, operation: str, scheme: str) -> None:
         """Returns if the operation may run now. Raises Refused: POLICY_INVALID, POLICY_DENIED, RATE_LIMITED (with ``retry_after``)."""
-        for rule, limits in self._valid():
+        for rule, buckets in self._valid():
             if rule.selects(subject) and rule.allows(operation, scheme):
-                if rule.rate is not None:
-                    wait = limits.take(rule.rate, subject.uuid, self._monotonic())
+                if buckets is not None:
+                    wait = buckets.take(subject.uuid)
                     if wait > 0:
                         raise Refused(
                             Reason.RATE_LIMITED, "this VM asks more often than policy allows", retry_after=wait
@@ -176,7 +140,11 @@ class Policy:
             if operation in rule.operations and any(_any_matches(rule.schemes, scheme) for scheme in SCHEMES[operation])
         )
 
-    def _valid(self) -> tuple[tuple[Rule, _Limits], ...]:
+    def _buckets(self, rate: Rate | None) -> TokenBuckets | None:
+        """One a VM; None for a rule without a rate."""
+        return TokenBuckets(rate.per_second, rate.burst, self._monotonic) if rate is not None else None
+
+    def _valid(self) -> tuple[tuple[Rule, TokenBuckets | None], ...]:
         if self._rules is None:
             raise Refused(Reason.POLICY_INVALID, "the policy of this hypervisor is invalid; every call is refused")
         return self._rules

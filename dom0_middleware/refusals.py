@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from secfunet.service.rate import TokenBucket
+
 BURST = 2000.0  # records
 PER_SECOND = 20.0
 
@@ -16,21 +18,13 @@ class RefusalMeter:
     """For one domain: ``burst`` records at once, ``per_second`` on the long run. ``monotonic``: seconds."""
 
     def __init__(self, monotonic: Callable[[], float], *, burst: float = BURST, per_second: float = PER_SECOND) -> None:
-        self._monotonic = monotonic
-        self._burst = burst
-        self._per_second = per_second
-        self._level = burst
-        self._at = monotonic()
+        self._bucket = TokenBucket(per_second, burst, monotonic)
         self._left_out = 0
 
     def admit(self) -> str | None:
         """None: count this refusal, do not record it. Else what to add to its record ("" or the number of those before it)."""
-        now = self._monotonic()
-        self._level = min(self._burst, self._level + (now - self._at) * self._per_second)
-        self._at = now
-        if self._level < 1.0:
+        if self._bucket.take() > 0:
             self._left_out += 1
             return None
-        self._level -= 1.0
         left_out, self._left_out = self._left_out, 0
         return f"after {left_out} refusals that were only counted" if left_out else ""

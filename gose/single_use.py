@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from gose.errors import Reason, Refusal
+from secfunet.service.rate import MAX_OWNERS, TokenBuckets
 
 Value = TypeVar("Value")
 
@@ -94,26 +95,22 @@ class SingleUse(Generic[Value]):
 
 
 class RateLimit:
-    """At most ``limit`` events of one owner in any ``window`` seconds."""
+    """``limit`` events of one owner at once, and as many in each ``window`` seconds on the long run."""
 
     def __init__(
-        self, *, limit: int, window: float, max_owners: int = 10_000, monotonic: Callable[[], float] = time.monotonic
+        self,
+        *,
+        limit: int,
+        window: float,
+        what: str = "logins",
+        max_owners: int = MAX_OWNERS,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._limit = limit
-        self._window = window
-        self._max_owners = max_owners
-        self._monotonic = monotonic
-        self._events: OrderedDict[str, list[float]] = OrderedDict()
+        self._what = what
+        self._buckets = TokenBuckets(limit / window, limit, monotonic, max_owners=max_owners)
 
     def spend(self, owner: str) -> None:
         """Counts an event. Raises Refusal TOO_MANY_LOGINS."""
-        now = self._monotonic()
-        events = [at for at in self._events.get(owner, ()) if at > now - self._window]
-        if len(events) >= self._limit:
-            raise Refusal(
-                Reason.TOO_MANY_LOGINS, "too many logins in a short time", retry_after=events[0] + self._window - now
-            )
-        self._events[owner] = [*events, now]
-        self._events.move_to_end(owner)
-        while len(self._events) > self._max_owners:
-            self._events.popitem(last=False)
+        wait = self._buckets.take(owner)
+        if wait > 0:
+            raise Refusal(Reason.TOO_MANY_LOGINS, f"too many {self._what} in a short time", retry_after=wait)

@@ -13,12 +13,12 @@ from prometheus_client import Counter, Gauge
 
 from gose.errors import GoseError
 from gose.metrics import Metrics
-from gose.overload import FloodLog
 from gose.radius.dialogue import Dialogues
 from gose.radius.packets import AccessRequest, RadiusDiscard, encode_reply, parse_request
 from gose.settings import Limits, RadiusSettings
 from secfunet.radius.wire import MIN_SECRET
 from secfunet.service.files import read_secret
+from secfunet.service.flood_log import FloodLog
 
 log = logging.getLogger(__name__)
 

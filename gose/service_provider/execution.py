@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from gose.answers import AnswerStore, Question, scope_of
 from gose.errors import Reason, Refusal
 from gose.metrics import Metrics
-from gose.overload import FloodLog, is_overload
+from gose.overload import is_overload
 from gose.service_provider.card_errors import refusal_of
 from gose.service_provider.status import failure_of
 from gose.sessions import Session
@@ -40,6 +40,7 @@ from secfunet.container import ContainerProfile, ContainerSealer
 from secfunet.gose.v1 import operation_pb2
 from secfunet.identity import load_certificate, rsa_key_of
 from secfunet.operation import REQUEST_ID_SIZE, OperationError, request_digest, validate_operation
+from secfunet.service.flood_log import FloodLog
 
 log = logging.getLogger(__name__)
 

@@ -26,11 +26,12 @@ import grpc.aio
 
 from gose.errors import Reason, Refusal
 from gose.metrics import Metrics
-from gose.overload import FloodLog, is_overload
+from gose.overload import is_overload
 from gose.service_provider.status import abort
 from gose.sessions import Session, SessionStore
 from gose.state import state_unavailable
 from secfunet.identity import thumbprint
+from secfunet.service.flood_log import FloodLog
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,6 @@ import pytest_asyncio
 from cryptography.hazmat.primitives.asymmetric import padding, rsa, utils
 from cryptography.hazmat.primitives.hashes import SHA256
 
-from gose.errors import Reason
-from gose.overload import FloodLog
 from gose.server import GridService
 from secfunet.gose.v1 import service_provider_pb2 as pb
 from secfunet.identity import load_certificate
@@ -166,14 +164,3 @@ async def test_a_neighbours_flood_does_not_fill_this_vms_queue(slow: TestGrid) -
                 assert not answer.failures
         outcomes, _ = await flooding
         assert outcomes["SLOT_BUSY"] > 0
-
-
-async def test_what_is_not_written_is_counted() -> None:
-    now = 0.0
-    log = FloodLog(lambda: now)
-    assert log.count(Reason.SLOT_BUSY) == 1
-    assert [log.count(Reason.SLOT_BUSY, 5), log.count(Reason.SLOT_BUSY), log.count(Reason.TOO_MANY_CALLS)] == [0, 0, 1]
-    now = 1.0
-    assert log.count(Reason.SLOT_BUSY) == 7
-    now = 3.0
-    assert log.count(Reason.SLOT_BUSY) == 1
