@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from dom0_middleware.audit import AuditLog, Decision
+from dom0_middleware.audit import Action, DomainRecord
 from dom0_middleware.call import Call
 from dom0_middleware.errors import GridFailed, MiddlewareError, Reason, Refused, Unavailable
 from dom0_middleware.guest import GuestDomain
@@ -27,6 +27,7 @@ from secfunet.errors import SecFuNetError
 from secfunet.gose.v1 import operation_pb2
 from secfunet.middleware.v1 import agent_pb2
 from secfunet.operation import OperationError, scheme_name, validate_operation
+from secfunet.service.audit import AuditLog, Decision
 
 MAX_BATCH = 64
 ID_SIZE = 16  # bytes of a request id; no more of a guest's own is kept or sent back
@@ -228,15 +229,17 @@ class _Batch:
         room = self._room
         room._metrics.decisions.labels(one.name, decision, reason).inc()
         room._audit.record(
-            "operation",
-            decision,
-            correlation=self._call.correlation,
-            vm=room._guest.uuid,
-            name=room._guest.record.name,
-            operation=one.name,
-            scheme=one.scheme,
-            request=one.operation.request_id[:ID_SIZE].hex(),
-            reason=reason,
-            batch=self._number,
-            detail=detail,
+            DomainRecord(
+                Action.OPERATION,
+                decision,
+                correlation=self._call.correlation,
+                vm=room._guest.uuid,
+                name=room._guest.record.name,
+                operation=one.name,
+                scheme=one.scheme,
+                request=one.operation.request_id[:ID_SIZE].hex(),
+                reason=reason,
+                batch=self._number,
+                detail=detail,
+            )
         )

@@ -18,7 +18,7 @@ import prometheus_client
 from dom0_middleware.api.guard import Guard
 from dom0_middleware.api.orchestrator import OrchestratorService, admit_orchestrator
 from dom0_middleware.api.servers import MAX_MESSAGE, GuestServerPairs, add_health, add_reflection, bind, make_server
-from dom0_middleware.audit import AuditLog
+from dom0_middleware.audit import Action, DomainRecord, open_audit_log
 from dom0_middleware.authority import SERVER_NAME
 from dom0_middleware.channels.choose import choose_channel
 from dom0_middleware.channels.port import ChannelError, GuestChannel
@@ -38,6 +38,7 @@ from dom0_middleware.sessions import Grid, VmSessions
 from dom0_middleware.settings import MiddlewareSettings
 from dom0_middleware.state import StateStore, VmRecord
 from dom0_middleware.vms import Vms
+from secfunet.errors import SecFuNetError
 from secfunet.middleware.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from secfunet.service.files import private_folder
 from secfunet.service.settings import SettingsError
@@ -82,7 +83,7 @@ class MiddlewareService:
         self._channel_refusals = RefusalMeter(monotonic)
         self._store = StateStore(state / "state.sqlite")
         self.metrics = Metrics()
-        self.audit = AuditLog(settings.audit_file, clock=clock, sync_interval=settings.audit.sync_interval)
+        self.audit = open_audit_log(settings.audit_file, clock=clock, sync_interval=settings.audit.sync_interval)
         self.policy = Policy(settings.policy, monotonic=monotonic)
         self.sessions = VmSessions(grid)
         self.events = EventHub(clock=clock)
@@ -130,7 +131,7 @@ class MiddlewareService:
         async with AsyncExitStack() as stack:
             stack.callback(self._store.close)
             await stack.enter_async_context(self.audit)
-            self.audit.record("daemon.start", "noted")
+            self.audit.record(DomainRecord(Action.DAEMON_START, "noted"))
             stack.callback(self._note_stop)
             self.policy.reload()
             self._note_policy()
@@ -156,7 +157,7 @@ class MiddlewareService:
         self._reload_allowed()
         try:
             self.audit.reopen()
-        except (MiddlewareError, OSError) as error:
+        except (SecFuNetError, OSError) as error:
             log.error("the audit log cannot be opened again: %s", error)
         for guest in self.vms.guests():
             guest.identity_changed()
@@ -169,7 +170,8 @@ class MiddlewareService:
             self._allowed = frozenset()
             log.error("the settings are invalid, every orchestrator is refused: %s", error)
         with contextlib.suppress(MiddlewareError):  # a full log must not stop a reload
-            self.audit.record("orchestrators.read", "noted", detail=", ".join(sorted(self._allowed)) or "nobody")
+            names = ", ".join(sorted(self._allowed)) or "nobody"
+            self.audit.record(DomainRecord(Action.ORCHESTRATORS_READ, "noted", detail=names))
 
     async def _serve_orchestrators(self, stack: AsyncExitStack) -> None:
         def allowed() -> frozenset[str]:
@@ -215,21 +217,25 @@ class MiddlewareService:
             detail = "; ".join(part for part in (why, note) if part)
             with contextlib.suppress(MiddlewareError):
                 self.audit.record(
-                    "channel.refused", "refused", vm=uuid, reason=str(Reason.CHANNEL_FOREIGN), detail=detail
+                    DomainRecord(
+                        Action.CHANNEL_REFUSED, "refused", vm=uuid, reason=str(Reason.CHANNEL_FOREIGN), detail=detail
+                    )
                 )
 
     def _note_migration(self, what: str, record: VmRecord) -> None:
         with contextlib.suppress(MiddlewareError):  # what happened has happened
-            self.audit.record(f"vm.{what}", "noted", vm=record.uuid, name=record.name, detail=record.leaving)
+            action = Action.VM_ARRIVED if what == "arrived" else Action.VM_LEFT
+            self.audit.record(DomainRecord(action, "noted", vm=record.uuid, name=record.name, detail=record.leaving))
 
     def _note_policy(self) -> None:
         problems = "; ".join(self.policy.problems)
         with contextlib.suppress(MiddlewareError):  # a full log must not stop a reload
-            self.audit.record("policy.read", "noted", reason="POLICY_INVALID" if problems else "", detail=problems)
+            reason = str(Reason.POLICY_INVALID) if problems else ""
+            self.audit.record(DomainRecord(Action.POLICY_READ, "noted", reason=reason, detail=problems))
 
     def _note_stop(self) -> None:
         with contextlib.suppress(MiddlewareError):
-            self.audit.record("daemon.stop", "noted")
+            self.audit.record(DomainRecord(Action.DAEMON_STOP, "noted"))
 
 
 def _libvirt(settings: MiddlewareSettings) -> LibvirtHypervisor:

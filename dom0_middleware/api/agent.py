@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dom0_middleware.api.enrolment import identity_as_known
 from dom0_middleware.api.errors import facts_of
 from dom0_middleware.api.guard import MAX_TIMEOUT, Context, timeout_of
-from dom0_middleware.audit import AuditLog
+from dom0_middleware.audit import Action, DomainRecord
 from dom0_middleware.call import Call, current_call
 from dom0_middleware.errors import MiddlewareError, Reason, Refused
 from dom0_middleware.guest import RENEWALS_PER_SECOND, GuestDomain, Phase
@@ -19,6 +19,7 @@ from dom0_middleware.operations import ID_SIZE, MAX_BATCH, Operations
 from secfunet.gose.v1 import operation_pb2
 from secfunet.middleware.v1 import agent_pb2 as pb
 from secfunet.middleware.v1 import agent_pb2_grpc
+from secfunet.service.audit import AuditLog
 
 BATCHES_IN_FLIGHT = 16  # of one stream; more wait unread
 _WATCH_TIMEOUT = 10.0  # seconds that one look at the identity may take
@@ -55,12 +56,14 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         key = parse_request(request.certificate_signing_request)
         certificate, facts = self._authority.issue_agent(key, self._guest.uuid)
         self._audit.record(
-            "renew",
-            "permitted",
-            correlation=call.correlation,
-            vm=self._guest.uuid,
-            name=self._guest.record.name,
-            detail=f"certificate {facts.serial:x}",
+            DomainRecord(
+                Action.RENEW,
+                "permitted",
+                correlation=call.correlation,
+                vm=self._guest.uuid,
+                name=self._guest.record.name,
+                detail=f"certificate {facts.serial:x}",
+            )
         )
         self._audit.flush()
         self._guest.make_current(facts, renewed=call.certificate.serial if call.certificate else None)
@@ -148,13 +151,15 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             self._guest.require_current(call.certificate)
         except Refused as error:
             self._audit.record(
-                "call",
-                "refused",
-                correlation=call.correlation,
-                vm=self._guest.uuid,
-                name=self._guest.record.name,
-                operation=call.method.rpartition("/")[2],
-                reason=str(error.reason),
+                DomainRecord(
+                    Action.CALL,
+                    "refused",
+                    correlation=call.correlation,
+                    vm=self._guest.uuid,
+                    name=self._guest.record.name,
+                    operation=call.method.rpartition("/")[2],
+                    reason=str(error.reason),
+                )
             )
             raise
 

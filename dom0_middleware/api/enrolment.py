@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from dom0_middleware.api.guard import Context, timeout_of
-from dom0_middleware.audit import AuditLog, Decision
+from dom0_middleware.audit import Action, DomainRecord
 from dom0_middleware.call import current_call
 from dom0_middleware.enrolment import JoinSecrets
 from dom0_middleware.errors import Refused
@@ -15,6 +15,7 @@ from dom0_middleware.identity import Identities
 from secfunet.errors import SecFuNetError
 from secfunet.middleware.v1 import agent_pb2 as pb
 from secfunet.middleware.v1 import agent_pb2_grpc
+from secfunet.service.audit import AuditLog, Decision
 
 # How long enrolment waits for the grid, which the certificate itself does not need.
 IDENTITY_TIMEOUT = 5.0  # seconds
@@ -75,13 +76,15 @@ class EnrolmentService(agent_pb2_grpc.EnrolmentServiceServicer):
 
     def _record(self, decision: Decision, *, reason: str = "", detail: str = "") -> None:
         self._audit.record(
-            "enrol",
-            decision,
-            correlation=current_call.get().correlation,
-            vm=self._guest.uuid,
-            name=self._guest.record.name,
-            reason=reason,
-            detail=detail,
+            DomainRecord(
+                Action.ENROL,
+                decision,
+                correlation=current_call.get().correlation,
+                vm=self._guest.uuid,
+                name=self._guest.record.name,
+                reason=reason,
+                detail=detail,
+            )
         )
 
 

@@ -16,12 +16,13 @@ import grpc
 import grpc.aio
 
 from dom0_middleware.api.errors import STATUS_KEY, facts_of
-from dom0_middleware.audit import AuditLog
+from dom0_middleware.audit import Action, DomainRecord
 from dom0_middleware.call import CORRELATION_KEY, Call, correlation_id, current_call
 from dom0_middleware.errors import MiddlewareError, Reason, Refused
 from dom0_middleware.guest import GuestDomain
 from dom0_middleware.metrics import Metrics
 from dom0_middleware.refusals import RefusalMeter
+from secfunet.service.audit import AuditLog
 
 log = logging.getLogger(__name__)
 
@@ -126,15 +127,17 @@ class Guard(grpc.aio.ServerInterceptor):
             return
         with contextlib.suppress(MiddlewareError):
             self._audit.record(
-                "call",
-                "refused",
-                correlation=call.correlation,
-                vm=self._vm,
-                name=self._guest.record.name if self._guest is not None else "",
-                caller=call.caller,
-                operation=method.rpartition("/")[2],
-                reason=str(error.reason),
-                detail="; ".join(part for part in (error.detail, note) if part),
+                DomainRecord(
+                    Action.CALL,
+                    "refused",
+                    correlation=call.correlation,
+                    vm=self._vm,
+                    name=self._guest.record.name if self._guest is not None else "",
+                    caller=call.caller,
+                    operation=method.rpartition("/")[2],
+                    reason=str(error.reason),
+                    detail="; ".join(part for part in (error.detail, note) if part),
+                )
             )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import uuid as uuids
 from collections.abc import AsyncIterator, Callable, Iterator
-from functools import partial
+from dataclasses import replace
 
 from dom0_middleware.api.guard import Context, peer_certificate, timeout_of
-from dom0_middleware.audit import AuditLog
+from dom0_middleware.audit import Action, DomainRecord
 from dom0_middleware.call import Call, current_call
 from dom0_middleware.errors import MiddlewareError, Reason, Refused, Unavailable
 from dom0_middleware.events import EventHub
@@ -17,6 +17,7 @@ from dom0_middleware.vm_definition import parse_uuid
 from dom0_middleware.vms import Vms
 from secfunet.middleware.v1 import orchestrator_pb2 as pb
 from secfunet.middleware.v1 import orchestrator_pb2_grpc
+from secfunet.service.audit import AuditLog
 
 
 def admit_orchestrator(allowed: Callable[[], frozenset[str]]) -> Callable[[Context, Call], Call]:
@@ -42,7 +43,7 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     async def CreateVm(self, request: pb.CreateVmRequest, context: Context) -> pb.CreateVmResponse:  # noqa: N802
         # Ours to choose: nobody can ask for the UUID of another; and on record before the VM is there.
         uuid = str(uuids.uuid4())
-        with self._recorded("create", uuid, name=request.name):
+        with self._recorded(Action.VM_CREATE, uuid, name=request.name):
             vm = await self._vms.create(
                 uuid=uuid,
                 name=request.name,
@@ -56,25 +57,25 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
 
     async def StartVm(self, request: pb.StartVmRequest, context: Context) -> pb.StartVmResponse:  # noqa: N802
         uuid = parse_uuid(request.uuid)
-        with self._recorded("start", uuid):
+        with self._recorded(Action.VM_START, uuid):
             vm, folder = await self._vms.start_vm(uuid, vm_auth_token=request.vm_auth_token)
         return pb.StartVmResponse(vm=vm, guest_channel=folder)
 
     async def StopVm(self, request: pb.StopVmRequest, context: Context) -> pb.StopVmResponse:  # noqa: N802
         uuid = parse_uuid(request.uuid)
-        with self._recorded("stop", uuid, detail="by force" if request.force else ""):
+        with self._recorded(Action.VM_STOP, uuid, detail="by force" if request.force else ""):
             vm = await self._vms.stop_vm(uuid, force=request.force, timeout=timeout_of(context))
         return pb.StopVmResponse(vm=vm)
 
     async def DeleteVm(self, request: pb.DeleteVmRequest, context: Context) -> pb.DeleteVmResponse:  # noqa: N802
         uuid = parse_uuid(request.uuid)
-        with self._recorded("delete", uuid):
+        with self._recorded(Action.VM_DELETE, uuid):
             await self._vms.delete_vm(uuid)
         return pb.DeleteVmResponse()
 
     async def RevokeVm(self, request: pb.RevokeVmRequest, context: Context) -> pb.RevokeVmResponse:  # noqa: N802
         uuid = parse_uuid(request.uuid)
-        with self._recorded("revoke", uuid):
+        with self._recorded(Action.VM_REVOKE, uuid):
             vm = await self._vms.revoke_vm(uuid)
         return pb.RevokeVmResponse(vm=vm)
 
@@ -88,13 +89,13 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     async def ExpectVm(self, request: pb.ExpectVmRequest, context: Context) -> pb.ExpectVmResponse:  # noqa: N802
         uuid = parse_uuid(request.definition.uuid)
         detail = "with a token" if request.vm_auth_token else ""
-        with self._recorded("expect", uuid, name=request.definition.name, detail=detail):
+        with self._recorded(Action.VM_EXPECT, uuid, name=request.definition.name, detail=detail):
             vm = await self._vms.expect_vm(request.definition, vm_auth_token=request.vm_auth_token)
         return pb.ExpectVmResponse(vm=vm)
 
     async def MigrateVm(self, request: pb.MigrateVmRequest, context: Context) -> pb.MigrateVmResponse:  # noqa: N802
         uuid = parse_uuid(request.uuid)
-        with self._recorded("migrate", uuid, detail=f"to {request.destination[:64]}"):
+        with self._recorded(Action.VM_MIGRATE, uuid, detail=f"to {request.destination[:64]}"):
             vm = await self._vms.migrate_vm(uuid, request.destination, timeout=timeout_of(context))
         return pb.MigrateVmResponse(vm=vm)
 
@@ -111,28 +112,29 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
                 yield event
 
     @contextlib.contextmanager
-    def _recorded(self, action: str, uuid: str = "", *, name: str = "", detail: str = "") -> Iterator[None]:
+    def _recorded(self, action: Action, uuid: str, *, name: str = "", detail: str = "") -> Iterator[None]:
         call = current_call.get()
-        record = partial(
-            self._audit.record,
-            f"vm.{action}",
+        permitted = DomainRecord(
+            action,
+            "permitted",
             correlation=call.correlation,
             caller=call.caller,
             vm=uuid,
             name=name[:64],
+            detail=detail,
         )
         try:
-            record("permitted", detail=detail)
+            self._audit.record(permitted)
             self._audit.flush()
         except Unavailable:
             # Stopping and revoking take rights away: a full disk must not prevent that.
-            if action not in ("stop", "revoke"):
+            if action not in (Action.VM_STOP, Action.VM_REVOKE):
                 raise
         try:
             yield
         except MiddlewareError as error:
             with contextlib.suppress(Unavailable):
-                record("failed", reason=str(error.reason))
+                self._audit.record(replace(permitted, decision="failed", reason=str(error.reason), detail=""))
             raise
 
 

@@ -13,7 +13,6 @@ from dom0_middleware.api.agent import AgentService
 from dom0_middleware.api.enrolment import EnrolmentService
 from dom0_middleware.api.errors import reason_of
 from dom0_middleware.api.guard import Context, Guard, peer_certificate
-from dom0_middleware.audit import AuditLog
 from dom0_middleware.call import Call
 from dom0_middleware.channels.port import ChannelAddresses
 from dom0_middleware.enrolment import JoinSecrets
@@ -26,6 +25,7 @@ from dom0_middleware.operations import Operations
 from dom0_middleware.policy import Policy
 from dom0_middleware.sessions import VmSessions
 from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc
+from secfunet.service.audit import AuditLog
 
 MAX_MESSAGE = 256 * 1024  # bytes: 64 operations are some 40 KiB
 MAX_ENROL_MESSAGE = 32 * 1024

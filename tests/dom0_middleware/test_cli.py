@@ -14,10 +14,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dom0_middleware.audit import AuditLog
+from dom0_middleware.audit import Action, DomainRecord
 from dom0_middleware.vm_file import DefinitionError, definition_from_json, definition_to_json
 from secfunet.identity import pem_of
 from secfunet.middleware.v1 import orchestrator_pb2 as pb
+from secfunet.service.audit import AuditLog
 from tests.dom0_middleware.world import World, certificate, eventually, token
 
 FIELDS = ("uuid", "name", "address", "memory_mib", "vcpus", "vm_certificate")
@@ -108,7 +109,7 @@ async def test_audit_verify(tmp_path: Path) -> None:
     writer = AuditLog(log, clock=lambda: 1.0)
     writer.open()
     for _ in range(3):
-        writer.record("operation", "permitted")
+        writer.record(DomainRecord(Action.OPERATION, "permitted"))
     writer.close()
     code, out, _ = await run("audit", "verify", "--file", log)
     assert code == 0
@@ -120,6 +121,13 @@ async def test_audit_verify(tmp_path: Path) -> None:
     code, out, _ = await run("audit", "verify", "--file", log, "--json")
     assert code == 65
     assert json.loads(out)["problems"][0]["line"] == 1
+
+
+async def test_a_log_that_is_not_there_was_not_changed(tmp_path: Path) -> None:
+    """65 says that somebody changed the log: whoever watches for that must not be woken by a wrong path."""
+    code, _, err = await run("audit", "verify", "--file", tmp_path / "nope")
+    assert code == 1
+    assert "nope" in err
 
 
 async def test_the_life_of_a_vm(world: World, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ async def test_the_record_is_there_before_the_grid_is_asked(world: World) -> Non
 
 
 async def test_a_log_that_cannot_be_written_refuses(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dom0_middleware import audit
+    from secfunet.service import audit
 
     guest = await world.enrolled()
 

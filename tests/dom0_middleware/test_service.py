@@ -12,7 +12,6 @@ import grpc
 import grpc.aio
 import pytest
 
-from dom0_middleware.audit import AuditBrokenError
 from dom0_middleware.authority import Authority, AuthorityError
 from dom0_middleware.channels.folder import FolderChannel
 from dom0_middleware.channels.port import ChannelDomain, ChannelError
@@ -22,6 +21,7 @@ from dom0_middleware.orchestrator_authority import credential_paths
 from dom0_middleware.settings import MiddlewareSettings
 from dom0_middleware.state import RunRecord, StateError, StateStore
 from secfunet.middleware.v1 import orchestrator_pb2, orchestrator_pb2_grpc
+from secfunet.service.audit import AuditBrokenError
 from secfunet.service.files import UnsafeFileError
 from secfunet.service.settings import SettingsError, load_settings
 from tests.dom0_middleware.test_access import sign

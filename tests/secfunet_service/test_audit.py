@@ -3,27 +3,65 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import json
 import os
+import pwd
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dom0_middleware.audit import AuditBrokenError, AuditChain, AuditLog, Head, anchor_path, split_line
-from dom0_middleware.audit_verify import ProblemKind, rotated_files, verify
-from dom0_middleware.errors import Unavailable
+from secfunet.service.audit import (
+    Actor,
+    AuditBrokenError,
+    AuditChain,
+    AuditJournal,
+    AuditLog,
+    AuditUnavailableError,
+    Decision,
+    Head,
+    Record,
+    anchor_path,
+    split_line,
+)
+from secfunet.service.audit_verify import ProblemKind, rotated_files, verify
 
 ZERO = "0" * 64
+
+
+class Action(StrEnum):
+    OPERATION = "operation"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation(Record):
+    vm: str = ""
+    operation: str = ""
+    scheme: str = ""
+    request: str = ""
+    batch: int | None = None
+
+
+def operation(
+    decision: Decision = "permitted", *, vm: str = "", request: str = "", name: str = "", detail: str = ""
+) -> Operation:
+    return Operation(Action.OPERATION, decision, vm=vm, request=request, name=name, detail=detail)
 
 
 def written(path: Path, count: int, *, close: bool = True) -> AuditLog:
     log = AuditLog(path, clock=lambda: 1_700_000_000.5)
     log.open()
     for number in range(count):
-        log.record("operation", "permitted", vm="v", request=f"{number:032x}")
+        log.record(operation(vm="v", request=f"{number:032x}"))
     log.flush()
     if close:
         log.close()
@@ -143,9 +181,9 @@ def test_one_writer(path: Path) -> None:
 def test_rotation_keeps_the_chain(path: Path) -> None:
     log = written(path, 3, close=False)
     path.rename(path.with_name("audit.jsonl.1"))
-    log.record("operation", "permitted")  # before anybody told us: it belongs to the old file
+    log.record(operation())  # before anybody told us: it belongs to the old file
     log.reopen()
-    log.record("operation", "permitted")
+    log.record(operation())
     log.close()
     assert verify([path], anchor_of=path).first == 5
     files = rotated_files(path)
@@ -182,8 +220,8 @@ def test_a_full_disk_refuses_and_leaves_no_half_record(path: Path, monkeypatch: 
         return done
 
     monkeypatch.setattr(os, "write", full)
-    log.record("operation", "permitted")
-    with pytest.raises(Unavailable):
+    log.record(operation())
+    with pytest.raises(AuditUnavailableError, match="No space left"):
         log.flush()
     assert kinds(path) == []
     monkeypatch.setattr(os, "write", real)
@@ -195,7 +233,7 @@ def test_a_full_disk_refuses_and_leaves_no_half_record(path: Path, monkeypatch: 
 
 async def test_it_is_synced_within_the_interval(path: Path) -> None:
     async with AuditLog(path, clock=time.time, sync_interval=0.05) as log:
-        log.record("operation", "permitted")
+        log.record(operation())
         for _ in range(100):
             await asyncio.sleep(0.02)
             if anchor_path(path).exists():
@@ -209,20 +247,138 @@ def test_a_record_costs_microseconds(path: Path) -> None:
     for batch in range(100):
         for number in range(50):
             log.record(
-                "operation",
-                "permitted",
-                correlation="0123456789abcdef",
-                vm="6695eb01-f6a4-8304-79aa-97f2502e193f",
-                name="web",
-                operation="sign",
-                scheme="rsassa-pss-sha256",
-                request=f"{number:032x}",
-                batch=batch,
+                Operation(
+                    Action.OPERATION,
+                    "permitted",
+                    correlation="0123456789abcdef",
+                    vm="6695eb01-f6a4-8304-79aa-97f2502e193f",
+                    name="web",
+                    operation="sign",
+                    scheme="rsassa-pss-sha256",
+                    request=f"{number:032x}",
+                    batch=batch,
+                )
             )
         log.flush()
     each = (time.process_time() - begin) / 5000
     log.close()
     assert each < 200e-6  # about 15 on a quiet machine
+
+
+def test_a_log_of_before_is_verified_and_continued(path: Path) -> None:
+    """Written by hand, without this program's code: fields are in the file, and the chain is over its bytes."""
+    previous, lines = ZERO, []
+    for n in (1, 2):
+        body = f'{{"n":{n},"time":1.5,"action":"call","decision":"refused","caller":"x","prev":"{previous}"}}'
+        previous = hashlib.sha256(body.encode()).hexdigest()
+        lines.append(f'{body[:-1]},"hash":"{previous}"}}\n')
+    path.write_text("".join(lines))
+    anchor_path(path).write_text(json.dumps({"n": 2, "hash": previous}))
+    assert verify([path], anchor_of=path).sound
+    written(path, 2)
+    verdict = verify([path], anchor_of=path)
+    assert verdict.sound
+    assert verdict.records == 4
+
+
+def test_what_is_empty_is_not_written_and_what_is_long_is_cut(path: Path) -> None:
+    actor = Actor(uid=0, user="root", sudo="alice")
+    with closing_log(path) as log:
+        log.record(Operation(Action.OPERATION, "noted", actor=actor, batch=0, detail="x" * 300))
+    (record,) = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert record["actor"] == {"uid": 0, "user": "root", "sudo": "alice"}
+    assert record["batch"] == 0
+    assert record["detail"] == "x" * 256 + "…"
+    assert set(record) == {"n", "time", "action", "decision", "actor", "batch", "detail", "prev", "hash"}
+
+
+@contextlib.contextmanager
+def closing_log(path: Path) -> Iterator[AuditLog]:
+    log = AuditLog(path, clock=lambda: 1.0)
+    log.open()
+    yield log
+    log.close()
+
+
+# A journal: commands come and go, and several run at once.
+
+APPEND = """
+import sys
+from enum import StrEnum
+from pathlib import Path
+from secfunet.service.audit import Actor, AuditJournal, Record
+
+class Action(StrEnum):
+    ACT = "act"
+
+for number in range(int(sys.argv[2])):
+    actor = Actor.of_this_process()
+    AuditJournal(Path(sys.argv[1])).append(Record(Action.ACT, "permitted", name=f"{sys.argv[3]} {number}", actor=actor))
+"""
+
+
+def test_commands_of_several_processes_make_one_chain(path: Path) -> None:
+    commands = [subprocess.Popen([sys.executable, "-c", APPEND, str(path), "10", f"command {n}"]) for n in range(4)]
+    assert [command.wait(60) for command in commands] == [0] * 4
+    verdict = verify([path], anchor_of=path)
+    assert verdict.sound
+    assert (verdict.records, verdict.first) == (40, 1)
+    names = [json.loads(line)["name"] for line in path.read_bytes().splitlines()]
+    assert sorted(names) == sorted(f"command {n} {number}" for n in range(4) for number in range(10))
+
+
+def test_a_journal_waits_for_its_turn_and_not_for_ever(path: Path) -> None:
+    with closing_log(path), pytest.raises(AuditBrokenError, match="another process"):
+        AuditJournal(path, patience=0.1).append(operation())
+    AuditJournal(path, patience=0.1).append(operation())
+    assert verify([path], anchor_of=path).records == 1
+
+
+def test_a_journal_is_rotated_like_any_log(path: Path) -> None:
+    journal = AuditJournal(path)
+    journal.append(operation(), operation())
+    path.rename(path.with_name("audit.jsonl.1"))
+    journal.append(operation())
+    verdict = verify(rotated_files(path), anchor_of=path)
+    assert verdict.sound
+    assert (verdict.first, verdict.records) == (1, 3)
+
+
+def test_a_journal_on_a_full_disk_records_nothing_and_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = AuditJournal(path)
+    journal.append(operation())
+
+    def full(_: int, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(AuditUnavailableError, match="No space left on device"):
+            journal.append(operation())
+    journal.append(operation())
+    verdict = verify([path], anchor_of=path)
+    assert verdict.sound
+    assert verdict.records == 2
+
+
+def test_a_journal_in_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(AuditUnavailableError, match="nothing is done that is not on record"):
+        AuditJournal(tmp_path / "nowhere" / "audit.jsonl").append(operation())
+
+
+def test_a_changed_journal_is_not_continued(path: Path) -> None:
+    journal = AuditJournal(path)
+    journal.append(operation(vm="v"))
+    path.write_bytes(path.read_bytes().replace(b'"v"', b'"w"'))
+    with pytest.raises(AuditBrokenError, match="was changed"):
+        journal.append(operation())
+
+
+def test_an_actor_is_who_runs_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUDO_USER", "alice")
+    actor = Actor.of_this_process()
+    assert (actor.uid, actor.sudo) == (os.getuid(), "alice")
+    assert actor.user == pwd.getpwuid(os.getuid()).pw_name
 
 
 @given(st.binary(max_size=400))
@@ -253,6 +409,6 @@ def test_any_text_makes_a_record_that_verifies(
     file = tmp_path_factory.mktemp("any") / "log"
     log = AuditLog(file, clock=lambda: 1.0)
     log.open()
-    log.record("call", "refused", detail=detail, name=name)
+    log.record(operation("refused", detail=detail, name=name))
     log.close()
     assert verify([file], anchor_of=file).sound

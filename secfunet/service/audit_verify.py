@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from dom0_middleware.audit import FIRST, MAX_LINE, AuditBrokenError, Head, read_anchor, split_line
+from secfunet.service.audit import FIRST, MAX_LINE, AuditBrokenError, Head, read_anchor, split_line
 
 MAX_PROBLEMS = 100
 
