@@ -138,7 +138,7 @@ def uri_names(certificate: x509.Certificate) -> list[str]:
     """The URIs in the certificate's subject alternative name; empty if it has none."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
+    except Exception:  # noqa: BLE001 - the library raises more kinds than it documents
         return []
     return names.get_values_for_type(x509.UniformResourceIdentifier)
 

@@ -84,6 +84,11 @@ class GuestDomain:
         self._serials.clear()
         self.identity_changed()
 
+    def require_not_ended(self) -> None:
+        """Raises Refused (DOMAIN_NOT_RUNNING) once the run is over; not while the domain is only paused."""
+        if self.phase is Phase.ENDED:
+            raise Refused(Reason.DOMAIN_NOT_RUNNING, "the domain of this channel stopped")
+
     def require_running(self) -> None:
         """Raises Refused (DOMAIN_NOT_RUNNING), or Unavailable (HYPERVISOR_UNAVAILABLE) while nobody can say whether it runs."""
         if self.phase is not Phase.RUNNING:

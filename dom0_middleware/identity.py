@@ -70,9 +70,13 @@ class Identities:
 
     async def identity(self, guest: GuestDomain, *, timeout: float, correlation: str = "") -> agent_pb2.Identity:
         """With the grid's word: opens the VM's session if need be. Raises what that raises, Refused (VM_REVOKED, TOKEN_MISSING)."""
+        guest.require_not_ended()
         guest.require_authorised()
         session = await self._sessions.session(guest.record, timeout=timeout, correlation=correlation)
         certificate = await self._hypervisor.certificate(timeout=timeout)
+        # Again: the run may have ended, or the right, while grid and card were asked.
+        guest.require_not_ended()
+        guest.require_authorised()
         return self._of(guest, session, certificate)
 
     def known(self, guest: GuestDomain) -> agent_pb2.Identity:

@@ -137,6 +137,7 @@ class Migrations:
                 # In this order: what it may do here has ended, and the grid knows, before it can be anywhere else.
                 await self._runs.end(uuid, grace=GOING_AWAY)
                 await self._sessions.told()
+                self._require_not_revoked(self._store.vm(uuid))
                 log.info("a VM is being sent", extra={"vm": uuid, "destination": destination})
                 await self._hypervisor.migrate(uuid, uri)
             except MiddlewareError as error:
@@ -150,9 +151,12 @@ class Migrations:
             self._left(self._store.vm(uuid))
             return await self._hypervisor.info(uuid)
 
-    async def _require_movable(self, record: VmRecord) -> None:
+    def _require_not_revoked(self, record: VmRecord) -> None:
         if record.revoked:
             raise Refused(Reason.VM_REVOKED, "this VM was revoked here, and would come elsewhere as one that was not")
+
+    async def _require_movable(self, record: VmRecord) -> None:
+        self._require_not_revoked(record)
         if record.leaving:
             raise Refused(Reason.VM_STATE_WRONG, "this VM is being migrated already")
         info = await self._hypervisor.info(record.uuid)
@@ -188,6 +192,8 @@ class Migrations:
         return info
 
     async def _take(self, record: VmRecord, info: DomainInfo) -> None:
+        if record.arriving and self._store.vm(record.uuid).revoked:
+            return  # while the hypervisor was asked
         if self._runs.guest(record.uuid) is None:
             await self._runs.attach(record, info)
         self._store.set_here(record.uuid)

@@ -6,7 +6,8 @@ The rules, in the order in which they are applied to each operation:
 2. the VM has not more operations in flight than its share;
 3. its domain runs, the caller's certificate is current, the VM is not revoked and has a token;
 4. policy permits operation and scheme, and the rate;
-5. the VM-Auth-Token, as the grid took it, covers the operation.
+5. after the session was opened, which may take its time, 3 holds still;
+6. the VM-Auth-Token, as the grid took it, covers the operation.
 
 Each decision is one record of the audit log, in the file before anything is done. The container that comes back stays closed here.
 """
@@ -106,7 +107,8 @@ class Operations:
             except SecFuNetError as error:
                 batch.fail(permitted, error, "failed")
                 return batch.outcome
-            permitted = batch.authorise(permitted, frozenset(session.operations))
+            # From here to the call of the grid nothing is awaited: what is looked at now holds when it is done.
+            permitted = batch.authorise(batch.still(permitted), frozenset(session.operations))
         if permitted:
             await self._act(batch, permitted, timeout)
         return batch.outcome
@@ -177,6 +179,15 @@ class _Batch:
                 permitted.append(one)
         return permitted
 
+    def still(self, permitted: list[_Sane]) -> list[_Sane]:
+        """``permitted`` if the domain, its certificate and the VM's right are what they were when it was permitted, else nothing."""
+        try:
+            self._require_domain()
+        except MiddlewareError as error:
+            self.fail(permitted, error, "refused")
+            return []
+        return permitted
+
     def authorise(self, permitted: list[_Sane], token_operations: frozenset[str]) -> list[_Sane]:
         authorised = []
         for one in permitted:
@@ -202,12 +213,16 @@ class _Batch:
         guest = self._room._guest
         if guest.operations_in_flight > self._room._limit:
             raise Refused(Reason.TOO_MANY_OPERATIONS, "this VM has too many operations in flight", retry_after=0.05)
+        self._require_domain()
+        self._room._policy.permit(guest.subject, one.name, one.scheme)
+
+    def _require_domain(self) -> None:
+        guest = self._room._guest
         guest.require_running()
         if self._call.certificate is None:
             raise Refused(Reason.CERTIFICATE_MISSING, "operations need a certificate")
         guest.require_current(self._call.certificate)
         guest.require_authorised()
-        self._room._policy.permit(guest.subject, one.name, one.scheme)
 
     def _refuse_unsound(self, operation: operation_pb2.Operation, error: Refused) -> None:
         self.outcome.failures.append(Failure(operation.request_id[:ID_SIZE], error))

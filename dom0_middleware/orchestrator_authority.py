@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from dom0_middleware.authority import Authority, private_key_pem, uri_names
 from dom0_middleware.errors import Reason, Refused
+from secfunet.identity import IdentityError, load_certificate
 from secfunet.service.files import private_folder, write_atomically
 
 ORCHESTRATOR_LIFETIME = 365 * 86400.0  # seconds
@@ -69,8 +70,8 @@ def credential_paths(folder: Path, name: str) -> tuple[Path, Path]:
 def orchestrator_name(untrusted_pem: bytes) -> str:
     """The name in the certificate of a TLS peer. Raises Refused (ORCHESTRATOR_NOT_ALLOWED) if there is none of the right form."""
     try:
-        (name,) = uri_names(x509.load_pem_x509_certificate(untrusted_pem))
-    except ValueError:
+        (name,) = uri_names(load_certificate(untrusted_pem))
+    except (ValueError, IdentityError):
         name = ""
     if not name.startswith(_URN) or not _NAME.fullmatch(name.removeprefix(_URN)):
         raise Refused(Reason.ORCHESTRATOR_NOT_ALLOWED, "the certificate names no orchestrator")

@@ -210,6 +210,8 @@ class Runs:
                 await self._hypervisor.destroy(uuid)
 
     def _new_guest(self, record: VmRecord, run: RunRecord | None = None) -> GuestDomain:
+        # As it is now: a revocation waits for no lock, and may have come since the caller read it.
+        record = self._store.vm(record.uuid)
         guest = GuestDomain(
             record,
             self._store,

@@ -136,6 +136,8 @@ class VmSessions:
 
     async def _open(self, slot: _Slot, vm: VmRecord, timeout: float, correlation: str) -> GridSession:
         async with _deadline(timeout), slot.lock:
+            if slot.ended:
+                raise _ended()
             if slot.session is None:
                 now = asyncio.get_running_loop().time
                 if slot.refusal is not None and now() < slot.refused_at + REFUSAL_STANDS:
@@ -166,6 +168,8 @@ class VmSessions:
         end = loop.time() + timeout
         async with _deadline(timeout):
             session = slot.session or await self._open(slot, vm, timeout, correlation)
+            if slot.ended:
+                raise _ended()
             answer = await session.execute(operations, timeout=max(0.001, end - loop.time()), correlation=correlation)
             if len(answer.containers) > len(operations):
                 # Each would keep the hypervisor's card busy.
@@ -188,7 +192,11 @@ class VmSessions:
         slot.tasks.add(task)
         task.add_done_callback(slot.tasks.discard)
         try:
-            return await task
+            answer = await task
+            if slot.ended:
+                # The end came in the same turn of the loop as the answer.
+                raise _ended()
+            return answer
         except asyncio.CancelledError:
             if slot.ended and not _cancelling():
                 raise _ended() from None

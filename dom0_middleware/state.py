@@ -185,7 +185,11 @@ class StateStore:
         return tuple(_vm(row) for row in self._execute("SELECT * FROM vms ORDER BY name"))
 
     def set_token(self, uuid: str, vm_auth_token: str) -> None:
-        self._execute("UPDATE vms SET vm_auth_token=? WHERE uuid=? AND revoked=0", (vm_auth_token, uuid))
+        """Raises Refused (VM_UNKNOWN, VM_REVOKED): also if that came while the caller waited for something."""
+        done = self._execute("UPDATE vms SET vm_auth_token=? WHERE uuid=? AND revoked=0", (vm_auth_token, uuid))
+        if done.rowcount != 1:
+            self.vm(uuid)
+            raise Refused(Reason.VM_REVOKED, "this VM was revoked on this hypervisor; no token helps")
 
     def set_leaving(self, uuid: str, destination: str) -> None:
         """Before the domain is sent: if this daemon ends meanwhile, it has to look how that went."""

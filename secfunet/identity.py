@@ -15,7 +15,7 @@ from enum import Enum, StrEnum
 from typing import Final, NamedTuple
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -27,6 +27,11 @@ MAX_CERTIFICATE_SIZE: Final = 16384
 
 THUMBPRINT_SIZE: Final = 43
 """Characters of a thumbprint."""
+
+MIN_RSA_BITS: Final = 2048
+MAX_RSA_BITS: Final = 4096
+MAX_RSA_EXPONENT: Final = 2**64
+"""A public exponent is smaller: the time that an operation with somebody else's key takes grows with it, up to a hundredfold."""
 
 MAX_NAME_SIZE: Final = 64
 """Characters of a holder's name: the upper bound of a common name (RFC 5280, appendix A.1, ub-common-name)."""
@@ -117,7 +122,10 @@ def role_uri(holder: Holder) -> str:
 
 
 def load_certificate(untrusted: bytes) -> x509.Certificate:
-    """One certificate, in DER or PEM (RFC 7468; exactly one, text around it is ignored). Raises IdentityError."""
+    """One certificate, in DER or PEM (RFC 7468; exactly one, text around it is ignored). Raises IdentityError.
+
+    Total: any bytes give a certificate, whose names, extensions and times can be read, or an IdentityError.
+    """
     if len(untrusted) > MAX_CERTIFICATE_SIZE * 3 // 2:
         raise IdentityError(IdentityProblem.TOO_LARGE, f"a certificate has at most {MAX_CERTIFICATE_SIZE} bytes")
     try:
@@ -130,9 +138,12 @@ def load_certificate(untrusted: bytes) -> x509.Certificate:
         # What cryptography parses lazily is parsed here, so that nothing fails later, elsewhere.
         _ = certificate.subject, certificate.issuer, certificate.extensions, certificate.version
         _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc, certificate.serial_number
-    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, x509.InvalidVersion) as error:
-        raise IdentityError(IdentityProblem.MALFORMED, "that is no X.509 certificate") from error
-    if len(der_of(certificate)) > MAX_CERTIFICATE_SIZE:
+        size = len(der_of(certificate))
+    except IdentityError:
+        raise
+    except Exception as error:  # the library raises more kinds than it documents: TypeError for some names
+        raise IdentityError(IdentityProblem.MALFORMED, "not an X.509 certificate") from error
+    if size > MAX_CERTIFICATE_SIZE:
         raise IdentityError(IdentityProblem.TOO_LARGE, f"a certificate has at most {MAX_CERTIFICATE_SIZE} bytes")
     return certificate
 
@@ -150,16 +161,31 @@ def pem_of(certificate_der: bytes) -> bytes:
 
 
 def rsa_key_of(certificate: x509.Certificate) -> rsa.RSAPublicKey:
-    """The certificate's key, which must be RSA of 2048 to 4096 bits: containers are made for such keys. Raises IdentityError."""
+    """The certificate's key, which must be RSA as ``check_rsa_size`` has it: containers are made for such keys. Raises IdentityError."""
     try:
         key = certificate.public_key()
-    except ValueError as error:
-        raise IdentityError(IdentityProblem.KEY, "the certificate's public key is unreadable") from error
     except UnsupportedAlgorithm as error:
         raise IdentityError(IdentityProblem.KEY, "the certificate's public key is of an unknown kind") from error
-    if not isinstance(key, rsa.RSAPublicKey) or not 2048 <= key.key_size <= 4096:
+    except Exception as error:  # as in load_certificate
+        raise IdentityError(IdentityProblem.KEY, "the certificate's public key is unreadable") from error
+    if not isinstance(key, rsa.RSAPublicKey):
         raise IdentityError(IdentityProblem.KEY, "the certificate's key is not RSA of 2048 to 4096 bits")
+    check_rsa_size(key)
     return key
+
+
+def check_rsa_size(key: rsa.RSAPublicKey) -> None:
+    """Raises IdentityError unless the modulus has 2048 to 4096 bits and the exponent is below 2^64.
+
+    For a key that somebody else chose, before anything is computed with it: each operation costs what its owner wants otherwise.
+    """
+    if not MIN_RSA_BITS <= key.key_size <= MAX_RSA_BITS:
+        raise IdentityError(
+            IdentityProblem.KEY,
+            f"an RSA key of {key.key_size} bits; {MIN_RSA_BITS} to {MAX_RSA_BITS} bits are accepted",
+        )
+    if key.public_numbers().e >= MAX_RSA_EXPONENT:
+        raise IdentityError(IdentityProblem.KEY, "an RSA key whose public exponent has more than 64 bits")
 
 
 def role_of(certificate: x509.Certificate) -> Holder:
@@ -177,7 +203,7 @@ def role_of(certificate: x509.Certificate) -> Holder:
         purposes = set(extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
     except x509.ExtensionNotFound:
         raise IdentityError(IdentityProblem.ROLE, "the certificate does not say what its holder is") from None
-    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+    except Exception as error:  # as in load_certificate
         raise IdentityError(IdentityProblem.MALFORMED, "the certificate's extensions are unreadable") from error
     marks = [uri for uri in uris if uri.startswith(_URN)]
     if len(marks) != 1 or len(common_names) != 1:
@@ -224,7 +250,7 @@ def verify_certificate(certificate: x509.Certificate, authority: x509.Certificat
     check_validity(certificate, now)
     try:
         basic = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension):
+    except Exception:  # noqa: BLE001 - as in load_certificate
         raise IdentityError(IdentityProblem.PURPOSE, "the certificate does not say that it is no CA") from None
     if basic.ca:
         raise IdentityError(IdentityProblem.PURPOSE, "the certificate is that of a CA")
@@ -247,7 +273,7 @@ def verify_container_authority(
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         purposes = set(certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+    except Exception:  # noqa: BLE001 - as in load_certificate
         raise IdentityError(IdentityProblem.ROLE, "the certificate is not that of a container authority") from None
     if list(names) != [x509.UniformResourceIdentifier(CONTAINER_AUTHORITY_URI)]:
         raise IdentityError(IdentityProblem.ROLE, "the certificate is not that of a container authority")
@@ -259,7 +285,7 @@ def verify_container_authority(
 def _check_issuer(certificate: x509.Certificate, authority: x509.Certificate) -> None:
     try:
         certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature) as error:
+    except Exception as error:  # InvalidSignature; and what the library makes of an unreadable one
         raise IdentityError(IdentityProblem.ISSUER, "the certificate was not issued by this grid's CA") from error
 
 

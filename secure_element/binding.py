@@ -151,7 +151,7 @@ def _recipient_key(untrusted: bytes) -> rsa.RSAPublicKey:
         raise CommandRefusedError(Sw.WRONG_DATA)
     try:
         key = x509.load_der_x509_certificate(untrusted).public_key()
-    except (ValueError, TypeError):
+    except Exception:  # noqa: BLE001 - whatever the library makes of such bytes
         raise CommandRefusedError(Sw.WRONG_DATA) from None
     if not isinstance(key, rsa.RSAPublicKey) or key.key_size < MIN_RECIPIENT_BITS or key.key_size % 8:
         raise CommandRefusedError(Sw.WRONG_DATA)

@@ -348,11 +348,11 @@ def _answer(request: EapPacket, kind: int, data: bytes) -> bytes:
 
 def _names_of(certificate_der: bytes) -> bytes:
     """The subject as DER; the first name of the subjectAltName, as text, if the subject is empty (RFC 5216, 5.2)."""
-    certificate = x509.load_der_x509_certificate(certificate_der)
-    if certificate.subject.rdns:
-        return certificate.subject.public_bytes()
     try:
+        certificate = x509.load_der_x509_certificate(certificate_der)
+        if certificate.subject.rdns:
+            return certificate.subject.public_bytes()
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
+    except Exception:  # noqa: BLE001 - the library raises more kinds than it documents, and the peer's is the peer's choice
         return b""
     return next((str(name.value).encode() for name in names), b"")

@@ -149,7 +149,9 @@ def _certificate(untrusted: bytes) -> x509.Certificate:
     try:
         certificate = x509.load_der_x509_certificate(untrusted)
         _public_key(certificate)  # parsed lazily: a key that nobody can read is found here, not in a handshake
-    except ValueError:
+    except CommandRefusedError:
+        raise
+    except Exception:  # noqa: BLE001 - whatever the library makes of such bytes
         raise CommandRefusedError(Sw.WRONG_DATA) from None
     return certificate
 

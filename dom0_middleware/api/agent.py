@@ -86,6 +86,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
                 self._require_current(call)
                 version = self._guest.identity_version
                 identity = await identity_as_known(self._identities, self._guest, _WATCH_TIMEOUT)
+                self._require_current(call)
                 if identity != last:
                     last = identity
                     yield pb.WatchIdentityResponse(identity=identity)

@@ -13,7 +13,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
@@ -23,8 +22,10 @@ from secfunet.identity import (
     CONTAINER_AUTHORITY_URI,
     CONTAINER_SIGNING,
     Holder,
+    IdentityError,
     Role,
     check_name,
+    check_rsa_size,
     has_server_names,
     purposes_of,
     role_uri,
@@ -170,9 +171,13 @@ def check_request(untrusted: bytes, expected: Holder) -> HolderKey:
         request = x509.load_der_x509_csr(untrusted)
         names = [attribute.value for attribute in request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
         key = request.public_key()
+        if isinstance(key, rsa.RSAPublicKey):
+            check_rsa_size(key)
         is_signed = request.is_signature_valid
-    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
-        raise IssuanceError("that is no certificate signing request") from error
+    except IdentityError as error:
+        raise IssuanceError(f"the certificate signing request has {error}") from error
+    except Exception as error:  # the library raises more kinds than it documents
+        raise IssuanceError("not a certificate signing request") from error
     if not is_signed:
         raise IssuanceError("the certificate signing request is not signed by its own key")
     if names != [expected.name]:

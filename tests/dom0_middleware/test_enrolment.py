@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -24,6 +25,7 @@ from dom0_middleware.state import StateStore
 from gose_client.errors import GridUnavailableError
 from secfunet.identity import pem_of
 from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc, orchestrator_pb2
+from tests.dom0_middleware.costly_requests import request_with_exponent
 from tests.dom0_middleware.world import TIMEOUT, Guest, World, certificate, eventually, facts, request_for, rsa_key
 
 DENIED = grpc.StatusCode.PERMISSION_DENIED
@@ -252,6 +254,21 @@ def test_requests_that_are_refused(request_der: bytes) -> None:
     with pytest.raises(Refused) as error:
         parse_request(request_der)
     assert error.value.reason is Reason.CSR_INVALID
+
+
+@pytest.mark.parametrize(("bits", "exponent_bits"), [(2048, 2047), (3072, 3071), (3072, 1500), (4096, 65)])
+def test_a_key_that_would_be_slow_is_refused_before_anything_is_computed_with_it(bits: int, exponent_bits: int) -> None:
+    costly, ordinary = request_with_exponent(bits, exponent_bits), request_with_exponent(4096, 17)
+    parse_request_time(ordinary)
+    assert min(parse_request_time(costly) for _ in range(5)) < 3 * min(parse_request_time(ordinary) for _ in range(5))
+
+
+def parse_request_time(request_der: bytes) -> float:
+    begin = time.perf_counter()
+    with pytest.raises(Refused) as error:
+        parse_request(request_der)
+    assert error.value.reason is Reason.CSR_INVALID
+    return time.perf_counter() - begin
 
 
 @pytest.mark.parametrize("key", [rsa_key("web"), ec.generate_private_key(ec.SECP384R1())], ids=["rsa-2048", "p-384"])

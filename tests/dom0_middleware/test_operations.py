@@ -5,14 +5,21 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 import grpc
 import grpc.aio
 import pytest
 
 from dom0_middleware.api.agent import BATCHES_IN_FLIGHT
+from dom0_middleware.api.errors import reason_of
+from dom0_middleware.call import Call
+from dom0_middleware.guest_authority import agent_certificate
+from dom0_middleware.hypervisor import DomainState
+from dom0_middleware.operations import Operations
 from gose_client.errors import GridUnavailableError
 from secfunet.gose.v1 import operation_pb2
+from secfunet.identity import pem_of
 from secfunet.middleware.v1 import agent_pb2
 from tests.dom0_middleware.world import (
     TIMEOUT,
@@ -363,3 +370,53 @@ async def test_two_vms_at_once_get_each_their_own(world: World) -> None:
         for operation in operations[vm]:
             require_signature(output_of(answer[1].results[0], operation, vm), operation, vm)
     assert world.grid.logins == 2
+
+
+@pytest.mark.parametrize("what", ["stop", "revoke", "renewal", "paused"])
+@pytest.mark.parametrize("turns", [0, 1, 2, 3, 5])
+async def test_what_ends_while_the_login_is_made_is_not_done(world: World, what: str, turns: int) -> None:
+    """The right ends in the very turn of the event loop in which the answer to the login comes, or in one of the next."""
+    shown = await world.enrolled()
+    service = world.service
+    (guest,) = service.vms.guests()
+    room = Operations(
+        guest,
+        policy=service.policy,
+        sessions=service.sessions,
+        audit=service.audit,
+        metrics=service.metrics,
+        limit=10,
+        reason_of=reason_of,
+    )
+    call = Call("/test", "0" * 16, agent_certificate(pem_of(shown.certificate)))
+    world.grid.login_gate.clear()
+    operation = sign_operation()
+    task = asyncio.create_task(room.perform(call, [operation], timeout=5))
+    await eventually(lambda: world.grid.logins == 1)
+
+    def ends() -> None:
+        if what == "stop":
+            guest.end()
+            service.sessions.end(guest.uuid)
+        elif what == "revoke":
+            guest.record = replace(guest.record, revoked=True, vm_auth_token="")
+            service.sessions.end(guest.uuid)
+        elif what == "renewal":
+            guest.make_current(replace(call.certificate, serial=7))  # type: ignore[type-var, arg-type]
+        else:
+            guest.set_state(DomainState.PAUSED)
+
+    world.grid.login_gate.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    executed_first, permitted_first = bool(world.grid.executed), ("permitted", "") in decisions(world)
+    ends()
+    outcome = await task
+    if not permitted_first:
+        assert ("permitted", "") not in decisions(world)
+    if not executed_first and (what in ("stop", "revoke") or not permitted_first):
+        assert not outcome.results
+        assert world.grid.executed == []
+    assert world.grid.logins == 1
+    if what in ("stop", "revoke"):
+        assert len(service.sessions) == 0

@@ -119,3 +119,19 @@ async def test_an_end_while_the_grid_ignores_the_cancellation() -> None:
         await task
     assert sessions.current("uuid-web") is None
     assert "eyJ" not in repr(record())
+
+
+async def test_an_end_in_the_same_turn_as_the_answer() -> None:
+    """Whoever waits for a login hears that the session has ended, although the login's answer was there first."""
+    grid = GridDouble()
+    sessions = VmSessions(grid)
+    grid.login_gate.clear()
+    task = asyncio.create_task(sessions.session(record(), timeout=5))
+    await asyncio.sleep(0.01)
+    grid.login_gate.set()
+    asyncio.get_running_loop().call_soon(sessions.end, "uuid-web")
+    with pytest.raises(Refused) as error:
+        await task
+    assert error.value.reason is Reason.SESSION_ENDED
+    await sessions.close()
+    assert all(session.closed for session in grid.sessions)

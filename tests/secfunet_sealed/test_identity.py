@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import subprocess
 from pathlib import Path
@@ -151,6 +152,34 @@ def test_the_foreign_authority_can_name_a_vm() -> None:
 def test_any_bytes_are_refused(untrusted: bytes) -> None:
     with pytest.raises(IdentityError):
         load_certificate(untrusted)
+
+
+@given(st.integers(0, len(der_of(VM)) - 1), st.integers(0, 255), st.booleans())
+def test_any_changed_byte_gives_a_certificate_or_an_error(place: int, value: int, pem: bool) -> None:
+    changed = bytearray(der_of(VM))
+    changed[place] = value
+    untrusted = pem_of(bytes(changed)) if pem else bytes(changed)
+    with contextlib.suppress(IdentityError):
+        certificate = load_certificate(untrusted)
+        with contextlib.suppress(IdentityError):
+            role_of(certificate)
+        with contextlib.suppress(IdentityError):
+            rsa_key_of(certificate)
+        with contextlib.suppress(IdentityError):
+            verify_certificate(certificate, CA.certificate, role=Role.VM, now=NOW)
+
+
+@pytest.mark.parametrize("tag", range(256))
+def test_a_name_of_any_type_is_no_other_error(tag: int) -> None:
+    """A value of type BIT STRING (3) makes the library raise TypeError when the name is read."""
+    der = der_of(VM).replace(b"\x0c\x05web-1", bytes([tag, 5]) + b"\0eb-1")
+    assert der != der_of(VM)
+    with contextlib.suppress(IdentityError):
+        load_certificate(der)
+    if tag == 3:
+        with pytest.raises(IdentityError) as caught:
+            load_certificate(der)
+        assert caught.value.problem is IdentityProblem.MALFORMED
 
 
 @given(st.integers(0, 8 * len(der_of(VM)) - 1))
