@@ -21,7 +21,7 @@ from dom0_middleware.api.servers import MAX_MESSAGE, GuestServerPairs, add_healt
 from dom0_middleware.audit import Action, DomainRecord, open_audit_log
 from dom0_middleware.authority import SERVER_NAME
 from dom0_middleware.channels.choose import choose_channel
-from dom0_middleware.channels.port import ChannelError, GuestChannel
+from dom0_middleware.channels.port import GuestChannel
 from dom0_middleware.enrolment import JoinSecrets
 from dom0_middleware.errors import MiddlewareError, Reason
 from dom0_middleware.events import EventHub
@@ -42,10 +42,10 @@ from secfunet.errors import SecFuNetError
 from secfunet.middleware.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from secfunet.service.files import private_folder
 from secfunet.service.settings import SettingsError
+from secfunet.service.unix_socket import move_into_place
 
 log = logging.getLogger(__name__)
 
-MAX_SOCKET_PATH = 107  # bytes
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 STOP_GRACE = 1.0  # seconds that an orchestrator's call gets to end
 
@@ -190,15 +190,20 @@ class MiddlewareService:
             root_certificates=self._orchestrator_authority.certificate_pem,
             require_client_auth=True,
         )
-        socket = _free_socket(self._settings.orchestrator_socket)
-        bind(server, f"unix:{socket}", credentials)
+        socket = self._settings.orchestrator_socket
+        private_folder(socket.parent)
+        # gRPC removes what it finds where it binds, and again when it stops: it gets a name of its own beside the socket's.
+        folder = os.open(socket.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, folder)
+        made = socket.parent / f".{os.getpid()}.s"
+        bind(server, f"unix:/proc/self/fd/{folder}/{made.name}", credentials)
         if self._settings.orchestrators.address is not None:
             bind(server, self._settings.orchestrators.address, credentials)
         await server.start()
-        # The folder may be another than ours: the socket itself is for its owner only.
-        socket.chmod(0o600)
-        stack.callback(lambda: socket.unlink(missing_ok=True))
         stack.push_async_callback(server.stop, STOP_GRACE)
+        # The folder may be another than ours: the socket itself is for its owner only.
+        made.chmod(0o600)
+        stack.enter_context(move_into_place(made, socket))
 
     def _serve_metrics(self, stack: AsyncExitStack) -> None:
         if self._settings.metrics_port is not None:
@@ -245,12 +250,3 @@ def _libvirt(settings: MiddlewareSettings) -> LibvirtHypervisor:
         template=template.read_text(encoding="utf-8") if template is not None else None,
         heal_interval=settings.libvirt.heal_interval,
     )
-
-
-def _free_socket(path: Path) -> Path:
-    """The path, with a folder to be in, and without what an earlier daemon left."""
-    if len(str(path).encode()) > MAX_SOCKET_PATH:
-        raise ChannelError(f"{path}: this path is too long for a Unix socket")
-    private_folder(path.parent)
-    path.unlink(missing_ok=True)
-    return path

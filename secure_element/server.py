@@ -6,16 +6,13 @@ A second client's connection is closed, at once or, if the first one is just lea
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import socket
-import stat
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from secfunet.service.unix_socket import OwnSocket, bind_unix
 from secure_element.card_os import CardOs
-from secure_element.errors import SecureElementError
 from secure_element.latency import LatencyModel
 from secure_element.session import CardHost, Observer, Session
 
@@ -25,12 +22,8 @@ GRACE: Final = 0.1
 """How long a second client waits for the first to go, seconds."""
 
 
-class SocketInUseError(SecureElementError):
-    """Another process serves the socket."""
-
-
 class CardServer(CardHost):
-    """Serves ``card`` at the Unix socket ``path`` while it is entered as a context. Raises SocketInUseError if another process does."""
+    """Serves ``card`` at the Unix socket ``path`` while it is entered as a context. Raises SocketPathError, SocketInUse."""
 
     def __init__(
         self,
@@ -48,15 +41,14 @@ class CardServer(CardHost):
         self._next: Session | None = None
         self._grace: asyncio.TimerHandle | None = None
         self._server: asyncio.Server | None = None
+        self._own: OwnSocket | None = None
 
     async def __aenter__(self) -> CardServer:
-        self._free_path()
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener, self._own = bind_unix(self._path, mode=self._socket_mode)
         try:
-            listener.bind(str(self._path))
-            self._path.chmod(self._socket_mode)  # nobody can connect before listen()
             self._server = await asyncio.get_running_loop().create_unix_server(lambda: Session(self), sock=listener)
         except BaseException:
+            self._own.remove()
             listener.close()
             raise
         log.info("card is served", extra={"socket": str(self._path)})
@@ -65,30 +57,14 @@ class CardServer(CardHost):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._own is not None:
+            self._own.remove()
         if self._server is not None:
             self._server.close()
         for session in (self._next, self._session):
             if session is not None and session.transport is not None:
                 session.transport.abort()
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
         await self.end_work()
-
-    def _free_path(self) -> None:
-        """Removes what a killed card left behind."""
-        try:
-            mode = self._path.lstat().st_mode
-        except FileNotFoundError:
-            return
-        if not stat.S_ISSOCK(mode):
-            raise SocketInUseError(f"{self._path} exists and is no socket")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(str(self._path))
-            except ConnectionRefusedError:
-                self._path.unlink()
-                return
-        raise SocketInUseError(f"another process serves {self._path}")
 
     # Whose turn it is
 

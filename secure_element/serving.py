@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 async def serving(settings: CardSettings, secret: StoreSecret) -> AsyncIterator[CardHost]:
     """Opens the store with its ``secret`` and serves the card: at its Unix socket, or in the virtual reader that it attaches itself to.
 
-    Raises StoreError, SocketInUseError, OSError.
+    Raises StoreError, SocketPathError, SocketInUse, OSError.
     """
     latency = None
     if settings.benchmark_latency is not None:

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from secfunet.card.parameters import KeyAlgorithm
 from secfunet.scp03 import KeySet, Scp03FormatError
-from secfunet.service.files import write_atomically
+from secfunet.service.files import remove_unfinished, write_atomically
 from secure_element.errors import StoreError
 
 MAGIC: Final = b"SFNSE\x02"
@@ -238,8 +238,7 @@ class CardStore:
             raise StoreError(f"{path} does not exist: make it with 'secure-element init'")
         lock = _lock(path)
         try:
-            for leftover in path.parent.glob(f".{path.name}.????????"):
-                leftover.unlink(missing_ok=True)  # of a write that was killed
+            remove_unfinished(path)
             kind, key, key_salt, contents = _open(path, secret)
         except BaseException:
             os.close(lock)

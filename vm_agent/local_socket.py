@@ -10,7 +10,6 @@ that a handler can read it (``caller_uid``).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import grp
 import logging
 import os
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from secfunet.service.unix_socket import OwnSocket, SocketInUse, SocketPathError, bind_unix
 from vm_agent.errors import AgentError
 from vm_agent.options import AgentOptions
 
@@ -123,6 +123,7 @@ class LocalDoor:
         self._numbers = count(1)
         self._inside: set[_Outer] = set()
         self._server: asyncio.Server | None = None
+        self._own: OwnSocket | None = None
         # Not to be guessed by another process of the same user that could enter the private folder anyway; it keeps names apart.
         self._nonce = secrets.token_hex(4)
 
@@ -132,7 +133,7 @@ class LocalDoor:
         return len(self._inside)
 
     async def __aenter__(self) -> LocalDoor:
-        listener = listen(self._path, self._group)
+        listener, self._own = listen(self._path, self._group)
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(lambda: _Outer(self), sock=listener, backlog=BACKLOG)
         return self
@@ -142,8 +143,8 @@ class LocalDoor:
         if self._server is not None:
             self._server.close()
             self._server = None
-            with contextlib.suppress(OSError):
-                self._path.unlink()
+        if self._own is not None:
+            self._own.remove()
 
     async def __aexit__(self, *_: object) -> None:
         self.stop_listening()
@@ -205,45 +206,18 @@ def caller_uid(peer: str) -> int | None:
     return int(uid) if name.startswith("unix-abstract:") and uid.isdecimal() else None
 
 
-def listen(path: Path, group: str | None) -> socket.socket:
-    """A listening socket that only its owner, or also ``group`` (mode 0660), may open. Replaces what a dead process left, nothing else.
+def listen(path: Path, group: str | None) -> tuple[socket.socket, OwnSocket]:
+    """A listening socket that only its owner, or also ``group`` (mode 0660), may open, and its file.
 
     Raises DoorError.
     """
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        _remove_stale(path)
-        mask = os.umask(0o177)  # born closed: opened to the group below, before anybody can be accepted
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(mask)
-        if group is not None:
-            os.chown(path, -1, grp.getgrnam(group).gr_gid)
-            path.chmod(0o660)
-        listener.listen(BACKLOG)
+        number = None if group is None else grp.getgrnam(group).gr_gid
     except KeyError:
-        listener.close()
-        path.unlink(missing_ok=True)
         raise DoorError(f"there is no group '{group}' to open {path} to") from None
-    except DoorError:
-        listener.close()
-        raise
-    except OSError as error:
-        listener.close()
-        raise DoorError(f"{path} cannot be offered: {error.strerror}") from error
-    return listener
-
-
-def _remove_stale(path: Path) -> None:
-    if not path.exists():
-        return
-    if not path.is_socket():
-        raise DoorError(f"{path} exists and is no socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-    raise DoorError(f"another agent serves at {path}")
+    try:
+        return bind_unix(path, mode=0o600 if group is None else 0o660, group=number, backlog=BACKLOG)
+    except SocketInUse:
+        raise DoorError(f"another agent serves at {path}") from None
+    except SocketPathError as error:
+        raise DoorError(str(error)) from error

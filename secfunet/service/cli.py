@@ -12,6 +12,7 @@ import typer
 from secfunet.errors import SecFuNetError
 from secfunet.service.files import UnsafeFileError
 from secfunet.service.settings import SettingsError
+from secfunet.service.unix_socket import SocketPathError
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def run(app: typer.Typer, exit_codes: Mapping[type[SecFuNetError], ExitCode] | N
     table: dict[type[SecFuNetError], ExitCode] = {
         SettingsError: ExitCode.CONFIG,
         UnsafeFileError: ExitCode.CONFIG,
+        SocketPathError: ExitCode.CONFIG,
         **(exit_codes or {}),
     }
     try:

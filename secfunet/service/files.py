@@ -10,6 +10,8 @@ from pathlib import Path
 
 from secfunet.errors import SecFuNetError
 
+_UNFINISHED = ".unfinished"
+
 
 class UnsafeFileError(SecFuNetError):
     """A file that holds a secret can be read or written by others than its owner."""
@@ -21,7 +23,7 @@ class UnsafeFileError(SecFuNetError):
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o600) -> None:
     """Replaces ``path`` by ``content`` in one step that a power cut cannot split (write, fsync, rename, fsync of the folder)."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
     try:
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(file.fileno(), mode)
@@ -34,6 +36,12 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o600) -> None:
             Path(temporary).unlink()
         raise
     sync_folder(path.parent)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Removes what writers of ``path`` that were killed left beside it. Only for who knows that no other process writes it now."""
+    for leftover in path.parent.glob(f".{path.name}.????????{_UNFINISHED}"):
+        leftover.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

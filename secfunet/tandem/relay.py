@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from secfunet.errors import SecFuNetError
+from secfunet.service.unix_socket import OwnSocket, SocketPathError, bind_unix
 from secfunet.tandem.errors import RelayError
 
 _log = logging.getLogger(__name__)
@@ -31,9 +32,9 @@ _CREDENTIALS: Final = struct.Struct("3i")
 
 
 async def start_relay(path: Path, connect: Connect, *, max_connections: int = 16) -> Relay:
-    """Listen at ``path`` and relay each connection through one of ``connect``'s. An old socket at ``path`` is replaced.
+    """Listen at ``path`` and relay each connection through one of ``connect``'s. What a dead process left at ``path`` is replaced.
 
-    Raises RelayError when the folder is not ours alone, OSError when the socket cannot be made (a path has at most 107 bytes).
+    Raises RelayError when the folder is not ours alone, or the socket cannot be made (a path has at most 107 bytes).
     """
     _check_folder(path.parent)
     relay = Relay(path, connect, max_connections)
@@ -49,6 +50,7 @@ class Relay:
         self._connect = connect
         self._max_connections = max_connections
         self._server: asyncio.Server | None = None
+        self._own: OwnSocket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._far_writers: set[asyncio.StreamWriter] = set()
         self.last_error: Exception | None = None
@@ -61,11 +63,16 @@ class Relay:
 
     async def listen(self) -> None:
         """Begin to accept; called once, by start_relay()."""
-        listener = _bind(self._path)
+        try:
+            listener, self._own = bind_unix(self._path)
+        except SocketPathError as error:
+            raise RelayError(str(error)) from error
         self._server = await asyncio.start_unix_server(self._accept, sock=listener, limit=_PIECE)
 
     async def close(self) -> None:
         """Close the socket and everything that goes through it."""
+        if self._own is not None:
+            self._own.remove()
         if self._server is not None:
             self._server.close()
         for task in self._tasks:
@@ -74,7 +81,6 @@ class Relay:
             await asyncio.wait(self._tasks)
         if self._server is not None:
             await self._server.wait_closed()
-        _unlink(self._path)
 
     def drop_connections(self) -> None:
         """Cut what goes through it now, without a word to the far side: whoever comes next is connected anew."""
@@ -141,22 +147,6 @@ def verify_caller(connection: socket.socket) -> None:
     pid, uid, _ = _CREDENTIALS.unpack(untrusted)
     if pid != os.getpid():
         raise RelayError(f"process {pid} of user {uid} tried to use the relay of process {os.getpid()}")
-
-
-def _bind(path: Path) -> socket.socket:
-    _unlink(path)
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        listener.bind(str(path))
-        path.chmod(0o600)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def _unlink(path: Path) -> None:
-    path.unlink(missing_ok=True)
 
 
 def _check_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
+from secfunet.service.unix_socket import bind_unix
 from secfunet.xen import VCHAN_PATH
 from secfunet.xen.errors import MultiplexError, XenError
 from secfunet.xen.link import Channel, Link, Streams
@@ -47,10 +48,9 @@ class GuestEnd:
         async with AsyncExitStack() as stack:
             for service in self._services:
                 path = self.socket(service)
-                path.unlink(missing_ok=True)
-                server = await asyncio.start_unix_server(partial(self._accept, service), path)
-                path.chmod(0o600)
-                stack.callback(path.unlink, missing_ok=True)
+                listener, own = bind_unix(path)
+                stack.callback(own.remove)
+                server = await asyncio.start_unix_server(partial(self._accept, service), sock=listener)
                 stack.callback(server.close)
             task = asyncio.create_task(self._keep_open(), name="vchan")
             stack.push_async_callback(_cancelled, task)

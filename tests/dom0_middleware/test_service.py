@@ -24,6 +24,7 @@ from secfunet.middleware.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from secfunet.service.audit import AuditBrokenError
 from secfunet.service.files import UnsafeFileError
 from secfunet.service.settings import SettingsError, load_settings
+from secfunet.service.unix_socket import SocketInUse, SocketPathError
 from tests.dom0_middleware.test_access import sign
 from tests.dom0_middleware.world import NAME_OVERRIDE, TIMEOUT, World
 
@@ -200,3 +201,31 @@ async def test_an_orchestrators_name_is_no_path(world: World) -> None:
     for name in ("../admin", "", "a/b", "a" * 65, ".hidden"):
         with pytest.raises(Refused):
             authority.add(name)
+
+
+async def test_what_lies_where_the_orchestrators_socket_should_be_is_left_alone(world: World) -> None:
+    socket_path, own = world.folder / "precious.txt", world.state / "orchestrator.sock"
+    socket_path.write_text("precious")
+    assert own.is_socket()
+    await world.stop()
+    assert not own.exists()
+    world.extra = {"orchestrators": {"socket": "precious.txt"}}
+    with pytest.raises(SocketPathError, match="is no socket"):
+        await world.start()
+    assert socket_path.read_text() == "precious"
+    socket_path.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(socket_path))
+        other.listen()
+        with pytest.raises(SocketInUse):
+            await world.start()
+        other.settimeout(0.2)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(socket_path))
+    # Now nobody listens there: what is left of a dead process is replaced, and what replaced ours is not removed.
+    await world.start()
+    assert sorted(path.name for path in world.folder.iterdir()) == ["policy.toml", "precious.txt", "s"]
+    socket_path.unlink()
+    socket_path.write_text("put there meanwhile")
+    await world.stop()
+    assert socket_path.read_text() == "put there meanwhile"

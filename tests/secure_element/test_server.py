@@ -26,8 +26,9 @@ from secfunet.card import (
     connect_unix,
 )
 from secfunet.scp03 import HostChannel, HostHandshake, SecurityLevel
+from secfunet.service.unix_socket import SocketInUse, SocketPathError
 from secure_element.card_os import ATR, CardOs
-from secure_element.server import CardServer, SocketInUseError
+from secure_element.server import CardServer
 from tests.support.local_card import KEYS, USER_PIN, new_store, personalised
 from tests.support.pki import CertificateAuthority
 
@@ -205,10 +206,10 @@ async def test_the_socket_is_private_and_a_second_server_is_refused(served: Path
     assert mode_of(served) == 0o600
     (tmp_path / "other").mkdir()
     card = CardOs(new_store(tmp_path / "other"))
-    with pytest.raises(SocketInUseError):
+    with pytest.raises(SocketInUse):
         await CardServer(card, served).__aenter__()
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(SocketInUseError):
+    with pytest.raises(SocketPathError, match="is no socket"):
         await CardServer(card, tmp_path / "file").__aenter__()
     assert (tmp_path / "file").read_text() == "precious"
 
