@@ -4,16 +4,19 @@ BIN := .venv/bin
 PYTEST_WORKERS ?= 2
 # Testbeds side by side: each takes a processor and 5 GB.
 XEN_WORKERS ?= $(shell awk '/MemAvailable/ { print ($$2 > 11e6) ? 2 : 1 }' /proc/meminfo)
+LOCKED := $(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header pyproject.toml
+DEMO_EXTRAS := agent build card dom0 gose
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test soak test-xen check format bench bench-xen lock clean deb release testbed testbed-up testbed-down testbed-clean
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## install what the other targets need (each of them does that first by itself)
+setup: ## install what the other targets need (each of them does that first by itself; demo: only what it uses)
 	@scripts/setup
 
-demo: setup ## run the main job: a VM signs with a key that it never holds (KEEP=1 leaves it running; CARDS=pcsc: cards in readers of a pcscd)
+demo: ## run the main job: a VM signs with a key that it never holds (KEEP=1 leaves it running; CARDS=pcsc: cards in readers of a pcscd)
+	@scripts/setup $(if $(filter pcsc,$(CARDS)),pcsc,demo)
 	@$(BIN)/python -m demo $(if $(KEEP),--keep) $(if $(CARDS),--cards $(CARDS))
 
 test: setup ## run all tests (ARGS="..." goes to pytest)
@@ -31,7 +34,7 @@ check: setup ## format, lint, types, import contract, protos, shell, playbooks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
-	$(BIN)/shellcheck scripts/setup .ci/run
+	$(BIN)/shellcheck scripts/setup scripts/debian-packages .ci/run
 	cd ansible && PATH="$(abspath $(BIN)):$$PATH" ansible-lint --config-file ../.ansible-lint --offline --strict --nocolor
 
 format: setup ## format the code
@@ -64,9 +67,9 @@ testbed-down: setup ## end it (NAME=)
 testbed-clean: setup ## remove images that are out of date
 	@$(BIN)/python -m testbed clean
 
-lock: setup ## compile requirements.lock anew from pyproject.toml
-	$(BIN)/uv pip compile --quiet --all-extras --generate-hashes --no-emit-index-url --no-header --upgrade \
-		pyproject.toml --output-file requirements.lock
+lock: setup ## compile the locks anew from pyproject.toml (KEEP=1: add and remove, without upgrading the rest)
+	$(LOCKED) --all-extras $(if $(KEEP),,--upgrade) --output-file requirements.lock
+	$(LOCKED) $(DEMO_EXTRAS:%=--extra %) --constraint requirements.lock --output-file requirements-demo.lock
 
 clean: ## remove what setup, tests and demo made
 	rm -rf .venv .build .demo dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \

@@ -59,8 +59,20 @@ def build(say: Say = lambda line: print(line, file=sys.stderr, flush=True)) -> P
     if sys.version_info[:2] != (3, 11):
         raise TestbedError("the wheels for Debian 12 are made with Python 3.11; run this with it")
     folder = places.images(key())
+    with places.locked(_lock_of(folder), lambda pid: say(f"testbed: another build runs (pid {pid}); waiting for it")):
+        if not (folder / "complete").exists():
+            _build(folder, say)
+    return folder
+
+
+def _lock_of(folder: Path) -> Path:
+    """Held by who builds ``folder``, or removes it: what is not complete there may be in work."""
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _build(folder: Path, say: Say) -> None:
     if folder.exists():
-        shutil.rmtree(folder)
+        shutil.rmtree(folder)  # of a build that was interrupted: nobody else has the lock
     folder.mkdir(parents=True, mode=0o700)
     work = folder / "work"
     work.mkdir()
@@ -71,7 +83,7 @@ def build(say: Say = lambda line: print(line, file=sys.stderr, flush=True)) -> P
         act()
         say(f"testbed: {what} ({time.monotonic() - started:.0f} s)")
 
-    say("testbed: building the images; about two minutes")
+    say("testbed: building the images; one to twelve minutes, by the machine")
     run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "testbed", "-f", folder / "id_ed25519"])
     host, guest = work / "host", work / "guest"
     recipes = places.RECIPES
@@ -89,7 +101,6 @@ def build(say: Say = lambda line: print(line, file=sys.stderr, flush=True)) -> P
     shutil.rmtree(work)
     (folder / "complete").touch()
     say(f"testbed: built in {time.monotonic() - begin:.0f} s; {_size(folder)} MiB in {folder}")
-    return folder
 
 
 def clean(say: Say = lambda line: print(line, file=sys.stderr, flush=True)) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from testbed import places
 from testbed.errors import MissingTools, TestbedError
 
-PACKAGES = places.ROOT / "testbed" / "debian-packages.txt"
+PACKAGES = places.ROOT / "debian-packages.txt"
+INSTALL = places.ROOT / "scripts" / "debian-packages"
 # A program of each package: it may be here in another way than by its package.
 _PROGRAMS = {
     "cpio": "cpio",
@@ -52,7 +53,10 @@ def _available_memory() -> int:
 def missing_packages() -> tuple[str, ...]:
     """Debian packages that ``build`` and ``up`` need and that are not here."""
     missing = []
-    for package in places.lines(PACKAGES):
+    for line in places.lines(PACKAGES):
+        group, package = line.split()
+        if group != "testbed":
+            continue
         program = _PROGRAMS.get(package)
         if program is not None and shutil.which(program, path=_path()):
             continue
@@ -68,10 +72,8 @@ def require_tools(*, install: bool = False) -> None:
     """Raises MissingTools, which names the packages; with ``install`` and the right to do it, installs them first."""
     missing = missing_packages()
     if missing and install and os.geteuid() == 0:
-        environment = {"DEBIAN_FRONTEND": "noninteractive"}
         print(f"testbed: installing Debian packages: {' '.join(missing)}", file=sys.stderr, flush=True)
-        run(["apt-get", "-qq", "update"], environment=environment)
-        run(["apt-get", "-qq", "install", "-y", "--no-install-recommends", *missing], environment=environment)
+        run([INSTALL, "testbed"])
         missing = missing_packages()
     if missing:
         raise MissingTools(
