@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from release.locked import LockError
+from testbed.agent_disk import agent_disk
 from testbed.bed import NUMBERS, PRISTINE, Testbed
 from testbed.build import build, built, clean
 from testbed.errors import TestbedError
@@ -40,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--hosts", type=int, choices=(1, 2), default=1, help="Xen hosts")
     one.add_argument("--grid", action="store_true", help="a host for the grid, too")
     one.add_argument("--state", default=PRISTINE, help="what to resume")
+    one.add_argument(
+        "--agent", type=Path, metavar="DEB", help="guests without a disk of their own have this package of the agent"
+    )
     one.set_defaults(act=_up)
 
     one = commands.add_parser("down", help="end a testbed")
@@ -60,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("command", nargs="*", help="after --")
     one.set_defaults(act=_ssh)
 
-    one = commands.add_parser("clean", help="remove images and saved hosts that are not of the present recipes")
+    one = commands.add_parser(
+        "clean", help="remove images and saved hosts that are not of the present recipes, unless they are in use"
+    )
     one.set_defaults(act=_clean)
     return parser
 
@@ -76,7 +83,11 @@ def _build(_: argparse.Namespace) -> None:
 
 def _up(arguments: argparse.Namespace) -> None:
     hosts = [f"xen{number}" for number in range(1, arguments.hosts + 1)] + ["grid1"] * arguments.grid
-    _show(Testbed.resume(arguments.name, hosts=hosts, state=arguments.state))
+    package: Path | None = arguments.agent
+    if package is not None and not package.is_file():
+        raise TestbedError(f"--agent {package}: there is no such file; 'make deb' puts the package into dist/")
+    disk = None if package is None else agent_disk(build(), package)
+    _show(Testbed.resume(arguments.name, hosts=hosts, state=arguments.state, guest_disk=disk))
 
 
 def _down(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from secfunet.service.lock import process_lock
 from testbed.build import GUEST_DISK
 from testbed.errors import TestbedError
 from testbed.tools import run
@@ -50,7 +51,16 @@ def _disk(images: Path, kind: str, content: bytes, packages: Callable[[Path], It
         return target
     if os.geteuid() != 0:
         raise TestbedError("packages are installed on a guest's disk in a chroot: run this as root")
-    with tempfile.TemporaryDirectory(prefix="sf-guest-", dir=folder) as name:
+    with process_lock(folder / f"{kind}.lock", lambda _: None):
+        if not target.exists():
+            _make(target, images, packages)
+        for old in sorted(folder.glob(f"{kind}-*.ext4"), key=lambda path: path.stat().st_mtime)[: -1 - _KEPT]:
+            old.unlink()
+    return target
+
+
+def _make(target: Path, images: Path, packages: Callable[[Path], Iterable[Path]]) -> None:
+    with tempfile.TemporaryDirectory(prefix="sf-guest-", dir=target.parent) as name:
         root, unfinished = Path(name) / "root", Path(name) / "disk"
         root.mkdir()
         run(["debugfs", "-R", f"rdump / {root}", images / "guest.ext4"])
@@ -67,6 +77,3 @@ def _disk(images: Path, kind: str, content: bytes, packages: Callable[[Path], It
         run(["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal,^metadata_csum", "-d", root, unfinished, GUEST_DISK])
         unfinished.chmod(0o400)
         unfinished.rename(target)
-    for old in sorted(folder.glob(f"{kind}-*.ext4"), key=lambda path: path.stat().st_mtime)[: -1 - _KEPT]:
-        old.unlink()
-    return target

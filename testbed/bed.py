@@ -7,7 +7,6 @@ never writes to a state: it runs on copies.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -17,13 +16,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from secfunet.service.lock import process_lock
 from testbed import places
 from testbed.build import build
 from testbed.errors import TestbedError
@@ -257,7 +257,7 @@ def _make_pristine(kind: str, images: Path) -> None:
     name = "grid1" if kind == "grid" else "xen1"
     target = _pristine(images, name)
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _locked(images / "states" / f"{name}.lock"):
+    with process_lock(images / "states" / f"{name}.lock", lambda _: None):
         if target.exists():
             return
         begin = time.monotonic()
@@ -290,13 +290,6 @@ def _settle(host: Host, state: str) -> None:
         host.run("blockdev --flushbufs /dev/vdb; echo 3 >/proc/sys/vm/drop_caches")
     if state == PRISTINE and host.number > 1 and _kind(host.name) == "xen":
         host.become(host.number, name=host.name)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _write_ssh_config(folder: Path, hosts: Iterable[Host], key: Path) -> None:

@@ -6,7 +6,9 @@ interrupted leaves nothing that is taken for whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from release import wheels
+from secfunet.service.lock import LockHeldError, process_lock
 from testbed import places, roots
 from testbed.errors import TestbedError
 from testbed.kernel import extract
@@ -59,7 +62,8 @@ def build(say: Say = lambda line: print(line, file=sys.stderr, flush=True)) -> P
     if sys.version_info[:2] != (3, 11):
         raise TestbedError("the wheels for Debian 12 are made with Python 3.11; run this with it")
     folder = places.images(key())
-    with places.locked(_lock_of(folder), lambda pid: say(f"testbed: another build runs (pid {pid}); waiting for it")):
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with process_lock(_lock_of(folder), lambda pid: say(f"testbed: another build runs (pid {pid}); waiting for it")):
         if not (folder / "complete").exists():
             _build(folder, say)
     return folder
@@ -104,12 +108,30 @@ def _build(folder: Path, say: Say) -> None:
 
 
 def clean(say: Say = lambda line: print(line, file=sys.stderr, flush=True)) -> None:
-    """Removes every image and saved host that is not of the present content."""
+    """Removes every image and saved host that is not of the present content, and that nobody builds or runs now."""
     present = key()
+    used = in_use()
     for folder in (places.folder() / "images").glob("*"):
-        if folder.name != present:
-            say(f"testbed: removing {folder}")
-            shutil.rmtree(folder)
+        if folder.name == present or not folder.is_dir():
+            continue
+        if folder in used:
+            say(f"testbed: {folder} stays: the testbed '{used[folder]}' runs on it")
+            continue
+        try:
+            with process_lock(_lock_of(folder)):
+                say(f"testbed: removing {folder}")
+                shutil.rmtree(folder)
+        except LockHeldError as error:
+            say(f"testbed: {folder} stays: it is being built (pid {error.pid})")
+
+
+def in_use() -> dict[Path, str]:
+    """The images that running testbeds have their hosts on, with one testbed's name each."""
+    used = {}
+    for record in (places.folder() / "beds").glob("*/bed.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            used[Path(json.loads(record.read_text())["images"])] = record.parent.name
+    return used
 
 
 def _kernels(work: Path, folder: Path) -> None:

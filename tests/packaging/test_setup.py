@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-GROUPS = {"demo", "pcsc", "test", "peers"}
+GROUPS = {"demo", "pcsc", "test", "peers", "testbed"}
 SERVICE = re.compile(r"/(?:lib/systemd/system/[^/]+\.(?:service|socket|timer)|etc/init\.d/[^/]+)$")
 
 
