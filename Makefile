@@ -72,5 +72,5 @@ lock: setup ## compile the locks anew from pyproject.toml (KEEP=1: add and remov
 	$(LOCKED) $(DEMO_EXTRAS:%=--extra %) --constraint requirements.lock --output-file requirements-demo.lock
 
 clean: ## remove what setup, tests and demo made
-	rm -rf .venv .build .demo dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv .build .demo .demo.lock dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		secfunet/agent secfunet/gose secfunet/middleware

@@ -15,7 +15,7 @@ from pathlib import Path
 from demo.installation import LONGEST_FOLDER
 from demo.narrator import Narrator
 from demo.stack import CardKind
-from demo.story import tell
+from demo.story import Kept, tell
 from secfunet.errors import SecFuNetError
 from secfunet.service.files import private_folder
 
@@ -34,9 +34,17 @@ def demo_folder() -> Path:
 
 
 async def _main(folder: Path, *, keep: bool, cards: CardKind) -> None:
-    story = asyncio.create_task(tell(folder, Narrator.for_stream(sys.stdout), keep=keep, cards=cards))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, story.cancel)
+    kept = Kept() if keep else None
+    story = asyncio.create_task(tell(folder, Narrator.for_stream(sys.stdout), keep=kept, cards=cards))
+
+    def asked_to_end() -> None:
+        if kept is not None and kept.waits:
+            kept.end()
+        else:
+            story.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, asked_to_end)
     await story
 
 
@@ -62,6 +70,7 @@ def main() -> int:
     try:
         asyncio.run(_main((arguments.folder or demo_folder()).absolute(), keep=arguments.keep, cards=arguments.cards))
     except asyncio.CancelledError:
+        sys.stderr.write("demo: interrupted; everything is stopped\n")
         return 130
     except SecFuNetError as error:
         sys.stderr.write(f"demo: {error}\n")

@@ -28,6 +28,7 @@ class LoginSeen:
     to_login: float
     to_session: float
     resumed: bool
+    for_this_vm: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ def last_login(stack: Stack, vm: str) -> LoginSeen:
         to_login=_time(login) - _time(asked),
         to_session=_time(granted) - _time(begun),
         resumed=login["resumed"],
+        for_this_vm=login["correlation"] == granted["correlation"],
     )
 
 

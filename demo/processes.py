@@ -83,6 +83,7 @@ class Daemon:
         self._command = [str(COMMANDS / str(command[0])), *(str(word) for word in command[1:])]
         self._environment = environment or {}
         self._process: asyncio.subprocess.Process | None = None
+        self._ready_once = False
 
     @property
     def pid(self) -> int:
@@ -98,7 +99,8 @@ class Daemon:
     async def start(self, *, timeout: float = 30.0) -> None:
         """Starts it and waits for READY=1. Raises ProcessError with the end of its log if it ends or stays silent."""
         notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        address = f"\0secfunet-demo-{os.getpid()}-{id(self)}-{os.urandom(4).hex()}"
+        self._ready_once = False
+        address = f"\0secfunet-demo-{os.urandom(16).hex()}"
         with notify:
             notify.bind(address)
             with self.log.open("ab") as log:
@@ -107,6 +109,7 @@ class Daemon:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
+                    start_new_session=True,  # Ctrl-C is for the one who started it, who ends it in its turn
                     env={**os.environ, **self._environment, "NOTIFY_SOCKET": "@" + address[1:]},
                 )
             ready = asyncio.ensure_future(self._ready(notify))
@@ -115,6 +118,7 @@ class Daemon:
             done = ready.done()
             for task in (ready, ended):
                 task.cancel()
+        self._ready_once = done
         if not done:
             what = f"was not ready after {timeout:g} s" if self.running else f"ended with {self._process.returncode}"
             await self.kill()
@@ -127,7 +131,10 @@ class Daemon:
             pass
 
     async def stop(self, *, timeout: float = 10.0) -> int:
-        """SIGTERM, and SIGKILL if that is not heeded in time; returns the exit code (negative: the signal that ended it)."""
+        """SIGTERM, and SIGKILL if that is not heeded in time; returns the exit code (negative: the signal that ended it).
+
+        One that had not said yet that it is ready may be ended by the signal itself: that counts as 0.
+        """
         if self._process is None:
             return 0
         if self._process.returncode is None:
@@ -137,6 +144,8 @@ class Daemon:
                 await asyncio.wait_for(self._process.wait(), timeout)
             except TimeoutError:
                 await self.kill()
+        if not self._ready_once and self._process.returncode == -signal.SIGTERM:
+            return 0
         return self._process.returncode or 0
 
     async def kill(self) -> None:

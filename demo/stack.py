@@ -16,6 +16,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -36,11 +37,22 @@ from demo.installation import (
 from demo.processes import Daemon, ProcessError, run
 from demo.readers import Pcscd, VirtualReader, await_card, free_ports, virtual_readers
 from secfunet.card.place import CardPlace
+from secfunet.errors import SecFuNetError
 from secfunet.service.files import private_folder
+from secfunet.service.lock import LockHeldError, process_lock
 
 FRESH_TOKEN = 4 * 3600  # seconds; a token is good for eight hours
 Report = Callable[[str], None]
 CardKind = Literal["socket", "pcsc"]
+
+
+class FolderInUseError(SecFuNetError):
+    """Another process runs an installation in this folder."""
+
+    def __init__(self, folder: Path, pid: int | None) -> None:
+        holder = "" if pid is None else f" (pid {pid})"
+        super().__init__(f"an installation runs in {folder} already{holder}: end it first, or name another folder")
+        self.folder = folder
 
 
 class Stack:
@@ -74,6 +86,7 @@ class Stack:
         self.pcscds: list[Pcscd] = []
         self._readers: dict[str, VirtualReader] = {}
         self.made = False
+        self._held = ExitStack()
         self._report = report
 
     # What a caller wants to know
@@ -116,7 +129,11 @@ class Stack:
         await self.stop()
 
     async def start(self) -> None:
-        """Makes the installation if its folder has none (or another one), then starts everything."""
+        """Makes the installation if its folder has none (or another one), then starts everything.
+
+        Raises FolderInUseError, and touches nothing, if another process runs an installation in this folder.
+        """
+        self._hold()
         await self._prepare()
         cards = self._cards()
         if self.pcscds:
@@ -140,6 +157,12 @@ class Stack:
 
     async def stop(self) -> None:
         """Stops every process, the ones above first. Raises ProcessError if one did not end cleanly."""
+        try:
+            await self._stop()
+        finally:
+            self._held.close()
+
+    async def _stop(self) -> None:
         failed = []
         for level in ("agent-", "middleware-", "gose", "card-"):
             chosen = [daemon for name, daemon in self.daemons.items() if name.startswith(level) and daemon.running]
@@ -184,6 +207,15 @@ class Stack:
         return (await run("vm-agent", *words, "--config", config, input_data=input_data)).output
 
     # The parts
+
+    def _hold(self) -> None:
+        """Until ``stop``, no other process makes, starts or removes an installation here. The lock lies beside the folder."""
+        folder = self.layout.folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._held.enter_context(process_lock(folder.with_name(f"{folder.name}.lock")))
+        except LockHeldError as error:
+            raise FolderInUseError(folder, error.pid) from None
 
     def _cards(self) -> list[str]:
         return [*self.hypervisors, *self.servers, *self.vms]

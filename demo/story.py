@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from shlex import quote
 
 from demo.attacks import (
     Refusal,
@@ -21,7 +22,7 @@ from demo.attacks import (
 )
 from demo.evidence import last_login, last_operation
 from demo.narrator import Narrator
-from demo.processes import run
+from demo.processes import COMMANDS, run
 from demo.stack import CardKind, Stack
 from secfunet.errors import SecFuNetError
 
@@ -34,16 +35,35 @@ class StoryError(SecFuNetError):
     """The story did not go as it must."""
 
 
-async def tell(folder: Path, narrator: Narrator, *, keep: bool, cards: CardKind = "socket") -> None:
-    """Runs everything in ``folder``. Raises SecFuNetError (ProcessError, AttackSucceededError …) if anything is not as it must be."""
+class Kept:
+    """An installation that goes on running after its story until it is told to end."""
+
+    def __init__(self) -> None:
+        self.waits = False
+        self._end = asyncio.Event()
+
+    def end(self) -> None:
+        """Everything is to be stopped."""
+        self._end.set()
+
+    async def until_ended(self) -> None:
+        self.waits = True
+        await self._end.wait()
+
+
+async def tell(folder: Path, narrator: Narrator, *, keep: Kept | None = None, cards: CardKind = "socket") -> None:
+    """Runs everything in ``folder``; with ``keep``, leaves it running until that is ended.
+
+    Raises SecFuNetError (ProcessError, AttackSucceededError …) if anything is not as it must be.
+    """
     narrator.chapter("Everything is started, a process each")
     stack = Stack(folder, vms=(VM, NEIGHBOUR), hypervisors=(HOST, FOREIGN_HOST), cards=cards, report=narrator.step)
     async with stack:
         _who_runs(stack, narrator)
         await _sign(stack, narrator)
         await _attack(stack, narrator)
-        if keep:
-            await _keep(stack, narrator)
+        if keep is not None:
+            await _keep(stack, narrator, keep)
         narrator.chapter("Everything is stopped")
     narrator.step("all processes ended cleanly; run it again: it starts with what it made")
 
@@ -85,8 +105,9 @@ async def _sign(stack: Stack, narrator: Narrator) -> None:
         f"{done.operation} {done.scheme} {done.decision}, correlation {done.correlation}"
     )
     narrator.fact(
-        f"middleware -> grid     {login.hypervisor} logged in with its card, card to card, in {1000 * login.to_login:.0f} ms; "
-        f"session {login.session} for {login.seid} after {1000 * login.to_session:.0f} ms"
+        f"middleware -> grid     {login.hypervisor} logged in with its card, card to card, in {1000 * login.to_login:.0f} ms"
+        f"{'' if login.for_this_vm else ' (for another VM, just before)'}; "
+        f"session {login.session} for {login.seid} granted {1000 * login.to_session:.0f} ms after it was asked for"
     )
     narrator.fact(
         f"grid -> card           {done.seid}'s own card signed under {done.correlation}; "
@@ -135,29 +156,38 @@ async def _attack(stack: Stack, narrator: Narrator) -> None:
     narrator.step(f"secure-middleware audit verify: {verified.decode().strip()}")
 
 
-async def _keep(stack: Stack, narrator: Narrator) -> None:
-    narrator.chapter("It goes on running: things to try in another terminal (Ctrl-C here ends it)")
+async def _keep(stack: Stack, narrator: Narrator, kept: Kept) -> None:
     await stack.start_vm(VM)
-    stack.forget()  # whoever tries things may revoke what the next story needs
-    layout = stack.layout
-    agent = f"--config {layout.agent_config(VM)}"
-    middleware = f"--config {layout.middleware_config(HOST)}"
-    grid = f"--config {layout.gose_config}"
-    for line in (
-        f".venv/bin/vm-agent identity {agent}",
-        f".venv/bin/vm-agent status {agent}",
-        f"date > /tmp/f && .venv/bin/vm-agent sign /tmp/f --out /tmp/f.sig {agent}",
-        f"openssl dgst -sha256 -verify {layout.folder}/work/web.pub.pem {' '.join(OPENSSL_PSS)} -signature /tmp/f.sig /tmp/f",
-        f"echo secret | .venv/bin/vm-agent encrypt - {agent} | .venv/bin/vm-agent decrypt - {agent}",
-        f".venv/bin/gose status {grid}",
-        *(f".venv/bin/gose readers --pcscd {pcscd.socket}" for pcscd in stack.pcscds),
-        f".venv/bin/gose revoke vm {NEIGHBOUR} {grid}",
-        f".venv/bin/secure-middleware vm list {middleware}",
-        f".venv/bin/secure-middleware vm stop {VM} --force {middleware}",
-        f".venv/bin/secure-middleware audit verify {middleware}",
-    ):
+    stack.forget()  # a reader who tries things may revoke what the next story needs
+    narrator.chapter("It goes on running: commands to try in another terminal (Ctrl-C here ends it)")
+    for line in commands_to_try(stack):
         narrator.say(f"  {line}")
-    await asyncio.Event().wait()
+    await kept.until_ended()
+
+
+def commands_to_try(stack: Stack) -> tuple[str, ...]:
+    """Lines for a shell in any folder, quoted where a path needs it; files that they make lie in the demonstration's own folder."""
+    layout = stack.layout
+    program = {name: quote(str(COMMANDS / name)) for name in ("vm-agent", "gose", "secure-middleware")}
+    agent = f"--config {quote(str(layout.agent_config(VM)))}"
+    middleware = f"--config {quote(str(layout.middleware_config(HOST)))}"
+    grid = f"--config {quote(str(layout.gose_config))}"
+    message, signature, public = (
+        quote(str(layout.folder / "work" / name)) for name in ("message", "message.sig", "web.pub.pem")
+    )
+    return (
+        f"{program['vm-agent']} identity {agent}",
+        f"{program['vm-agent']} status {agent}",
+        f"date > {message} && {program['vm-agent']} sign {message} --out {signature} {agent}",
+        f"openssl dgst -sha256 -verify {public} {' '.join(OPENSSL_PSS)} -signature {signature} {message}",
+        f"echo secret | {program['vm-agent']} encrypt - {agent} | {program['vm-agent']} decrypt - {agent}",
+        f"{program['gose']} status {grid}",
+        *(f"{program['gose']} readers --pcscd {quote(str(pcscd.socket))}" for pcscd in stack.pcscds),
+        f"{program['gose']} revoke vm {NEIGHBOUR} {grid}",
+        f"{program['secure-middleware']} vm list {middleware}",
+        f"{program['secure-middleware']} vm stop {VM} --force {middleware}",
+        f"{program['secure-middleware']} audit verify {middleware}",
+    )
 
 
 async def _timed(perform: Callable[[], Awaitable[object]]) -> float:
