@@ -23,6 +23,7 @@ class Action(StrEnum):
     ENROL = "enrol"
     RENEW = "renew"
     CHANNEL_REFUSED = "channel.refused"
+    CHANNEL_ENDED = "channel.ended"
     # Of an orchestrator.
     VM_CREATE = "vm.create"
     VM_START = "vm.start"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from dom0_middleware.authority import SERVER_NAME
-from dom0_middleware.channels.port import ChannelAddresses, ChannelDomain, GuestChannel, JoinInformation
+from dom0_middleware.channels.port import ChannelAddresses, ChannelDomain, ChannelStatus, GuestChannel, JoinInformation
 from dom0_middleware.enrolment import JoinSecrets
 from dom0_middleware.errors import MiddlewareError, Reason, Refused
 from dom0_middleware.guest import GuestDomain
@@ -69,6 +69,10 @@ class Runs:
     def folder(self, uuid: str) -> str:
         """The folder of a run's channel ("" where it travels through the hypervisor)."""
         return self._channel.folder(uuid)
+
+    def channel_status(self, uuid: str) -> ChannelStatus:
+        """What the channel of a domain is doing."""
+        return self._channel.status(uuid)
 
     @property
     def can_attach(self) -> bool:

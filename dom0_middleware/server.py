@@ -104,7 +104,10 @@ class MiddlewareService:
         runs = Runs(
             store=self._store,
             hypervisor=hypervisor,
-            channel=channel or choose_channel(settings.channel, state / "guests", refused=self._channel_refused),
+            channel=channel
+            or choose_channel(
+                settings.channel, state / "guests", refused=self._channel_refused, flooded=self._channel_flooded
+            ),
             servers=servers,
             sessions=self.sessions,
             secrets=secrets,
@@ -226,6 +229,14 @@ class MiddlewareService:
                         Action.CHANNEL_REFUSED, "refused", vm=uuid, reason=str(Reason.CHANNEL_FOREIGN), detail=detail
                     )
                 )
+
+    def _channel_flooded(self, uuid: str, why: str) -> None:
+        """A guest went beyond the bounds of its channel, which was ended for it."""
+        self.metrics.refused_calls.labels(reason=str(Reason.CHANNEL_FLOODED)).inc()
+        with contextlib.suppress(MiddlewareError):
+            self.audit.record(
+                DomainRecord(Action.CHANNEL_ENDED, "refused", vm=uuid, reason=str(Reason.CHANNEL_FLOODED), detail=why)
+            )
 
     def _note_migration(self, what: str, record: VmRecord) -> None:
         with contextlib.suppress(MiddlewareError):  # what happened has happened

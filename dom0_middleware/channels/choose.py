@@ -7,14 +7,14 @@ from pathlib import Path
 from dom0_middleware.channels.folder import FolderChannel
 from dom0_middleware.channels.port import GuestChannel
 from dom0_middleware.channels.tcp import Refused, TcpChannel
-from dom0_middleware.channels.vchan import VchanChannel
+from dom0_middleware.channels.vchan import Flooded, VchanChannel
 from dom0_middleware.settings import ChannelSettings
 
 
-def choose_channel(settings: ChannelSettings, folder: Path, *, refused: Refused) -> GuestChannel:
-    """``folder``: private, for the servers' sockets."""
+def choose_channel(settings: ChannelSettings, folder: Path, *, refused: Refused, flooded: Flooded) -> GuestChannel:
+    """``folder``: private, for the servers' sockets. ``refused``, ``flooded``: told of what comes to a channel and must not."""
     if settings.kind == "vchan":
-        return VchanChannel(folder)
+        return VchanChannel(folder, flooded=flooded)
     if settings.kind == "tcp" and settings.tcp is not None:
         tcp = settings.tcp
         return TcpChannel(folder, address=str(tcp.address), bridge=tcp.bridge, ports=tcp.port_range, refused=refused)

@@ -10,7 +10,14 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from dom0_middleware.channels.port import UUID, ChannelAddresses, ChannelDomain, ChannelError, JoinInformation
+from dom0_middleware.channels.port import (
+    UUID,
+    ChannelAddresses,
+    ChannelDomain,
+    ChannelError,
+    ChannelStatus,
+    JoinInformation,
+)
 from secfunet.service.files import private_folder, sync_folder, write_atomically
 
 MAX_SOCKET_PATH = 107  # bytes: sun_path of unix(7), less its final zero
@@ -89,6 +96,9 @@ class FolderChannel:
 
     def folder(self, uuid: str) -> str:
         return str(self._folders.path(uuid))
+
+    def status(self, uuid: str) -> ChannelStatus:
+        return ChannelStatus()
 
     async def hand_over(self, join: JoinInformation) -> None:
         write_atomically(self._folders.path(join.uuid) / "join.json", join.to_json())

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 from dom0_middleware.errors import MiddlewareError, Reason
@@ -42,6 +43,25 @@ class ChannelDomain:
     uuid: str
     domain_id: int | None
     address: str = ""
+
+
+class ChannelState(StrEnum):
+    """What the guest makes of its channel."""
+
+    OPEN = "open"  # its agent is connected
+    WAITING = "waiting"  # nobody is
+    PAUSED = "paused"  # it ended, and is made again in a while
+    REFUSED = "refused"  # it ended too often: there is none until the domain's next run
+    UNKNOWN = "unknown"  # dom0 does not see it, or there is no channel
+
+
+@dataclass(frozen=True)
+class ChannelStatus:
+    """``since``: seconds since 1970, 0.0 if unknown. ``why``: how the last one ended ("" if none did)."""
+
+    state: ChannelState = ChannelState.UNKNOWN
+    since: float = 0.0
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +104,10 @@ class GuestChannel(Protocol):
 
     def folder(self, uuid: str) -> str:
         """The folder of an open channel ("" if it travels through Xen)."""
+        ...
+
+    def status(self, uuid: str) -> ChannelStatus:
+        """What the domain's channel is doing."""
         ...
 
     async def hand_over(self, join: JoinInformation) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dom0_middleware.channels.folder import DomainFolders
 from dom0_middleware.channels.interfaces import BridgeFacts, FactsUnavailable, objection, read_facts
-from dom0_middleware.channels.port import ChannelAddresses, ChannelDomain, ChannelError, JoinInformation
+from dom0_middleware.channels.port import ChannelAddresses, ChannelDomain, ChannelError, ChannelStatus, JoinInformation
 from dom0_middleware.channels.xenstore_join import XenstoreJoin
 from secfunet.service.files import write_atomically
 
@@ -79,6 +79,9 @@ class TcpChannel:
 
     def folder(self, uuid: str) -> str:
         return ""
+
+    def status(self, uuid: str) -> ChannelStatus:
+        return ChannelStatus()
 
     async def hand_over(self, join: JoinInformation) -> None:
         await self._join.hand_over(join)

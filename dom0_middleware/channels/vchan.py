@@ -6,15 +6,34 @@ The guest needs no network. Behind the channel are the same servers, on Unix soc
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from dom0_middleware.channels.folder import DomainFolders
-from dom0_middleware.channels.port import ChannelAddresses, ChannelDomain, ChannelError, JoinInformation
+from dom0_middleware.channels.port import (
+    ChannelAddresses,
+    ChannelDomain,
+    ChannelError,
+    ChannelState,
+    ChannelStatus,
+    JoinInformation,
+)
 from dom0_middleware.channels.xenstore_join import XenstoreJoin
 from secfunet.xen import AGENT_SERVICE, ENROL_SERVICE, VCHAN_PATH, home
 from secfunet.xen.errors import XenError
-from secfunet.xen.host_end import HostEnd
+from secfunet.xen.host_end import HostEnd, HostState
+
+Flooded = Callable[[str, str], None]
+"""Told of each channel that was ended because its guest went beyond its bounds: the UUID, and why."""
+
+_STATES = {
+    HostState.OPEN: ChannelState.OPEN,
+    HostState.WAITING: ChannelState.WAITING,
+    HostState.PAUSED: ChannelState.PAUSED,
+    HostState.REFUSED: ChannelState.REFUSED,
+    HostState.CLOSED: ChannelState.UNKNOWN,
+}
 
 
 class VchanChannel:
@@ -22,7 +41,8 @@ class VchanChannel:
 
     through_xen = True
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, flooded: Flooded) -> None:
+        self._flooded = flooded
         self._folders = DomainFolders(folder)
         self._join = XenstoreJoin()
         self._ends: dict[str, HostEnd] = {}
@@ -37,6 +57,12 @@ class VchanChannel:
 
     def folder(self, uuid: str) -> str:
         return ""
+
+    def status(self, uuid: str) -> ChannelStatus:
+        if (end := self._ends.get(uuid)) is None:
+            return ChannelStatus()
+        status = end.status
+        return ChannelStatus(_STATES[status.state], status.since, status.why)
 
     async def hand_over(self, join: JoinInformation) -> None:
         await self._join.hand_over(join)
@@ -66,7 +92,11 @@ class VchanChannel:
         path = f"{home(domain.domain_id)}/{VCHAN_PATH}"
         try:
             self._ends[domain.uuid] = await HostEnd.serve(
-                domain.domain_id, path, {ENROL_SERVICE: enrol, AGENT_SERVICE: agent}, name=domain.uuid
+                domain.domain_id,
+                path,
+                {ENROL_SERVICE: enrol, AGENT_SERVICE: agent},
+                name=domain.uuid,
+                flooded=partial(self._flooded, domain.uuid),
             )
         except XenError as error:
             raise ChannelError(f"the domain's vchan cannot be served: {error}") from error

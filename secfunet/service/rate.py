@@ -32,6 +32,13 @@ class TokenBucket:
         self._level -= 1.0
         return 0.0
 
+    def spend(self, cost: float) -> float:
+        """Counts what has happened already, on credit if need be. Returns the seconds to wait until the debt is paid, 0.0 if none."""
+        now = self.monotonic()
+        self._level = min(float(self.burst), self._level + (now - self._at) * self.per_second) - cost
+        self._at = now
+        return max(0.0, -self._level / self.per_second)
+
 
 class TokenBuckets:
     """A bucket for each owner. Of more than ``max_owners`` the one that took nothing for longest is forgotten: it is the fullest."""

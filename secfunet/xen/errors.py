@@ -27,3 +27,7 @@ class VchanError(XenError):
 
 class MultiplexError(XenError):
     """The peer of a channel does not keep to the protocol: the channel is to be closed."""
+
+
+class BudgetError(MultiplexError):
+    """The peer of a channel uses it up without doing anything with it: the channel is to be closed, and not made again soon."""

@@ -10,7 +10,7 @@ on: a stream that nobody reads stops itself and no other. PING is answered by PO
 to close the channel.
 
 Any input gives events, or raises MultiplexError; then the channel is to be closed. Memory is bounded: MAX_STREAMS times the credit,
-each way.
+each way. What a peer may have this end do in time is bounded by a ``Budget``: dom0 has one for each guest, a guest has none for dom0.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
+from secfunet.xen.budget import Budget
 from secfunet.xen.errors import MultiplexError
 
 VERSION: Final = 1
 MAGIC: Final = b"SFXM"
 MAX_STREAMS: Final = 32
-"""Open at the same time."""
+"""Open at the same time; at dom0's end, with those that are over and not yet cleared away."""
 CREDIT: Final = 65536
 """Bytes of a stream, each way, that may be on their way."""
 MAX_PAYLOAD: Final = 8192
@@ -113,16 +114,21 @@ class _Stream:
 
 
 class Multiplexer:
-    """One end. ``is_host``: dom0's, which accepts streams; the guest's opens them."""
+    """One end. ``is_host``: dom0's, which accepts streams; the guest's opens them. ``budget``: what the peer may have done for it."""
 
-    def __init__(self, *, is_host: bool) -> None:
+    def __init__(self, *, is_host: bool, budget: Budget | None = None) -> None:
         self._is_host = is_host
+        self._budget = budget
         self._input = bytearray()
         self._output = bytearray()
         self._control = 0
         self._streams: dict[int, _Stream] = {}
+        self._held: set[int] = set()
         self._last_stream = 0
         self._greeted = False
+        self._pings = 0
+        self._frames = self._opens = self._bytes = 0
+        self._more = False
         self._frame(FrameType.HELLO, 0, MAGIC + bytes([VERSION]))
 
     @property
@@ -135,6 +141,16 @@ class Multiplexer:
         """The peer has said HELLO."""
         return self._greeted
 
+    @property
+    def more(self) -> bool:
+        """``receive`` stopped at its bound: frames that came wait to be looked at."""
+        return self._more
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait for ``data_to_send``."""
+        return len(self._output)
+
     def data_to_send(self) -> bytes:
         """What the channel is to carry now; it is forgotten here."""
         data = bytes(self._output)
@@ -142,24 +158,40 @@ class Multiplexer:
         self._control = 0
         return data
 
-    def receive(self, untrusted: bytes) -> list[Event]:
-        """What these bytes mean. Raises MultiplexError."""
+    def receive(self, untrusted: bytes, *, most: int | None = None) -> list[Event]:
+        """What these bytes mean, and those that waited. With ``most`` frames at once; see ``more``. Raises MultiplexError."""
         self._input += untrusted
+        self._bytes += len(untrusted)
+        self._more = False
         events: list[Event] = []
+        taken = 0
         while len(self._input) >= _HEADER.size:
             kind, reserved, length, stream = _HEADER.unpack_from(self._input)
             if reserved or length > MAX_PAYLOAD:
                 raise MultiplexError("a frame of the channel has no sound header")
             if len(self._input) < _HEADER.size + length:
                 break
+            if taken == most:
+                self._more = True
+                break
+            taken += 1
             payload = bytes(self._input[_HEADER.size : _HEADER.size + length])
             del self._input[: _HEADER.size + length]
             event = self._take(kind, stream, payload)
             if event is not None:
                 events.append(event)
+        self._frames += taken
         if self._control > MAX_UNSENT_CONTROL:
             raise MultiplexError("the channel's peer asks for answers and does not read them")
         return events
+
+    def pause(self) -> float:
+        """Seconds to wait before more is read, so that the peer keeps to its budget."""
+        if self._budget is None:
+            return 0.0
+        frames, opens, size = self._frames, self._opens, self._bytes
+        self._frames = self._opens = self._bytes = 0
+        return self._budget.spend(frames, opens, size)
 
     def open(self, service: str) -> int:
         """A new stream to ``service``; its number. Raises MultiplexError beyond MAX_STREAMS."""
@@ -213,8 +245,18 @@ class Multiplexer:
         if self._streams.pop(stream, None) is not None:
             self._frame(FrameType.RESET, stream, bytes([reason]))
 
+    def release(self, stream: int) -> None:
+        """Of dom0's end: nothing is done or held for this stream any more. Its place is free once it is over, too."""
+        self._held.discard(stream)
+
+    def refuse(self, stream: int) -> None:
+        """Of dom0's end: what the guest asked for is not there. Raises BudgetError if it does nothing else."""
+        self.reset(stream, ResetReason.REFUSED)
+        self._note_idle()
+
     def ping(self, payload: bytes) -> None:
         """At most 8 bytes, which come back."""
+        self._pings += 1
         self._frame(FrameType.PING, 0, payload[:8])
 
     def go_away(self) -> None:
@@ -239,13 +281,24 @@ class Multiplexer:
         if not 0 < stream <= self._last_stream:
             raise MultiplexError("a frame is for a stream that was never opened")
         state = self._streams.get(stream)
-        return self._take_of_stream(kind, stream, state, payload) if state is not None else None
+        if state is None:
+            self._note_idle()
+            return None
+        return self._take_of_stream(kind, stream, state, payload)
 
     def _take_control(self, kind: int, payload: bytes) -> Event | None:
+        if kind == FrameType.GOAWAY:
+            return WentAway()
         if kind == FrameType.PING:
+            # It is answered, and changes nothing: the peer needs one in some seconds.
+            self._note_idle()
             self._frame(FrameType.PONG, 0, payload)
             return None
-        return Ponged(payload) if kind == FrameType.PONG else WentAway()
+        if not self._pings:
+            self._note_idle()
+            return None
+        self._pings -= 1
+        return Ponged(payload)
 
     def _take_open(self, stream: int, payload: bytes) -> Event | None:
         if not self._is_host or stream != self._last_stream + 1:
@@ -253,25 +306,34 @@ class Multiplexer:
         if not 0 < len(payload) <= MAX_SERVICE or not payload.isascii():
             raise MultiplexError("a stream is opened to something that is no service's name")
         self._last_stream = stream
-        if len(self._streams) >= MAX_STREAMS:
+        if len(self._held | self._streams.keys()) >= MAX_STREAMS:
+            self._note_idle()
             self._frame(FrameType.RESET, stream, bytes([ResetReason.REFUSED]))
             return None
+        self._opens += 1
         self._streams[stream] = _Stream()
+        self._held.add(stream)
         return Opened(stream, payload.decode("ascii"))
 
     def _take_of_stream(self, kind: int, stream: int, state: _Stream, payload: bytes) -> Event | None:
-        """Of a stream that is over here but not yet there, frames may still come: ``_take`` drops them."""
+        """Of a stream that is over here but not yet there, frames may still come: ``_take`` drops and counts them."""
         if kind == FrameType.RESET:
             if len(payload) != 1:
                 raise MultiplexError("a reset of a stream is malformed")
+            if self._budget is not None:
+                self._budget.reset()
             del self._streams[stream]
             return Reset(stream, payload[0])
         if kind == FrameType.CREDIT:
             if len(payload) != _NUMBER.size:
                 raise MultiplexError("a credit is malformed")
-            state.send_credit += int(_NUMBER.unpack(payload)[0])
-            if state.send_credit > CREDIT:
+            credit = int(_NUMBER.unpack(payload)[0])
+            if state.send_credit + credit > CREDIT:
                 raise MultiplexError("a stream is given more credit than it had")
+            if not credit or state.ended_here:
+                self._note_idle()
+                return None
+            state.send_credit += credit
             return Credited(stream)
         if state.ended_there:
             raise MultiplexError("data came on a stream that had ended")
@@ -283,8 +345,15 @@ class Multiplexer:
             return Ended(stream)
         if len(payload) > state.receive_credit:
             raise MultiplexError("more data came than the stream had credit for")
+        if not payload:
+            self._note_idle()
+            return None
         state.receive_credit -= len(payload)
-        return Received(stream, payload) if payload else None
+        return Received(stream, payload)
+
+    def _note_idle(self) -> None:
+        if self._budget is not None:
+            self._budget.idle()
 
     def _forget_if_over(self, stream: int) -> None:
         state = self._streams[stream]

@@ -2,7 +2,8 @@
 
 A channel is a pair of byte rings in pages that the server grants to one domain, and an event channel that is bound to that domain: Xen
 itself keeps every other domain from it. Setting up and tearing down exchange a few messages with xenstore and run in a thread; reading
-and writing are memory copies, and the event channel's descriptor says when there is more.
+and writing are memory copies, and the event channel's descriptor says when there is more. A peer can send events without end: they are
+taken at a bounded rate.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import ctypes
 import os
 from typing import Any, Self
 
+from secfunet.service.rate import TokenBucket
 from secfunet.xen.errors import VchanError
 from secfunet.xen.libraries import load
 
@@ -24,6 +26,8 @@ _CLOSED, _OPEN, _NO_CLIENT_YET = (
     2,
 )  # libxenvchan_is_open; a guest that was migrated sees 255: its pages lead nowhere
 _CHUNK = 65536
+EVENTS_PER_SECOND, EVENTS_AT_ONCE = 4096, 8192
+EVENT_PAUSE = 0.005  # seconds without looking at events, once they come faster
 
 
 class _Head(ctypes.Structure):
@@ -48,6 +52,8 @@ class Vchan:
         self._is_client = is_client
         self._handle: int | None = handle
         self._changed = asyncio.Event()
+        self._events = TokenBucket(EVENTS_PER_SECOND, EVENTS_AT_ONCE)
+        self._paused: asyncio.TimerHandle | None = None
         self._buffer = ctypes.create_string_buffer(_CHUNK)
         self._descriptor = int(library.libxenvchan_fd_for_select(handle))
         os.set_blocking(self._descriptor, False)
@@ -112,7 +118,7 @@ class Vchan:
             raise VchanError("the channel was closed before a client came")
 
     async def read(self) -> bytes:
-        """What has come, at least a byte; empty once the peer has closed the channel."""
+        """What has come, at least a byte; empty once the peer has closed the channel. Returns without waiting while there is something."""
         while self._handle is not None:
             count = self._library.libxenvchan_read(self._handle, self._buffer, _CHUNK)
             if count > 0:
@@ -135,6 +141,8 @@ class Vchan:
             view = view[count:]
             if count == 0:
                 await self._change()
+            else:
+                await asyncio.sleep(0)  # a peer that makes room at once must not keep the loop
 
     async def close(self) -> None:
         """Unmaps the rings and tells the peer. Does nothing the second time.
@@ -159,6 +167,8 @@ class Vchan:
         handle, self._handle = self._handle, None
         if handle is not None:
             self._loop.remove_reader(self._descriptor)
+            if self._paused is not None:
+                self._paused.cancel()
             self._changed.set()
         return handle
 
@@ -170,8 +180,18 @@ class Vchan:
 
     def _on_event(self) -> None:
         # Takes the event; without one it would say so, as the descriptor does not block.
+        if self._handle is None:
+            return
+        self._library.libxenvchan_wait(self._handle)
+        self._changed.set()
+        if self._events.take():
+            self._loop.remove_reader(self._descriptor)
+            self._paused = self._loop.call_later(EVENT_PAUSE, self._resume)
+
+    def _resume(self) -> None:
+        self._paused = None
         if self._handle is not None:
-            self._library.libxenvchan_wait(self._handle)
+            self._loop.add_reader(self._descriptor, self._on_event)
             self._changed.set()
 
     async def _change(self) -> None:

@@ -73,7 +73,7 @@ async def until(condition: object, timeout: float = 10) -> None:
 async def joined(folder: Path, xen: Xen) -> AsyncIterator[tuple[HostEnd, GuestEnd]]:
     services = {"agent": folder / "host-agent"}
     host = HostEnd(xen.make, services, "web")  # type: ignore[arg-type]
-    host._task = asyncio.create_task(host._serve(await xen.make()))  # type: ignore[arg-type]
+    await host.start()
     async with echo_service(services["agent"]), GuestEnd(folder, ("agent", "enrol"), connect=xen.connect) as guest:
         await until(lambda: guest.alive)
         yield host, guest
