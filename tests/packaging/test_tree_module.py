@@ -87,3 +87,49 @@ def test_what_cannot_be_made_is_said_in_a_sentence(tree: dict[str, Any], tmp_pat
     tree["files"][0]["owner"] = "nobody-of-that-name"
     failed = run(tree, tmp_path)
     assert failed["msg"] == "there is no user or group nobody-of-that-name"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives folders away")
+def test_links_of_a_services_user_lead_root_nowhere(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The user that owns a folder put links at the names that root will use in it."""
+    home = tmp_path_factory.mktemp("home")
+    outside, state = tmp_path / "etc", tmp_path / "state"
+    outside.mkdir(mode=0o755)
+    (outside / "settings").write_text("root's")
+    state.mkdir(mode=0o700)
+    os.chown(state, 65534, 65534)
+    service = {"owner": "nobody", "group": "nogroup"}
+    (state / "certificates").symlink_to(outside)
+    (state / "file").symlink_to(outside / "settings")
+    (state / "way").symlink_to(outside)
+
+    refused = [
+        run({"folders": [{"path": f"{state}/certificates", "mode": "0700", **service}]}, home),
+        run({"folders": [{"path": f"{state}/way/new", "mode": "0700", **service}]}, home),
+        run({"files": [{"path": f"{state}/way/new", "mode": "0600", "content": "x", **service}]}, home),
+        run({"links": [{"path": f"{state}/way/new", "target": "x"}]}, home),
+        run({"absent": [f"{state}/way/settings"]}, home),
+    ]
+    for one in refused:
+        assert str(state) in one["msg"]
+        assert "link" in one["msg"]
+    # A file is put into the link's place, as it is into that of a file.
+    assert run({"files": [{"path": f"{state}/file", "mode": "0600", "content": "x", **service}]}, home)["changed"]
+    assert not (state / "file").is_symlink()
+
+    assert outside.stat().st_uid == 0
+    assert outside.stat().st_mode & 0o777 == 0o755
+    assert [path.name for path in outside.iterdir()] == ["settings"]
+    assert (outside / "settings").read_text() == "root's"
+    assert (outside / "settings").stat().st_uid == 0
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="root's links are followed")
+def test_links_that_only_root_can_have_made_are_followed(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (tmp_path / "real").mkdir(mode=0o755)
+    (tmp_path / "var").symlink_to("real")
+    made = run({"folders": [{"path": f"{tmp_path}/var/lib", "mode": "0700"}]}, tmp_path_factory.mktemp("home"))
+    assert made["changed"]
+    assert (tmp_path / "real" / "lib").stat().st_mode & 0o777 == 0o700
