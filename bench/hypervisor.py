@@ -16,7 +16,7 @@ from secfunet.service.settings import load_settings
 @asynccontextmanager
 async def hypervisor_client(stack: Stack) -> AsyncIterator[tuple[GoseClient, bytes, str]]:
     """A client of the grid, and the certificate (DER) and token of a VM that may run on the second host."""
-    host, vm = stack.hypervisors[1], stack.vms[-1]
+    host, vm = stack.hypervisors[1], stack.elsewhere[0]
     settings = load_settings(MiddlewareSettings, stack.layout.middleware_config(host))
     token = stack.layout.token(vm, host)
     if not token.exists():

@@ -12,7 +12,10 @@ from typing import Self
 from demo.stack import Stack
 
 VMS = ("web", "mail", "shop", "wiki")
-HYPERVISORS = ("xen-1", "xen-2")  # the second one's card is for the groups that are a hypervisor themselves
+HYPERVISORS = ("xen-1", "xen-2")
+# For the groups that are a hypervisor themselves, with the second one's card: a VM is where the newest of its used tokens says, so that one
+# which runs on the first would be refused there from then on.
+ELSEWHERE = ("roam",)
 
 
 class Stage:
@@ -27,7 +30,9 @@ class Stage:
         if self._stack is None:
             folder = Path(tempfile.mkdtemp(prefix="bench-"))
             self._exits.callback(shutil.rmtree, folder, ignore_errors=True)
-            self._stack = await self._exits.enter_async_context(Stack(folder / "i", vms=VMS, hypervisors=HYPERVISORS))
+            self._stack = await self._exits.enter_async_context(
+                Stack(folder / "i", vms=VMS, hypervisors=HYPERVISORS, elsewhere=ELSEWHERE)
+            )
         return self._stack
 
     async def __aenter__(self) -> Self:

@@ -60,7 +60,8 @@ class Stack:
 
     ``vms`` run on the first of ``hypervisors``; the others are hosts of the same grid whose middleware is started only by ``start_host``.
     ``key`` is the algorithm of the VMs' keys, ``profile`` that of containers. ``cards`` says how cards are reached: each at a "socket"
-    of its own, or all in virtual readers of pcscd daemons ("pcsc"). ``report`` is told each step.
+    of its own, or all in virtual readers of pcscd daemons ("pcsc"). VMs in ``elsewhere`` have a card and a certificate, and run on none of
+    the hosts: a program that is a hypervisor of its own takes them. ``report`` is told each step.
     """
 
     def __init__(
@@ -73,10 +74,12 @@ class Stack:
         key: str = "rsa-2048",
         profile: str = "oaep-pss-sha256",
         cards: CardKind = "socket",
+        elsewhere: Sequence[str] = (),
         report: Report = lambda _: None,
     ) -> None:
         self.layout = Layout(folder)
         self.vms = tuple(vms)
+        self.elsewhere = tuple(elsewhere)
         self.hypervisors = tuple(hypervisors)
         self.servers = tuple(f"op-{number}" for number in range(1, server_cards + 1))
         self.key = key
@@ -218,14 +221,16 @@ class Stack:
             raise FolderInUseError(folder, error.pid) from None
 
     def _cards(self) -> list[str]:
-        return [*self.hypervisors, *self.servers, *self.vms]
+        return [*self.hypervisors, *self.servers, *self.vms, *self.elsewhere]
 
     def _card_config(self, card: str) -> Path:
         return self.layout.card(card) / "secure-element.toml"
 
     def _plan(self) -> str:
         """What this installation is to be: another plan needs another installation."""
-        plan = json.dumps([self.vms, self.hypervisors, self.servers, self.key, self.profile, self.cards])
+        plan = json.dumps(
+            [self.vms, self.elsewhere, self.hypervisors, self.servers, self.key, self.profile, self.cards]
+        )
         code = Path(installation.__file__).read_bytes()  # what another version made may not fit this one
         return hashlib.sha256(plan.encode() + code).hexdigest()
 
@@ -246,7 +251,7 @@ class Stack:
         self._lay_out_readers()
         await asyncio.gather(*(self._make_card(card) for card in self._cards()))
         ports = Ports.free()
-        roles = [*((name, "server") for name in self.servers), *((name, "vm") for name in self.vms)]
+        roles = [*((name, "server") for name in self.servers), *((name, "vm") for name in (*self.vms, *self.elsewhere))]
         cards = [(name, role, self.place(name)) for name, role in roles]
         write_grid(self.layout, ports, cards, self.profile)
         for hypervisor in self.hypervisors:
@@ -274,7 +279,7 @@ class Stack:
             *(self._enrol_hypervisor(hypervisor) for hypervisor in self.hypervisors),
             *(
                 self.gose("enrol-vm", vm, "--seid", vm, "--key", self.key, "--out", self.layout.certificate(vm))
-                for vm in self.vms
+                for vm in (*self.vms, *self.elsewhere)
             ),
             *(self.middleware("init", host=hypervisor) for hypervisor in self.hypervisors),
         )
