@@ -27,6 +27,7 @@ class Action(StrEnum):
     # Of an orchestrator.
     VM_CREATE = "vm.create"
     VM_START = "vm.start"
+    VM_INVITE = "vm.invite"
     VM_STOP = "vm.stop"
     VM_REVOKE = "vm.revoke"
     VM_DELETE = "vm.delete"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import hmac
 import time
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -16,8 +18,11 @@ from dom0_middleware.refusals import RefusalMeter
 from dom0_middleware.state import RunRecord, StateStore, VmRecord
 
 # An agent renews once in two thirds of a certificate's life; this leaves room for one that restarts again and again.
+# A certificate that has ended is renewed for the key that had it, in the same run, so long after its end (seconds).
+MAX_LATENESS = 86_400.0
 RENEWALS = 20.0
 RENEWALS_PER_SECOND = 0.1
+MAX_KEY = 1024  # bytes of a SubjectPublicKeyInfo: RSA-4096 has 550
 # An agent needs two, and two more while it renews. Each may hold answers that nobody reads.
 MAX_STREAMS = 32
 
@@ -48,10 +53,12 @@ class GuestDomain:
         self._clock = clock
         self._hypervisor_answers = hypervisor_answers
         self._serials = dict(run.serials) if run is not None else {}
+        self._agent_key = run.agent_key if run is not None else b""
         self._has_shown = run is not None and run.secret_forgotten
         self._changed = asyncio.Event()
         self._version = 0
         self.operations_in_flight = 0
+        self.key_check = asyncio.Lock()  # see ``key_checks``
         self._streams = 0
         self.refusals = RefusalMeter(time.monotonic)
         self.renewals = RefusalMeter(time.monotonic, burst=RENEWALS, per_second=RENEWALS_PER_SECOND)
@@ -82,6 +89,14 @@ class GuestDomain:
         """The domain stopped: from now on nothing is permitted, and no certificate is current. There is no way back."""
         self.phase = Phase.ENDED
         self._serials.clear()
+        self._agent_key = b""
+        self.identity_changed()
+
+    def invited(self) -> None:
+        """It was given a new join secret: the certificates of before are not current any more, and their key is not known any more."""
+        self._serials.clear()
+        self._agent_key = b""
+        self._has_shown = False
         self.identity_changed()
 
     def require_not_ended(self) -> None:
@@ -113,6 +128,21 @@ class GuestDomain:
         if certificate.serial not in self._serials:
             raise Refused(Reason.CERTIFICATE_NOT_CURRENT, "this certificate is not of this run of the domain")
 
+    def require_renewable(self, untrusted_key: bytes) -> None:
+        """Whether the holder of this key (SubjectPublicKeyInfo) may have its certificate renewed although that has ended.
+
+        Compares hashes only: nothing is computed with a key that is not the run's. Raises Refused: CERTIFICATE_NOT_CURRENT (not the
+        key that a certificate of this run is for), CERTIFICATE_EXPIRED (it ended more than MAX_LATENESS ago).
+        """
+        presented = hashlib.sha256(untrusted_key[:MAX_KEY]).digest()
+        if not self._agent_key or not self._serials or not hmac.compare_digest(presented, self._agent_key):
+            raise Refused(Reason.CERTIFICATE_NOT_CURRENT, "no certificate of this run of the domain is for that key")
+        if max(self._serials.values()) + MAX_LATENESS <= self._clock():
+            raise Refused(
+                Reason.CERTIFICATE_EXPIRED,
+                f"this certificate ended more than {MAX_LATENESS / 3600:g} hours ago: dom0 must invite this domain again",
+            )
+
     def require_authorised(self) -> None:
         """Raises Refused (VM_REVOKED, TOKEN_MISSING)."""
         if self.record.revoked:
@@ -134,16 +164,21 @@ class GuestDomain:
         self._has_shown = True
         return True
 
-    def make_first(self, certificate: AgentCertificate) -> None:
-        """``certificate`` is current beside those before it, which are for the same key: nobody knows yet which of them arrived."""
-        self._serials = {**self._serials, certificate.serial: certificate.not_after}
-        self._store.set_serials(self.uuid, self._serials)
+    def make_first(self, certificate: AgentCertificate, key: bytes) -> None:
+        """``certificate`` is current beside those before it, which are for the same key: nobody knows yet which of them arrived.
 
-    def make_current(self, certificate: AgentCertificate, *, renewed: int | None = None) -> None:
+        ``key``: the hash of its key (``enrolment.key_hash``).
+        """
+        self._take({**self._serials, certificate.serial: certificate.not_after}, key)
+
+    def make_current(self, certificate: AgentCertificate, key: bytes, *, renewed: int | None = None) -> None:
         """``certificate`` is current from now on; of those before it only ``renewed``, the serial that asked for it."""
         kept = {serial: end for serial, end in self._serials.items() if serial == renewed}
-        self._serials = {**kept, certificate.serial: certificate.not_after}
-        self._store.set_serials(self.uuid, self._serials)
+        self._take({**kept, certificate.serial: certificate.not_after}, key)
+
+    def _take(self, serials: dict[int, float], key: bytes) -> None:
+        self._store.set_serials(self.uuid, serials, key)
+        self._serials, self._agent_key = serials, key
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:

@@ -59,6 +59,7 @@ class Runs:
         self._metrics = metrics
         self._clock = clock
         self._guests: dict[str, GuestDomain] = {}
+        self._addresses: dict[str, ChannelAddresses] = {}
 
     def guest(self, uuid: str) -> GuestDomain | None:
         return self._guests.get(uuid)
@@ -125,6 +126,23 @@ class Runs:
         """The channel with its servers, and what the domain needs to use them."""
         addresses = await self._channel.open(ChannelDomain(guest.uuid, domain_id, guest.record.address))
         await self._servers.open(guest, addresses)
+        self._addresses[guest.uuid] = addresses
+        await self._hand_over(guest, secret)
+
+    async def invite(self, guest: GuestDomain) -> None:
+        """Hands the running domain another join secret, on its channel; the certificates that it had are not current any more.
+
+        Raises ChannelError if it cannot be handed over: the domain then waits for the next invitation.
+        """
+        addresses = self._addresses.get(guest.uuid)
+        if addresses is None:
+            raise Refused(Reason.VM_STATE_WRONG, "this VM has no channel")
+        secret = self._secrets.invite(guest.uuid)
+        guest.invited()
+        await self._hand_over(guest, secret)
+
+    async def _hand_over(self, guest: GuestDomain, secret: str) -> None:
+        addresses = self._addresses[guest.uuid]
         await self._channel.hand_over(
             JoinInformation(
                 uuid=guest.uuid,
@@ -161,7 +179,9 @@ class Runs:
         guest.domain_id = run.domain_id
         try:
             domain = ChannelDomain(run.uuid, run.domain_id, record.address)
-            await self._servers.open(guest, await self._channel.reopen(domain))
+            addresses = await self._channel.reopen(domain)
+            await self._servers.open(guest, addresses)
+            self._addresses[run.uuid] = addresses
             guest.set_state(info.state)
         except (MiddlewareError, OSError):
             # One guest's folder must not keep the others from their keys.
@@ -174,6 +194,7 @@ class Runs:
         With ``grace``, a guest that runs on is told, and has so many seconds to close its end of the channel.
         """
         guest = self._guests.pop(uuid, None)
+        self._addresses.pop(uuid, None)
         if guest is not None:
             guest.end()
         self._sessions.end(uuid)

@@ -41,7 +41,8 @@ CREATE TABLE IF NOT EXISTS runs (
   attempts_left INTEGER NOT NULL,
   secret_used INTEGER NOT NULL DEFAULT 0,
   serials TEXT NOT NULL DEFAULT '{}',
-  secret_key BLOB NOT NULL DEFAULT x''
+  secret_key BLOB NOT NULL DEFAULT x'',
+  agent_key BLOB NOT NULL DEFAULT x''
 ) STRICT;
 CREATE TABLE IF NOT EXISTS host (one INTEGER PRIMARY KEY CHECK (one = 1), boot TEXT NOT NULL) STRICT;
 """
@@ -53,11 +54,12 @@ ALTER TABLE vms ADD COLUMN arriving INTEGER NOT NULL DEFAULT 0;
 """,
     2: "ALTER TABLE vms ADD COLUMN leaving TEXT NOT NULL DEFAULT '';",
     3: "ALTER TABLE runs ADD COLUMN secret_key BLOB NOT NULL DEFAULT x'';",
+    4: "ALTER TABLE runs ADD COLUMN agent_key BLOB NOT NULL DEFAULT x'';",
 }
-_VERSION = 4
+_VERSION = 5
 
 
-_SELECT_RUNS = "SELECT uuid, domain_id, attempts_left, secret_used, secret_hash=x'', serials FROM runs"
+_SELECT_RUNS = "SELECT uuid, domain_id, attempts_left, secret_used, secret_hash=x'', serials, agent_key FROM runs"
 _UNIQUE = {"vms.vmid": "VMID", "vms.address": "address", "vms_address": "address", "vms.uuid": "UUID"}
 
 
@@ -96,7 +98,8 @@ class RunRecord:
     """One run of a domain, from StartVm until it stops. ``domain_id`` None: it has not booted yet.
 
     ``secret_used``: the join secret belongs to one key. ``secret_forgotten``: it is worth nothing any more, to that key neither.
-    ``serials``: the agent's current certificates, serial number -> end of life (UTC seconds).
+    ``serials``: the agent's current certificates, serial number -> end of life (UTC seconds). ``agent_key``: SHA-256 of the key
+    (SubjectPublicKeyInfo) that they are for, empty before the first.
     """
 
     uuid: str
@@ -105,6 +108,7 @@ class RunRecord:
     secret_used: bool
     secret_forgotten: bool
     serials: Mapping[int, float]
+    agent_key: bytes = b""
 
 
 class StateStore:
@@ -230,9 +234,17 @@ class StateStore:
     def set_domain_id(self, uuid: str, domain_id: int) -> None:
         self._execute("UPDATE runs SET domain_id=? WHERE uuid=?", (domain_id, uuid))
 
-    def set_serials(self, uuid: str, serials: Mapping[int, float]) -> None:
+    def set_serials(self, uuid: str, serials: Mapping[int, float], agent_key: bytes) -> None:
         encoded = json.dumps({format(serial, "x"): end for serial, end in serials.items()})
-        self._execute("UPDATE runs SET serials=? WHERE uuid=?", (encoded, uuid))
+        self._execute("UPDATE runs SET serials=?, agent_key=? WHERE uuid=?", (encoded, agent_key, uuid))
+
+    def invite(self, uuid: str, *, secret_hash: bytes, attempts: int) -> None:
+        """Another join secret in the same run: what it had of secrets, certificates and keys before is forgotten with it."""
+        self._execute(
+            "UPDATE runs SET secret_hash=?, attempts_left=?, secret_used=0, secret_key=x'', serials='{}', agent_key=x''"
+            " WHERE uuid=?",
+            (secret_hash, attempts, uuid),
+        )
 
     def end_run(self, uuid: str) -> None:
         self._execute("DELETE FROM runs WHERE uuid=?", (uuid,))
@@ -255,12 +267,12 @@ class StateStore:
         ).fetchone()
         return bytes(row[0]) if row else None
 
-    def use_secret(self, uuid: str, key: bytes, *, attempts: int) -> bool:
+    def use_secret(self, uuid: str, secret_hash: bytes, key: bytes, *, attempts: int) -> bool:
         """True for callers with the first ``key`` (a hash of it) only, which has ``attempts`` more, until the secret is forgotten."""
         done = self._execute(
             "UPDATE runs SET attempts_left=CASE secret_used WHEN 0 THEN ? ELSE attempts_left END, secret_used=1, secret_key=?"
-            " WHERE uuid=? AND secret_hash!=x'' AND (secret_used=0 OR secret_key=?)",
-            (attempts, key, uuid, key),
+            " WHERE uuid=? AND secret_hash=? AND (secret_used=0 OR secret_key=?)",
+            (attempts, key, uuid, secret_hash, key),
         )
         return done.rowcount == 1
 
@@ -287,7 +299,7 @@ def _vm(row: tuple[object, ...]) -> VmRecord:
 
 
 def _run(row: tuple[object, ...]) -> RunRecord:
-    uuid, domain_id, attempts, used, forgotten, serials = row
+    uuid, domain_id, attempts, used, forgotten, serials, agent_key = row
     return RunRecord(
         uuid=str(uuid),
         domain_id=None if domain_id is None else int(str(domain_id)),
@@ -295,4 +307,5 @@ def _run(row: tuple[object, ...]) -> RunRecord:
         secret_used=bool(used),
         secret_forgotten=bool(forgotten),
         serials={int(serial, 16): float(end) for serial, end in json.loads(str(serials)).items()},
+        agent_key=bytes(agent_key),  # type: ignore[call-overload] # a BLOB column of a STRICT table
     )

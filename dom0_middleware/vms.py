@@ -230,6 +230,39 @@ class Vms:
         guest.identity_changed()
         return self._describe(guest.record, info)
 
+    async def invite_vm(self, uuid: str, *, vm_auth_token: str) -> tuple[pb.Vm, str]:
+        """Hands a VM that runs here a new join secret on its own channel, and ends its agent's certificate; as ``start_vm`` returns.
+
+        Refused: VM_REVOKED, TOKEN_MISSING, TOKEN_EXPIRED or TOKEN_INVALID (of the token given, else of the one that it has),
+        VM_STATE_WRONG unless it runs here.
+        """
+        return await self._to_its_end(self._invite(uuid, vm_auth_token))
+
+    async def _invite(self, uuid: str, vm_auth_token: str) -> tuple[pb.Vm, str]:
+        async with self._lock(uuid):
+            record = self._store.vm(uuid)
+            if record.revoked:
+                raise Refused(Reason.VM_REVOKED, "this VM was revoked on this hypervisor; no token helps")
+            token = vm_auth_token or record.vm_auth_token
+            if not token:
+                raise Refused(Reason.TOKEN_MISSING, "there is no VM-Auth-Token for this VM")
+            check_token(record, token, self._clock())
+            if record.arriving or record.leaving:
+                raise Refused(Reason.VM_STATE_WRONG, "this VM is not simply here: it comes from another host, or goes")
+            info = await self._require_domain(record)
+            if info.state is DomainState.STOPPED:
+                raise Refused(Reason.VM_STATE_WRONG, "this VM does not run: start it")
+            guest = self._runs.guest(uuid)
+            if guest is not None and info.domain_id == guest.domain_id:
+                if vm_auth_token:
+                    self._replace_token(guest, info, vm_auth_token)
+                await self._runs.invite(guest)
+            else:
+                # It rebooted by itself, and nobody has given its new domain a channel.
+                self._store.set_token(uuid, token)
+                guest = await self._runs.attach(self._store.vm(uuid), info)
+            return self._describe(guest.record, info), self._runs.folder(uuid)
+
     async def stop_vm(self, uuid: str, *, force: bool, timeout: float) -> pb.Vm:
         """Ends the run at once; then the domain, which has until the deadline to shut down."""
         return await self._to_its_end(self._stop(uuid, force, timeout))

@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
-from dom0_middleware.api.enrolment import identity_as_known
+from dom0_middleware.api.enrolment import identity_as_known, require_renewal_rate
 from dom0_middleware.api.errors import facts_of
 from dom0_middleware.api.guard import MAX_TIMEOUT, Context, timeout_of
 from dom0_middleware.audit import Action, DomainRecord
 from dom0_middleware.call import Call, current_call
+from dom0_middleware.enrolment import key_hash
 from dom0_middleware.errors import MiddlewareError, Reason, Refused
-from dom0_middleware.guest import RENEWALS_PER_SECOND, GuestDomain, Phase
-from dom0_middleware.guest_authority import GuestAuthority, parse_request
+from dom0_middleware.guest import GuestDomain, Phase
+from dom0_middleware.guest_authority import GuestAuthority
 from dom0_middleware.identity import Identities
+from dom0_middleware.key_checks import KeyChecks
 from dom0_middleware.operations import ID_SIZE, MAX_BATCH, Operations
 from secfunet.gose.v1 import operation_pb2
 from secfunet.middleware.v1 import agent_pb2 as pb
@@ -38,8 +40,10 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         identities: Identities,
         authority: GuestAuthority,
         audit: AuditLog,
+        key_checks: KeyChecks,
     ) -> None:
         self._guest = guest
+        self._key_checks = key_checks
         self._operations = operations
         self._identities = identities
         self._authority = authority
@@ -49,11 +53,11 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         self, request: pb.RenewCertificateRequest, context: Context
     ) -> pb.RenewCertificateResponse:
         call = current_call.get()
-        if self._guest.renewals.admit() is None:
-            raise Refused(
-                Reason.RATE_LIMITED, "this agent renews its certificate too often", retry_after=1 / RENEWALS_PER_SECOND
-            )
-        key = parse_request(request.certificate_signing_request)
+        require_renewal_rate(self._guest)
+        key = await self._key_checks.key_of(self._guest, request.certificate_signing_request)
+        # Again, after the wait.
+        self._guest.require_running()
+        self._require_current(call)
         certificate, facts = self._authority.issue_agent(key, self._guest.uuid)
         self._audit.record(
             DomainRecord(
@@ -66,7 +70,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             )
         )
         self._audit.flush()
-        self._guest.make_current(facts, renewed=call.certificate.serial if call.certificate else None)
+        self._guest.make_current(facts, key_hash(key), renewed=call.certificate.serial if call.certificate else None)
         return pb.RenewCertificateResponse(certificate=certificate)
 
     async def GetIdentity(  # noqa: N802 - gRPC's name

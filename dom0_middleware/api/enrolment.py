@@ -1,17 +1,26 @@
-"""The enrolment door of one domain: TLS with our certificate only; the join secret says that the caller is that domain's agent."""
+"""The enrolment door of one domain: TLS with our certificate only; the join secret says that the caller is that domain's agent.
+
+Once the agent has shown its certificate the secret is forgotten, and this door is there for the agent's key alone: its certificate may
+end while the domain is paused or this daemon away, and then TLS lets it in nowhere else. ``RenewEnded`` compares the hash of the key
+before it computes anything with it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from dom0_middleware.api.guard import Context, timeout_of
 from dom0_middleware.audit import Action, DomainRecord
 from dom0_middleware.call import current_call
-from dom0_middleware.enrolment import JoinSecrets
-from dom0_middleware.errors import Refused
-from dom0_middleware.guest import GuestDomain
-from dom0_middleware.guest_authority import GuestAuthority, parse_request
+from dom0_middleware.enrolment import JoinSecrets, key_hash
+from dom0_middleware.errors import Reason, Refused
+from dom0_middleware.guest import RENEWALS_PER_SECOND, GuestDomain
+from dom0_middleware.guest_authority import GuestAuthority
 from dom0_middleware.identity import Identities
+from dom0_middleware.key_checks import KeyChecks
 from secfunet.errors import SecFuNetError
 from secfunet.middleware.v1 import agent_pb2 as pb
 from secfunet.middleware.v1 import agent_pb2_grpc
@@ -32,6 +41,7 @@ class EnrolmentService(agent_pb2_grpc.EnrolmentServiceServicer):
         authority: GuestAuthority,
         identities: Identities,
         audit: AuditLog,
+        key_checks: KeyChecks,
         on_secret_used: Callable[[GuestDomain], Awaitable[None]],
     ) -> None:
         self._guest = guest
@@ -39,17 +49,12 @@ class EnrolmentService(agent_pb2_grpc.EnrolmentServiceServicer):
         self._authority = authority
         self._identities = identities
         self._audit = audit
+        self._key_checks = key_checks
         self._on_secret_used = on_secret_used
 
     async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolResponse:  # noqa: N802 - gRPC's name
-        try:
-            certificate = self._certify(request)
-        except Refused as error:
-            note = self._guest.refusals.admit()
-            if note is not None:
-                detail = "; ".join(part for part in (error.detail, note) if part)
-                self._record("refused", reason=str(error.reason), detail=detail)
-            raise
+        with self._refusals_recorded(Action.ENROL):
+            certificate = await self._certify(request)
         await self._on_secret_used(self._guest)
         identity = await identity_as_known(
             self._identities, self._guest, min(IDENTITY_TIMEOUT, timeout_of(context) / 2)
@@ -60,24 +65,58 @@ class EnrolmentService(agent_pb2_grpc.EnrolmentServiceServicer):
             certificate=certificate, guest_authority=self._authority.certificate_der, identity=identity
         )
 
-    def _certify(self, request: pb.EnrolRequest) -> bytes:
+    async def RenewEnded(  # noqa: N802 - gRPC's name
+        self, request: pb.RenewEndedRequest, context: Context
+    ) -> pb.RenewEndedResponse:
         guest = self._guest
-        guest.require_running()
-        if guest.record.revoked:
-            guest.require_authorised()
-        key = parse_request(request.certificate_signing_request)
-        self._secrets.redeem(guest.uuid, request.join_secret, key)
+        with self._refusals_recorded(Action.RENEW):
+            self._require_entitled()
+            guest.require_renewable(request.public_key)
+            require_renewal_rate(guest)
+            key = await self._key_checks.key_of(guest, request.certificate_signing_request)
+            # Again, after the wait; and now it is known which key the request is for.
+            self._require_entitled()
+            guest.require_renewable(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
+            certificate, facts = self._authority.issue_agent(key, guest.uuid)
+        self._record(Action.RENEW, "permitted", detail=f"certificate {facts.serial:x}, after the end of the last one")
+        self._audit.flush()
+        guest.make_current(facts, key_hash(key))
+        return pb.RenewEndedResponse(certificate=certificate)
+
+    async def _certify(self, request: pb.EnrolRequest) -> bytes:
+        guest = self._guest
+        self._require_entitled()
+        secret_hash = self._secrets.compare(guest.uuid, request.join_secret)
+        key = await self._key_checks.key_of(guest, request.certificate_signing_request)
+        self._require_entitled()
+        self._secrets.give_to(guest.uuid, secret_hash, key)
         certificate, facts = self._authority.issue_agent(key, guest.uuid)
-        self._record("permitted", detail=f"certificate {facts.serial:x}")
+        self._record(Action.ENROL, "permitted", detail=f"certificate {facts.serial:x}")
         # On record before it is given out; if that fails the agent asks again, with the same key.
         self._audit.flush()
-        guest.make_first(facts)
+        guest.make_first(facts, key_hash(key))
         return certificate
 
-    def _record(self, decision: Decision, *, reason: str = "", detail: str = "") -> None:
+    def _require_entitled(self) -> None:
+        self._guest.require_running()
+        if self._guest.record.revoked:
+            self._guest.require_authorised()
+
+    @contextlib.contextmanager
+    def _refusals_recorded(self, action: Action) -> Iterator[None]:
+        try:
+            yield
+        except Refused as error:
+            note = self._guest.refusals.admit()
+            if note is not None:
+                detail = "; ".join(part for part in (error.detail, note) if part)
+                self._record(action, "refused", reason=str(error.reason), detail=detail)
+            raise
+
+    def _record(self, action: Action, decision: Decision, *, reason: str = "", detail: str = "") -> None:
         self._audit.record(
             DomainRecord(
-                Action.ENROL,
+                action,
                 decision,
                 correlation=current_call.get().correlation,
                 vm=self._guest.uuid,
@@ -85,6 +124,14 @@ class EnrolmentService(agent_pb2_grpc.EnrolmentServiceServicer):
                 reason=reason,
                 detail=detail,
             )
+        )
+
+
+def require_renewal_rate(guest: GuestDomain) -> None:
+    """Raises Refused (RATE_LIMITED)."""
+    if guest.renewals.admit() is None:
+        raise Refused(
+            Reason.RATE_LIMITED, "this agent renews its certificate too often", retry_after=1 / RENEWALS_PER_SECOND
         )
 
 

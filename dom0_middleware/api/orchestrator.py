@@ -61,6 +61,13 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             vm, folder = await self._vms.start_vm(uuid, vm_auth_token=request.vm_auth_token)
         return pb.StartVmResponse(vm=vm, guest_channel=folder)
 
+    async def InviteVm(self, request: pb.InviteVmRequest, context: Context) -> pb.InviteVmResponse:  # noqa: N802
+        uuid = parse_uuid(request.uuid)
+        detail = "with a token" if request.vm_auth_token else ""
+        with self._recorded(Action.VM_INVITE, uuid, detail=detail):
+            vm, folder = await self._vms.invite_vm(uuid, vm_auth_token=request.vm_auth_token)
+        return pb.InviteVmResponse(vm=vm, guest_channel=folder)
+
     async def StopVm(self, request: pb.StopVmRequest, context: Context) -> pb.StopVmResponse:  # noqa: N802
         uuid = parse_uuid(request.uuid)
         with self._recorded(Action.VM_STOP, uuid, detail="by force" if request.force else ""):

@@ -20,6 +20,7 @@ from dom0_middleware.errors import Reason, Unavailable
 from dom0_middleware.guest import GuestDomain
 from dom0_middleware.guest_authority import AgentCertificate, GuestAuthority, agent_certificate
 from dom0_middleware.identity import Identities
+from dom0_middleware.key_checks import KeyChecks
 from dom0_middleware.metrics import Metrics
 from dom0_middleware.operations import Operations
 from dom0_middleware.policy import Policy
@@ -108,6 +109,7 @@ class GuestServerPairs:
         self._operations_in_flight = operations_in_flight
         self._concurrent_calls = concurrent_calls
         self._reflection = reflection
+        self._key_checks = KeyChecks()
         self._pairs: dict[str, tuple[grpc.aio.Server, grpc.aio.Server]] = {}
 
     async def open(self, guest: GuestDomain, addresses: ChannelAddresses) -> None:
@@ -150,6 +152,7 @@ class GuestServerPairs:
             authority=self._authority,
             identities=self._identities,
             audit=self._audit,
+            key_checks=self._key_checks,
             on_secret_used=self.on_secret_used,
         )
         agent_pb2_grpc.add_EnrolmentServiceServicer_to_server(service, server)
@@ -193,6 +196,7 @@ class GuestServerPairs:
             identities=self._identities,
             authority=self._authority,
             audit=self._audit,
+            key_checks=self._key_checks,
         )
         agent_pb2_grpc.add_AgentServiceServicer_to_server(service, server)
         await self._add_common(server, agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name)

@@ -84,6 +84,29 @@ def start(
         typer.echo(f"channel: {response.guest_channel}")
 
 
+@app.command("invite")
+def invite(
+    vm: Vm,
+    token_file: TokenFile = None,
+    config: Config = DEFAULT_CONFIG,
+    orchestrator: As = FIRST_ORCHESTRATOR,
+    as_json: AsJson = False,
+    timeout: Timeout = 30.0,
+) -> None:
+    """Hand a running VM a new join secret, so that its agent enrols anew; its certificate ends. Needs a token that has not expired."""
+
+    token = _token(token_file)
+
+    def ask(stub: Stub, uuid: str) -> Awaitable[pb.InviteVmResponse]:
+        return stub.InviteVm(pb.InviteVmRequest(uuid=uuid, vm_auth_token=token), timeout=timeout)
+
+    response = call_for_vm(vm, config, orchestrator, timeout, ask)
+    if as_json:
+        typer.echo(json.dumps({**_fields(response.vm), "guest_channel": response.guest_channel}, indent=2))
+        return
+    _show([response.vm], as_json=False)
+
+
 @app.command("stop")
 def stop(
     vm: Vm,

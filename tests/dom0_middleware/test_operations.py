@@ -402,7 +402,7 @@ async def test_what_ends_while_the_login_is_made_is_not_done(world: World, what:
             guest.record = replace(guest.record, revoked=True, vm_auth_token="")
             service.sessions.end(guest.uuid)
         elif what == "renewal":
-            guest.make_current(replace(call.certificate, serial=7))  # type: ignore[type-var, arg-type]
+            guest.make_current(replace(call.certificate, serial=7), b"")  # type: ignore[type-var, arg-type]
         else:
             guest.set_state(DomainState.PAUSED)
 

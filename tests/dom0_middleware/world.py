@@ -308,6 +308,25 @@ class Guest:
         self.certificate = response.certificate
         return response
 
+    async def renew_ended(
+        self, key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | None = None, *, public_key: bytes | None = None
+    ) -> bytes:
+        """As an agent whose certificate has ended: with its own key, or another one."""
+        key = key or self.key
+        known = key.public_key().public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        async with self.enrol_channel() as channel:
+            response = await agent_pb2_grpc.EnrolmentServiceStub(channel).RenewEnded(
+                agent_pb2.RenewEndedRequest(
+                    public_key=known if public_key is None else public_key,
+                    certificate_signing_request=request_for(key),
+                ),
+                timeout=TIMEOUT,
+            )
+        self.certificate = response.certificate
+        return response.certificate
+
     async def show_certificate(self) -> None:
         """The least that an agent does with it."""
         async with self.agent_channel() as channel:
@@ -440,10 +459,12 @@ def _forget_domains() -> None:
 
 
 @contextlib.asynccontextmanager
-async def running_world() -> AsyncIterator[World]:
+async def running_world(**extra: object) -> AsyncIterator[World]:
+    """``extra``: more tables of the settings."""
     # A short path: Unix sockets.
     with tempfile.TemporaryDirectory(prefix="m-", dir="/tmp") as folder:
         world = World(Path(folder))
+        world.extra.update(extra)
         try:
             _forget_domains()
             await world.start()
