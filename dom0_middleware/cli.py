@@ -25,7 +25,7 @@ import typer
 from dom0_middleware.cloud_init.user_data import CloudInitError
 from dom0_middleware.commands import audit, vms
 from dom0_middleware.commands.options import DEFAULT_CONFIG, BadInput, Config
-from dom0_middleware.errors import MiddlewareError, Unavailable
+from dom0_middleware.errors import MiddlewareError, SettingUnusable, Unavailable
 from dom0_middleware.orchestrator_authority import OrchestratorAuthority
 from dom0_middleware.orchestrator_client import CallInvalid, CallRefused, DaemonUnavailable
 from dom0_middleware.policy import PolicyFile
@@ -134,6 +134,7 @@ def main() -> None:
             BadInput: ExitCode.DATA,
             CloudInitError: ExitCode.DATA,
             CardError: ExitCode.UNAVAILABLE,
+            SettingUnusable: ExitCode.CONFIG,
             MiddlewareError: ExitCode.FAILED,
         },
     )

@@ -7,6 +7,7 @@ import re
 from string import Template
 from xml.etree import ElementTree
 
+from dom0_middleware.domain_template import DomainTemplate
 from dom0_middleware.hypervisor import DomainSpec
 
 NAMESPACE = "https://secfunet.org/xmlns/domain/1"
@@ -17,23 +18,21 @@ _MAX_METADATA = 4096
 ElementTree.register_namespace(PREFIX, NAMESPACE)
 
 
-def domain_xml(spec: DomainSpec, *, domain_type: str, template: str | None = None) -> str:
+def domain_xml(spec: DomainSpec, *, domain_type: str, template: DomainTemplate | None = None) -> str:
     """The definition of ``spec`` for libvirt (https://libvirt.org/formatdomain.html).
 
     ``template`` is a domain XML of dom0's administrator (operating system, devices); name, UUID, memory, vcpus and metadata of ``spec``
     replace what it says of them. In its texts and attributes ``${name}``, ``${uuid}``, ``${vmid}``, ``${mac}`` (``mac_address``) and
-    ``${address}`` stand for the domain's own. Raises ElementTree.ParseError if it is no XML, ValueError if its root is no <domain>.
+    ``${address}`` stand for the domain's own.
     """
-    # The template is dom0's own file, not a guest's.
-    root = ElementTree.fromstring(template) if template else _bare_domain(domain_type)  # noqa: S314
-    if root.tag != "domain":
-        raise ValueError(f"the template's root is <{root.tag}>, not <domain>")
+    root = template.copy() if template is not None else _bare_domain(domain_type)
     _fill_in(root, spec)
     _set(root, "name", spec.name)
     _set(root, "uuid", spec.uuid)
     for name in ("memory", "currentMemory"):
         _set(root, name, str(spec.memory_mib)).set("unit", "MiB")
-    _set(root, "vcpu", str(spec.vcpus))
+    # All of them can be used at once; where they run is the template's to say.
+    _set(root, "vcpu", str(spec.vcpus)).attrib.pop("current", None)
     metadata = root.find("metadata")
     if metadata is None:
         metadata = ElementTree.SubElement(root, "metadata")
@@ -69,6 +68,11 @@ def _fill_in(root: ElementTree.Element, spec: DomainSpec) -> None:
             element.set(name, filled(value))
 
 
+def has_nvram(xml: str) -> bool:
+    """A definition, as libvirt prints it, names a file with the variables of its firmware."""
+    return ElementTree.fromstring(xml).find("os/nvram") is not None  # noqa: S314 - libvirt's own print
+
+
 def vmid_in(metadata_xml: str) -> str | None:
     """The VMID in a domain's metadata element (as virDomainGetMetadata gives it); None if there is none of the right form."""
     if len(metadata_xml) > _MAX_METADATA:
@@ -91,8 +95,11 @@ def _bare_domain(domain_type: str) -> ElementTree.Element:
 
 
 def _set(root: ElementTree.Element, name: str, text: str) -> ElementTree.Element:
-    element = root.find(name)
-    if element is None:
-        element = ElementTree.SubElement(root, name)
+    """The one child of that name, with that text and nothing else in it."""
+    element, *others = root.findall(name) or [ElementTree.SubElement(root, name)]
+    for other in others:
+        root.remove(other)
+    for child in list(element):
+        element.remove(child)
     element.text = text
     return element

@@ -69,6 +69,14 @@ class MiddlewareError(SecFuNetError):
         self.detail = detail
 
 
+class SettingUnusable(MiddlewareError):
+    """What the setting ``key`` says cannot be used here; found when the daemon starts."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(Reason.INTERNAL, f"'{key}': {problem}")
+        self.key = key
+
+
 class Refused(MiddlewareError):
     """A caller's request is refused: by its form, by who it is, or by what it may do."""
 

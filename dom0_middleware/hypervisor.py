@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -88,7 +88,9 @@ class Hypervisor(Protocol):
         """Pulls the plug."""
         ...
 
-    async def undefine(self, uuid: str) -> None: ...
+    async def undefine(self, uuid: str) -> tuple[str, ...]:
+        """Removes a stopped domain, with what the hypervisor kept of it besides its definition; says what that was."""
+        ...
 
     async def migrate(self, uuid: str, uri: str) -> None:
         """Sends a running domain to the hypervisor at ``uri`` while it runs, with its definition; returns when it runs there.
@@ -103,4 +105,6 @@ class Hypervisor(Protocol):
 
     async def info(self, uuid: str) -> DomainInfo | None: ...
 
-    async def list(self) -> tuple[DomainInfo, ...]: ...
+    async def list(self, uuids: Collection[str]) -> tuple[DomainInfo, ...]:
+        """Of these domains, those that there are; the hypervisor is asked for its domains once."""
+        ...

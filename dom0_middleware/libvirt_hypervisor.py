@@ -9,13 +9,14 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import libvirt
 
 from dom0_middleware import domain_xml
+from dom0_middleware.domain_template import DomainTemplate, TemplateError
 from dom0_middleware.errors import MiddlewareError, Reason, Refused, Unavailable
 from dom0_middleware.hypervisor import (
     ConnectionListener,
@@ -61,6 +62,11 @@ _MIGRATE = (
     | libvirt.VIR_MIGRATE_PERSIST_DEST
     | libvirt.VIR_MIGRATE_UNDEFINE_SOURCE
 )
+_DEFINED = libvirt.VIR_DOMAIN_VCPU_CONFIG
+_PROBES = tuple(
+    DomainSpec("5ecf0e70-0000-4000-8000-000000000001", "secfunet-template-check", "A" * 43, memory_mib, vcpus)
+    for memory_mib, vcpus in ((256, 1), (1280, 3))
+)
 _KEEPALIVE_SECONDS = 5
 _KEEPALIVE_COUNT = 3
 
@@ -89,9 +95,12 @@ def _start_libvirt_events() -> None:
 
 
 class LibvirtHypervisor:
-    """See ``hypervisor.Hypervisor``. ``template`` is the text of a domain XML; ``heal_interval`` in seconds."""
+    """See ``hypervisor.Hypervisor``. ``heal_interval`` in seconds.
 
-    def __init__(self, uri: str, *, template: str | None = None, heal_interval: float = 1.0) -> None:
+    ``connect`` raises TemplateError, too, if libvirt makes no domain from the ``template`` that has what was asked for.
+    """
+
+    def __init__(self, uri: str, *, template: DomainTemplate | None = None, heal_interval: float = 1.0) -> None:
         self._uri = uri
         self._template = template
         self._heal_interval = heal_interval
@@ -122,6 +131,11 @@ class LibvirtHypervisor:
             raise Unavailable(
                 Reason.HYPERVISOR_UNAVAILABLE, f"libvirt at {self._uri} cannot be reached: {error}"
             ) from error
+        try:
+            await self._in_thread(self._try_template)
+        except BaseException:
+            await self._in_thread(self._drop)
+            raise
         self._connected = True
         self._keeper = asyncio.create_task(self._keep_connected())
 
@@ -136,12 +150,12 @@ class LibvirtHypervisor:
 
     async def define(self, spec: DomainSpec) -> DomainInfo:
         def act(connection: Any) -> DomainInfo:
-            for found in connection.listAllDomains():
-                # libvirt would replace a definition of the same name and UUID; this room never redefines.
-                if found.name() == spec.name or found.UUIDString() == spec.uuid:
+            # libvirt would replace a definition of the same name and UUID; this room never redefines.
+            for find, wanted in ((connection.lookupByName, spec.name), (connection.lookupByUUIDString, spec.uuid)):
+                with _unless_unknown():
+                    found = find(wanted)
                     raise Refused(Reason.VM_EXISTS, f"the hypervisor already has a domain '{found.name()}'")
-            xml = domain_xml.domain_xml(spec, domain_type=self._domain_type, template=self._template)
-            return _info(connection.defineXML(xml))
+            return _info(self._define(connection, spec))
 
         return await self._call(act)
 
@@ -168,8 +182,8 @@ class LibvirtHypervisor:
     async def destroy(self, uuid: str) -> None:
         await self._call(lambda connection: connection.lookupByUUIDString(uuid).destroy())
 
-    async def undefine(self, uuid: str) -> None:
-        await self._call(lambda connection: connection.lookupByUUIDString(uuid).undefine())
+    async def undefine(self, uuid: str) -> tuple[str, ...]:
+        return await self._call(lambda connection: _undefine(connection.lookupByUUIDString(uuid)))
 
     async def migrate(self, uuid: str, uri: str) -> None:
         """Peer to peer: this host's libvirt speaks with that at ``uri`` by itself, and goes on if this daemon ends."""
@@ -205,8 +219,17 @@ class LibvirtHypervisor:
                 return None
             raise
 
-    async def list(self) -> tuple[DomainInfo, ...]:
-        return await self._call(lambda connection: tuple(_info(domain) for domain in connection.listAllDomains()))
+    async def list(self, uuids: Collection[str]) -> tuple[DomainInfo, ...]:
+        def act(connection: Any) -> tuple[DomainInfo, ...]:
+            found = []
+            for domain in connection.listAllDomains():
+                # Its UUID came with it; what _info asks is a question to libvirt each, and nobody's but ours are of interest.
+                if domain.UUIDString() in uuids:
+                    with _unless_unknown():
+                        found.append(_info(domain))
+            return tuple(found)
+
+        return await self._call(act)
 
     async def _in_thread(self, work: Callable[[], Answer]) -> Answer:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -275,6 +298,42 @@ class LibvirtHypervisor:
         self._domain_type = {"TEST": "test", "QEMU": "kvm"}.get(connection.getType(), "xen")
         self._connection = connection
 
+    def _define(self, connection: Any, spec: DomainSpec) -> Any:
+        """Raises Refused (HYPERVISOR_REFUSED) if libvirt took the XML, and made something else of it than what was asked for."""
+        xml = domain_xml.domain_xml(spec, domain_type=self._domain_type, template=self._template)
+        domain = connection.defineXML(xml)
+        try:
+            vcpus = [domain.vcpusFlags(_DEFINED), domain.vcpusFlags(_DEFINED | libvirt.VIR_DOMAIN_VCPU_MAXIMUM)]
+            memory_mib = domain.maxMemory() / 1024
+            if vcpus != [spec.vcpus, spec.vcpus] or memory_mib != spec.memory_mib:
+                raise Refused(
+                    Reason.HYPERVISOR_REFUSED,
+                    f"the hypervisor made a domain with {vcpus[0]} of {vcpus[1]} vCPUs and {memory_mib:g} MiB of memory,"
+                    f" where {spec.vcpus} vCPUs and {spec.memory_mib} MiB were asked for",
+                )
+        except BaseException:
+            _undefine(domain)
+            raise
+        return domain
+
+    def _try_template(self) -> None:
+        """Defines two domains of different sizes, one after the other, and removes them: whether it works is not to be learnt from the
+        first VM. Both have a name and a UUID that only they have, so that what a crash left is replaced."""
+        if self._template is None:
+            return
+        for spec in _PROBES:
+            try:
+                _undefine(self._define(self._connection, spec))
+            except (libvirt.libvirtError, Refused) as error:
+                if isinstance(error, libvirt.libvirtError) and error.get_error_code() in _LOST:
+                    raise Unavailable(
+                        Reason.HYPERVISOR_UNAVAILABLE, f"libvirt at {self._uri} cannot be reached: {error}"
+                    ) from error
+                raise TemplateError(
+                    self._template.path,
+                    f"libvirt makes no domain with {spec.vcpus} vCPUs and {spec.memory_mib} MiB from it: {error}",
+                ) from error
+
     def _present(self) -> Any:
         connection = self._connection
         if connection is None:
@@ -341,6 +400,59 @@ async def _in_own_thread(work: Callable[[], None]) -> None:
 
     threading.Thread(target=run, name="libvirt-migration", daemon=True).start()
     await done
+
+
+@contextlib.contextmanager
+def _unless_unknown() -> Iterator[None]:
+    """Lets a look for a domain find none."""
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+            raise
+
+
+def _undefine(domain: Any) -> tuple[str, ...]:
+    """With what libvirt keeps of it besides; says what that was. Only what is there is named: not every driver knows every flag."""
+    flags, named = 0, []
+    for flag, (name, is_there) in _BESIDES.items():
+        # An error: a driver that has no such thing.
+        with contextlib.suppress(libvirt.libvirtError):
+            if is_there(domain):
+                flags |= flag
+                named.append(name)
+    try:
+        domain.undefineFlags(flags) if flags else domain.undefine()
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_INVALID_ARG or not flags & _NVRAM:
+            raise
+        # A driver of firmware that keeps its variables itself.
+        domain.undefineFlags(flags & ~_NVRAM)
+        named.remove(_BESIDES[_NVRAM][0])
+    return tuple(named)
+
+
+def _has_nvram(domain: Any) -> bool:
+    # libvirt's own print of it; a file that libvirt made from a template at the first start, or one that the definition names.
+    return domain_xml.has_nvram(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+
+
+_NVRAM = libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
+_BESIDES: dict[int, tuple[str, Callable[[Any], bool]]] = {
+    libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE: (
+        "its saved memory (managed save)",
+        lambda domain: bool(domain.hasManagedSaveImage()),
+    ),
+    libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA: (
+        "what libvirt knew of its snapshots",
+        lambda domain: bool(domain.snapshotNum()),
+    ),
+    libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA: (
+        "what libvirt knew of its checkpoints",
+        lambda domain: bool(domain.listAllCheckpoints()),
+    ),
+    _NVRAM: ("the variables of its firmware (NVRAM)", _has_nvram),
+}
 
 
 def _info(domain: Any) -> DomainInfo:

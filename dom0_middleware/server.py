@@ -22,6 +22,7 @@ from dom0_middleware.audit import Action, DomainRecord, open_audit_log
 from dom0_middleware.authority import SERVER_NAME
 from dom0_middleware.channels.choose import choose_channel
 from dom0_middleware.channels.port import GuestChannel
+from dom0_middleware.domain_template import DomainTemplate
 from dom0_middleware.enrolment import JoinSecrets
 from dom0_middleware.errors import MiddlewareError, Reason
 from dom0_middleware.events import EventHub
@@ -36,6 +37,7 @@ from dom0_middleware.refusals import RefusalMeter
 from dom0_middleware.runs import Runs
 from dom0_middleware.sessions import Grid, VmSessions
 from dom0_middleware.settings import MiddlewareSettings
+from dom0_middleware.start_checks import grid_authority
 from dom0_middleware.state import StateStore, VmRecord
 from dom0_middleware.vms import Vms
 from secfunet.errors import SecFuNetError
@@ -123,6 +125,7 @@ class MiddlewareService:
             events=self.events,
             identity=hypervisor_identity,
             destinations=settings.destinations,
+            grid_authority=grid_authority(settings.grid.authority, now=clock()),
             note=self._note_migration,
             clock=clock,
             boot=boot_id or BOOT_ID.read_text(encoding="ascii").strip(),
@@ -258,6 +261,6 @@ def _libvirt(settings: MiddlewareSettings) -> LibvirtHypervisor:
     template = settings.libvirt.template
     return LibvirtHypervisor(
         settings.libvirt.uri,
-        template=template.read_text(encoding="utf-8") if template is not None else None,
+        template=DomainTemplate.load(template) if template is not None else None,
         heal_interval=settings.libvirt.heal_interval,
     )

@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
-import re
 import uuid as uuids
 from ipaddress import ip_address
+
+from cryptography import x509
 
 from dom0_middleware.errors import Reason, Refused
 from dom0_middleware.hypervisor import DomainInfo, DomainSpec
 from dom0_middleware.state import VmRecord
-from secfunet.identity import IdentityError, check_validity, der_of, load_certificate, thumbprint
+from secfunet.identity import (
+    IdentityError,
+    IdentityProblem,
+    Role,
+    check_name,
+    der_of,
+    load_certificate,
+    role_of,
+    thumbprint,
+    verify_certificate,
+)
 from secfunet.middleware.v1 import orchestrator_pb2 as pb
 from secfunet.vm_auth_token import TokenError, VmAuthToken, unverified_claims
 
 DEFAULT_MEMORY_MIB, DEFAULT_VCPUS = 512, 1
 MAX_MEMORY_MIB, MAX_VCPUS = 1 << 20, 256
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-def new_record(untrusted: pb.VmDefinition, *, vm_auth_token: str, now: float, arriving: bool = False) -> VmRecord:
-    """Raises Refused: REQUEST_INVALID, VM_CERTIFICATE_INVALID, TOKEN_INVALID, TOKEN_EXPIRED."""
-    if not _NAME.fullmatch(untrusted.name):
-        raise Refused(Reason.REQUEST_INVALID, "a VM's name is 1 to 64 characters of [A-Za-z0-9._-]")
+def new_record(
+    untrusted: pb.VmDefinition,
+    *,
+    authority: x509.Certificate,
+    vm_auth_token: str,
+    now: float,
+    arriving: bool = False,
+) -> VmRecord:
+    """``authority``: the grid's CA. Raises Refused: REQUEST_INVALID, VM_CERTIFICATE_INVALID, TOKEN_INVALID, TOKEN_EXPIRED."""
+    name = _parse_name(untrusted.name)
     memory_mib, vcpus = untrusted.memory_mib or DEFAULT_MEMORY_MIB, untrusted.vcpus or DEFAULT_VCPUS
     if memory_mib > MAX_MEMORY_MIB or vcpus > MAX_VCPUS:
         raise Refused(Reason.REQUEST_INVALID, f"a VM has at most {MAX_MEMORY_MIB} MiB of memory and {MAX_VCPUS} vcpus")
-    certificate = _parse_certificate(untrusted.vm_certificate, now)
+    certificate = _parse_certificate(untrusted.vm_certificate, authority, now)
     record = VmRecord(
         uuid=parse_uuid(untrusted.uuid),
-        name=untrusted.name,
+        name=name,
         vmid=thumbprint(certificate),
         vm_certificate=certificate,
         vm_auth_token=vm_auth_token,
@@ -87,13 +103,42 @@ def parse_uuid(untrusted: str) -> str:
         raise Refused(Reason.REQUEST_INVALID, "a VM is named by its UUID") from None
 
 
-def _parse_certificate(untrusted: bytes, now: float) -> bytes:
+def _parse_name(untrusted: str) -> str:
+    """As the grid names VMs; and nothing that could be taken for another VM's UUID."""
+    try:
+        check_name(untrusted)
+    except IdentityError as error:
+        raise Refused(Reason.REQUEST_INVALID, f"a VM cannot be called so: {error}") from None
+    try:
+        uuids.UUID(untrusted)
+    except ValueError:
+        return untrusted
+    raise Refused(
+        Reason.REQUEST_INVALID, "a VM cannot have a UUID for its name: commands could not tell which VM is meant"
+    )
+
+
+def _parse_certificate(untrusted: bytes, authority: x509.Certificate, now: float) -> bytes:
     try:
         certificate = load_certificate(untrusted)
-        check_validity(certificate, now)
+        verify_certificate(certificate, authority, role=Role.VM, now=now)
     except IdentityError as error:
-        raise Refused(Reason.VM_CERTIFICATE_INVALID, f"the VM's certificate cannot be used: {error}") from None
+        if error.problem is IdentityProblem.MALFORMED or error.problem is IdentityProblem.TOO_LARGE:
+            raise Refused(Reason.VM_CERTIFICATE_INVALID, f"the VM's certificate cannot be read: {error}") from None
+        raise Refused(
+            Reason.VM_CERTIFICATE_INVALID,
+            f"this is the certificate of {_whose(certificate)}: it cannot be a VM's identity: {error}",
+        ) from None
     return der_of(certificate)
+
+
+def _whose(certificate: x509.Certificate) -> str:
+    """For a message."""
+    try:
+        holder = role_of(certificate)
+    except IdentityError:
+        return f"'{certificate.subject.rfc4514_string()[:100]}'"
+    return f"{holder.role} {holder.name}"
 
 
 def _parse_address(untrusted: str) -> str:

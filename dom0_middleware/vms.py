@@ -12,6 +12,8 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from cryptography import x509
+
 from dom0_middleware.errors import MiddlewareError, Reason, Refused, Unavailable
 from dom0_middleware.events import EventHub
 from dom0_middleware.guest import GuestDomain
@@ -42,8 +44,9 @@ _CLOSE_TIMEOUT = 10.0  # seconds that what orchestrators asked for may still tak
 
 
 class Vms:
-    """``boot`` names this boot of the host; ``note`` takes down what happens without a request (what, the VM). ``start`` before anything
-    else; ``close`` stops every server, but leaves the domains and their runs as they are."""
+    """``grid_authority`` is the CA that issues VMIDs, ``boot`` names this boot of the host; ``note`` takes down what happens without
+    a request (what, the VM). ``start`` before anything else; ``close`` stops every server, but leaves the domains and their runs as they
+    are."""
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class Vms:
         events: EventHub,
         identity: HypervisorIdentity,
         destinations: Mapping[str, str],
+        grid_authority: x509.Certificate,
         note: Callable[[str, VmRecord], None],
         clock: Callable[[], float],
         boot: str,
@@ -66,6 +70,7 @@ class Vms:
         self._events = events
         self._clock = clock
         self._boot = boot
+        self._grid_authority = grid_authority
         self._note = note
         self._migrations = Migrations(
             store=store,
@@ -81,6 +86,7 @@ class Vms:
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._acts: set[asyncio.Task[Any]] = set()
+        self._listing: asyncio.Task[list[pb.Vm]] | None = None
 
     async def start(self) -> None:
         """Connects to the hypervisor and makes true again what the state file says.
@@ -140,7 +146,7 @@ class Vms:
         asked = pb.VmDefinition(
             uuid=uuid, name=name, vm_certificate=vm_certificate, memory_mib=memory_mib, vcpus=vcpus, address=address
         )
-        record = new_record(asked, vm_auth_token=vm_auth_token, now=self._clock())
+        record = new_record(asked, authority=self._grid_authority, vm_auth_token=vm_auth_token, now=self._clock())
         return await self._to_its_end(self._create(record))
 
     async def _create(self, record: VmRecord) -> pb.Vm:
@@ -148,7 +154,7 @@ class Vms:
         self._store.add_vm(record)
         try:
             info = await self._hypervisor.define(spec(record))
-        except MiddlewareError:
+        except Exception:
             await self._forget(record)
             raise
         vm = self._describe(record, info)
@@ -162,7 +168,7 @@ class Vms:
             if info is not None:
                 await self._hypervisor.undefine(record.uuid)
             self._store.delete_vm(record.uuid)
-        except MiddlewareError as error:
+        except Exception as error:  # noqa: BLE001 - what the creation failed with is told
             log.warning("a VM whose creation failed stays on file: %s", error, extra={"vm": record.uuid})
 
     async def start_vm(self, uuid: str, *, vm_auth_token: str) -> tuple[pb.Vm, str]:
@@ -280,11 +286,12 @@ class Vms:
                 info = await self._wait_until_stopped(record, timeout)
             return self._describe(record, info)
 
-    async def delete_vm(self, uuid: str) -> None:
-        """Of a stopped VM: its domain, then its binding."""
-        await self._to_its_end(self._delete(uuid))
+    async def delete_vm(self, uuid: str) -> tuple[str, ...]:
+        """Of a stopped VM: its domain, then its binding. What the hypervisor kept of the domain besides, and is gone, too."""
+        return await self._to_its_end(self._delete(uuid))
 
-    async def _delete(self, uuid: str) -> None:
+    async def _delete(self, uuid: str) -> tuple[str, ...]:
+        removed: tuple[str, ...] = ()
         async with self._lock(uuid):
             record = self._store.vm(uuid)
             info = await self._hypervisor.info(uuid)
@@ -292,15 +299,24 @@ class Vms:
                 if info.state is not DomainState.STOPPED:
                     raise Refused(Reason.VM_STATE_WRONG, "this VM runs; stop it first")
                 await self._migrations.require_still(uuid)
-                await self._hypervisor.undefine(uuid)
+                removed = await self._hypervisor.undefine(uuid)
             await self._runs.end(uuid)
             self._store.delete_vm(uuid)
         self._locks.pop(uuid, None)
         self._events.tell(pb.VM_EVENT_KIND_DELETED, pb.Vm(uuid=uuid, name=record.name, vmid=record.vmid))
+        if removed:
+            log.info("a VM was deleted with %s", " and ".join(removed), extra={"vm": uuid})
+        return removed
 
     async def expect_vm(self, untrusted: pb.VmDefinition, *, vm_auth_token: str) -> pb.Vm:
         """A VM is to come from another host; see ``migrations``."""
-        record = new_record(untrusted, vm_auth_token=vm_auth_token, now=self._clock(), arriving=True)
+        record = new_record(
+            untrusted,
+            authority=self._grid_authority,
+            vm_auth_token=vm_auth_token,
+            now=self._clock(),
+            arriving=True,
+        )
         return await self._to_its_end(self._expect(record))
 
     async def _expect(self, record: VmRecord) -> pb.Vm:
@@ -343,18 +359,38 @@ class Vms:
             vm = self._describe(record, await self._hypervisor.info(uuid))
         except Unavailable:
             # It is done all the same; only whether the domain runs cannot be said now.
-            vm = self._describe(record, None)
-            vm.state = pb.VM_STATE_UNSPECIFIED
+            vm = self._unseen(record)
         self._events.tell(pb.VM_EVENT_KIND_REVOKED, vm)
         return vm
 
     async def get_vm(self, uuid: str) -> tuple[pb.Vm, pb.VmDefinition]:
         record = self._store.vm(uuid)
-        return self._describe(record, await self._hypervisor.info(uuid)), definition(record)
+        try:
+            vm = self._describe(record, await self._hypervisor.info(uuid))
+        except Unavailable:
+            vm = self._unseen(record)
+        return vm, definition(record)
 
     async def list_vms(self) -> list[pb.Vm]:
-        domains = {info.uuid: info for info in await self._hypervisor.list()}
-        return [self._describe(record, domains.get(record.uuid)) for record in self._store.vms()]
+        """All, by name; while the hypervisor does not answer in the state UNKNOWN. Callers at the same time share one look at it."""
+        if self._listing is None:
+            self._listing = asyncio.ensure_future(self._list())
+            self._listing.add_done_callback(self._listed)
+        return await asyncio.shield(self._listing)
+
+    async def _list(self) -> list[pb.Vm]:
+        records = self._store.vms()
+        try:
+            infos = await self._hypervisor.list({record.uuid for record in records})
+        except Unavailable:
+            return [self._unseen(record) for record in records]
+        domains = {info.uuid: info for info in infos}
+        return [self._describe(record, domains.get(record.uuid)) for record in records]
+
+    def _listed(self, listing: asyncio.Task[list[pb.Vm]]) -> None:
+        self._listing = None
+        if not listing.cancelled():
+            listing.exception()  # each caller has been told
 
     async def secret_used(self, guest: GuestDomain) -> None:
         """An agent of this run presented its join secret, and is about to get its certificate."""
@@ -451,7 +487,9 @@ class Vms:
     async def _define_again(self, record: VmRecord) -> None:
         try:
             await self._hypervisor.define(spec(record))
-        except Refused as error:
+        except Unavailable:
+            raise  # of all of them
+        except Exception as error:  # noqa: BLE001 - one VM keeps no other from its channel
             log.warning("a VM's domain cannot be defined again: %s", error, extra={"vm": record.uuid})
 
     async def _require_domain(self, record: VmRecord) -> DomainInfo:
@@ -471,6 +509,12 @@ class Vms:
             if info.state is DomainState.STOPPED or loop.time() >= end:
                 return info
             await asyncio.sleep(_STOP_POLL)
+
+    def _unseen(self, record: VmRecord) -> pb.Vm:
+        """What is on file, while the hypervisor does not answer."""
+        vm = self._describe(record, None)
+        vm.state = pb.VM_STATE_UNKNOWN
+        return vm
 
     def _describe(self, record: VmRecord, info: DomainInfo | None) -> pb.Vm:
         return describe(record, info, self._runs.guest(record.uuid))

@@ -77,8 +77,8 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     async def DeleteVm(self, request: pb.DeleteVmRequest, context: Context) -> pb.DeleteVmResponse:  # noqa: N802
         uuid = parse_uuid(request.uuid)
         with self._recorded(Action.VM_DELETE, uuid):
-            await self._vms.delete_vm(uuid)
-        return pb.DeleteVmResponse()
+            removed = await self._vms.delete_vm(uuid)
+        return pb.DeleteVmResponse(also_removed=removed)
 
     async def RevokeVm(self, request: pb.RevokeVmRequest, context: Context) -> pb.RevokeVmResponse:  # noqa: N802
         uuid = parse_uuid(request.uuid)

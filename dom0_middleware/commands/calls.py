@@ -28,6 +28,14 @@ class UnknownVm(SecFuNetError):
         self.vm = vm
 
 
+class AmbiguousVm(SecFuNetError):
+    """It is the UUID of one VM, and the name of another."""
+
+    def __init__(self, vm: str) -> None:
+        super().__init__(f"'{vm}' is the UUID of one VM and the name of another: name the other one by its own UUID")
+        self.vm = vm
+
+
 def call_daemon(config: Path, orchestrator: str, act: Callable[[Stub], Awaitable[Answer]]) -> Answer:
     """What ``act`` got from the daemon of these settings. Raises what ``orchestrator_stub`` raises."""
     settings = load_settings(MiddlewareSettings, config)
@@ -51,15 +59,19 @@ def call_for_vm(
 
 
 async def _uuid(stub: Stub, vm: str, timeout: float) -> str:
-    """A VM's UUID, by its name (first) or its UUID."""
+    """A VM's UUID, by its UUID (first) or its name. Raises UnknownVm, AmbiguousVm."""
     vms = (await stub.ListVms(pb.ListVmsRequest(), timeout=timeout)).vms
-    for found in vms:
-        if found.name == vm:
-            return found.uuid
+    named = [found.uuid for found in vms if found.name == vm]
     try:
         wanted = str(uuids.UUID(vm))
     except ValueError:
-        raise UnknownVm(vm) from None
-    if all(found.uuid != wanted for found in vms):
+        pass
+    else:
+        if any(found.uuid == wanted for found in vms):
+            # Such names are not given any more; there may be one from before.
+            if named and named != [wanted]:
+                raise AmbiguousVm(vm)
+            return wanted
+    if not named:
         raise UnknownVm(vm)
-    return wanted
+    return named[0]

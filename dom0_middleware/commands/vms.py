@@ -29,8 +29,13 @@ TokenFile = Annotated[Path | None, typer.Option("--token-file", help="File with 
 
 @app.command("create")
 def create(
-    name: Annotated[str, typer.Option("--name", help="1 to 64 characters of [A-Za-z0-9._-].")],
-    certificate: Annotated[Path, typer.Option("--certificate", help="The VMID, PEM.", exists=True, dir_okay=False)],
+    name: Annotated[
+        str, typer.Option("--name", help="1 to 64 characters of [A-Za-z0-9._-], the first a letter or digit; no UUID.")
+    ],
+    certificate: Annotated[
+        Path,
+        typer.Option("--certificate", help="The VMID, PEM: of 'gose enrol-vm'.", exists=True, dir_okay=False),
+    ],
     token_file: TokenFile = None,
     memory: Annotated[int, typer.Option("--memory", help="MiB; 0: the default.", min=0)] = 0,
     vcpus: Annotated[int, typer.Option("--vcpus", help="0: the default.", min=0)] = 0,
@@ -166,7 +171,8 @@ def delete(
     def ask(stub: Stub, uuid: str) -> Awaitable[pb.DeleteVmResponse]:
         return stub.DeleteVm(pb.DeleteVmRequest(uuid=uuid), timeout=timeout)
 
-    call_for_vm(vm, config, orchestrator, timeout, ask)
+    for also in call_for_vm(vm, config, orchestrator, timeout, ask).also_removed:
+        typer.echo(f"removed with it: {also}", err=True)
 
 
 @app.command("revoke")

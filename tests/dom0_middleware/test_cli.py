@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from dom0_middleware.audit import Action, DomainRecord
 from dom0_middleware.vm_file import DefinitionError, definition_from_json, definition_to_json
-from secfunet.identity import pem_of
+from secfunet.identity import der_of, pem_of
 from secfunet.middleware.v1 import orchestrator_pb2 as pb
 from secfunet.service.audit import AuditLog
-from tests.dom0_middleware.world import World, certificate, eventually, token
+from tests.dom0_middleware.world import World, certificate, eventually, grid_authority, token
 
 FIELDS = ("uuid", "name", "address", "memory_mib", "vcpus", "vm_certificate")
 COMMAND = [sys.executable, "-c", "from dom0_middleware.cli import main; main()"]
@@ -130,13 +130,19 @@ async def test_a_log_that_is_not_there_was_not_changed(tmp_path: Path) -> None:
     assert "nope" in err
 
 
-async def test_the_life_of_a_vm(world: World, tmp_path: Path) -> None:
+def settings_of(world: World) -> Path:
+    """A settings file for commands that call its daemon."""
     config = world.folder / "middleware.toml"
     config.write_text(
         'state = "s"\npolicy = "policy.toml"\n[card]\nsocket = "c"\nuser_pin_file = "p"\n[grid]\n'
         'service_provider = "https://localhost:8443"\noperations = "localhost:8444"\n'
         'openid_provider = "https://localhost:9443"\nopenid_login = "https://localhost:9444"\nauthority = "g.pem"\n'
     )
+    return config
+
+
+async def test_the_life_of_a_vm(world: World, tmp_path: Path) -> None:
+    config = settings_of(world)
     pem, jwt = tmp_path / "web.pem", tmp_path / "web.jwt"
     pem.write_bytes(pem_of(certificate("web")))
     jwt.write_text(token("web") + "\n")
@@ -214,7 +220,7 @@ async def test_serve_is_a_daemon(tmp_path: Path) -> None:
         folder = Path(short)
         config = folder / "c.toml"
         await run("init", "--config", config)
-        (folder / "grid-ca.pem").write_bytes(pem_of(certificate("grid")))
+        (folder / "grid-ca.pem").write_bytes(pem_of(der_of(grid_authority().certificate)))
         pem = folder / "web.pem"
         pem.write_bytes(pem_of(certificate("web")))
         for how in (signal.SIGKILL, signal.SIGTERM):
@@ -254,3 +260,18 @@ async def test_serve_is_a_daemon(tmp_path: Path) -> None:
         assert [r["action"] for r in log if r.get("reason") == "POLICY_INVALID"] == ["policy.read"]
         assert log[-1]["action"] == "daemon.stop"
         assert not (folder / "state" / "orchestrator.sock").exists()
+
+
+async def test_a_uuid_is_looked_up_before_a_name(world: World) -> None:
+    config = settings_of(world)
+    web = await world.create("web")
+    impostor = await world.create("db")
+    # As one that was made when such names were given.
+    world.service._store._execute("UPDATE vms SET name=? WHERE uuid=?", (web, impostor))
+    code, _, err = await run("vm", "revoke", web, "--config", config)
+    assert code == 1
+    assert "is the UUID of one VM and the name of another" in err
+    async with world.orchestrator() as stub:
+        assert not any(vm.revoked for vm in (await stub.ListVms(pb.ListVmsRequest(), timeout=10)).vms)
+    assert (await run("vm", "revoke", impostor, "--config", config))[0] == 0
+    assert (await run("vm", "show", "web", "--config", config))[1].split()[1] == web

@@ -224,7 +224,7 @@ async def test_what_lies_where_the_orchestrators_socket_should_be_is_left_alone(
             client.connect(str(socket_path))
     # Now nobody listens there: what is left of a dead process is replaced, and what replaced ours is not removed.
     await world.start()
-    assert sorted(path.name for path in world.folder.iterdir()) == ["policy.toml", "precious.txt", "s"]
+    assert sorted(path.name for path in world.folder.iterdir()) == ["grid.pem", "policy.toml", "precious.txt", "s"]
     socket_path.unlink()
     socket_path.write_text("put there meanwhile")
     await world.stop()

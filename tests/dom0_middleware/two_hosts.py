@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -109,17 +109,18 @@ class HostDouble:
         domain.state, domain.number = DomainState.STOPPED, None
         self._tell(uuid, DomainEventKind.STOPPED)
 
-    async def undefine(self, uuid: str) -> None:
+    async def undefine(self, uuid: str) -> tuple[str, ...]:
         self._domain(uuid)
         del self.domains[uuid]
+        return ()
 
     async def info(self, uuid: str) -> DomainInfo | None:
         self._require_connected()
         return self._info(uuid) if uuid in self.domains else None
 
-    async def list(self) -> tuple[DomainInfo, ...]:
+    async def list(self, uuids: Collection[str]) -> tuple[DomainInfo, ...]:
         self._require_connected()
-        return tuple(map(self._info, self.domains))
+        return tuple(self._info(uuid) for uuid in self.domains if uuid in uuids)
 
     async def migrating(self, uuid: str) -> bool:
         self._require_connected()

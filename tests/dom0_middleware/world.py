@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import datetime
 import functools
 import json
 import secrets
@@ -33,11 +32,12 @@ from dom0_middleware.guest_authority import GuestAuthority
 from dom0_middleware.orchestrator_authority import OrchestratorAuthority, credential_paths
 from dom0_middleware.server import MiddlewareService
 from dom0_middleware.settings import MiddlewareSettings
+from gose.authority.certificate_authority import CertificateAuthority, new_authority_key
 from gose_client.errors import GridRefusedError, SessionClosedError
 from secfunet.container import ContainerSealer, unwrap_content_key, verify_container
 from secfunet.errors import SecFuNetError
 from secfunet.gose.v1 import operation_pb2
-from secfunet.identity import pem_of, thumbprint
+from secfunet.identity import Holder, Role, der_of, pem_of, thumbprint
 from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc, orchestrator_pb2, orchestrator_pb2_grpc
 from secfunet.operation import check_result, operation_name, parse_result_set, request_digest
 from secfunet.service.settings import validate_settings
@@ -61,21 +61,22 @@ def rsa_key(_name: str) -> rsa.RSAPrivateKey:
 
 
 @functools.cache
+def grid_authority() -> CertificateAuthority:
+    """The grid's CA."""
+    return CertificateAuthority.create("grid", new_authority_key("p-384"), now=time.time() - 3600)
+
+
+HYPERVISORS = ("hypervisor", "a", "b")
+
+
+@functools.cache
 def certificate(name: str) -> bytes:
-    """A certificate (DER) for ``rsa_key(name)``, self-signed: who issues VMIDs is the grid's matter."""
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(rsa_key(name).public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(minutes=5))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .sign(rsa_key(name), hashes.SHA256())
-        .public_bytes(serialization.Encoding.DER)
-    )
+    """What the grid's CA issued (DER) for ``rsa_key(name)``: to a hypervisor, to its container authority, or to a VM."""
+    key, now = rsa_key(name).public_key(), time.time()
+    if name == "container-authority":
+        return der_of(grid_authority().issue_container_authority(key, now=now, valid=86400))
+    role = Role.HYPERVISOR if name in HYPERVISORS else Role.VM
+    return der_of(grid_authority().issue(Holder(role, name), key, now=now, valid=86400))
 
 
 @functools.cache
@@ -346,6 +347,7 @@ class World:
         self.grid = GridDouble(hypervisor=hypervisor)
         self.policy = folder / "policy.toml"
         self.policy.write_text(POLICY)
+        (folder / "grid.pem").write_bytes(pem_of(der_of(grid_authority().certificate)))
         self.extra: dict[str, object] = {}
         # More of what MiddlewareService takes.
         self.parts: dict[str, object] = {}
