@@ -7,7 +7,7 @@ XEN_WORKERS ?= $(shell awk '/MemAvailable/ { print ($$2 > 11e6) ? 2 : 1 }' /proc
 LOCKED := $(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header pyproject.toml
 DEMO_EXTRAS := agent build card dom0 gose
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak test-xen check format bench bench-xen lock clean deb release testbed testbed-up testbed-down testbed-clean
+.PHONY: help setup demo test soak test-peers test-xen check format bench bench-xen lock clean deb release testbed testbed-up testbed-down testbed-clean
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ test: setup ## run all tests (ARGS="..." goes to pytest)
 
 soak: setup ## 100,000 operations through the whole chain while cards die at random (ARGS="..." goes to pytest)
 	@$(BIN)/python -m pytest -m long -v --log-cli-level INFO --timeout 7200 tests/e2e/test_deaths.py $(ARGS)
+
+test-peers: ## run the tests with foreign TLS stacks and RADIUS programs that take long or need a toolchain (ARGS="..." goes to pytest)
+	@scripts/setup peers
+	@$(BIN)/python -m pytest -m peers $(ARGS)
 
 test-xen: setup ## run the whole chain on real Xen hosts under QEMU (TESTS=tests/xen/FILE; XEN_WORKERS=1: one testbed at a time; ARGS="..." goes to pytest)
 	@$(BIN)/python -m pytest -m xen -v -n $(XEN_WORKERS) --dist loadfile --timeout 3600 $(or $(TESTS),tests/xen) $(ARGS)

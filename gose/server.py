@@ -223,7 +223,7 @@ class GridService:
         async def listen(factory: Callable[[], asyncio.Protocol]) -> RunningServer:
             return await start_tandem_server(
                 factory,
-                self.rack.servers,
+                self.rack.logins,
                 host=settings.openid_provider.login.host,
                 port=settings.openid_provider.login.port,
                 parameters=TandemParameters(alpn=("http/1.1",), clock=self._clock, patience=limits.peer_patience),
@@ -338,7 +338,7 @@ class GridService:
         from gose.radius.server import RadiusServer
 
         admission = Admission([Role(role) for role in settings.roles], keys.ca_certificate, standing, self._clock)
-        dialogues = Dialogues(self.rack.servers, admission, limits, clock=self._clock)
+        dialogues = Dialogues(self.rack.radius, admission, limits, clock=self._clock)
         await stack.enter_async_context(RadiusServer(settings, dialogues, limits, self.metrics))
 
     # --- in the background

@@ -15,6 +15,7 @@ from secfunet.card.settings import CardUserSettings
 from secfunet.container import ProfileName
 from secfunet.racs.errors import RacsValueError
 from secfunet.racs.syntax import check_seid
+from secfunet.service.addresses import canonical_network
 from secfunet.service.settings import FilePath, Settings
 
 
@@ -131,7 +132,7 @@ class SecureElementSettings(CardUserSettings):
 
 
 def _network(untrusted: str) -> str:
-    return str(ipaddress.ip_network(untrusted))
+    return str(canonical_network(untrusted))
 
 
 class RadiusClientSettings(Settings):

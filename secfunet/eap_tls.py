@@ -15,8 +15,9 @@ from secfunet.eap import MAX_PACKET, EapError
 MAX_MESSAGE: Final = 1 << 17
 """Most bytes of one flight that are put together or sent (as many as the docking host's flight detector passes on)."""
 MIN_FRAGMENT: Final = 16
-MAX_FRAGMENT: Final = MAX_PACKET - 10
-"""A packet's 16-bit length less code, identifier, length, type, flags and the four bytes of the L bit."""
+HEADERS: Final = 10
+"""Bytes of a packet that are not TLS: code, identifier, length, type, flags and the four bytes of the L bit."""
+MAX_FRAGMENT: Final = MAX_PACKET - HEADERS
 
 _LENGTH: Final = 0x80
 _MORE: Final = 0x40

@@ -14,11 +14,11 @@ import typer
 from secfunet.card import TlsParameters, ready_card
 from secfunet.card.parameters import TLS_1_2, TLS_1_3
 from secfunet.card.place import CardPlace, connect_card, segmentation_at
-from secfunet.radius.access import MIN_MTU, AccessClient
+from secfunet.radius.access import AccessClient
 from secfunet.radius.errors import RadiusSilenceError
 from secfunet.radius.peer import Authenticated, authenticate
 from secfunet.radius.udp import radius_port
-from secfunet.radius.wire import MAX_EAP, MIN_SECRET
+from secfunet.radius.wire import MAX_EAP, MIN_MTU, MIN_SECRET
 from secfunet.service.files import read_secret
 from secfunet.service.settings import load_settings
 from secfunet.tls.server_names import verify_server_name
@@ -68,7 +68,9 @@ async def authenticate_card(place: CardPlace, pin: bytes, order: Order) -> Authe
             identity = order.identity or await card.current_identity()
             await card.set_identity(identity)
             low, high = order.versions
-            await card.set_tls_parameters(TlsParameters(min_version=low, max_version=high, resume=False))
+            await card.set_tls_parameters(
+                TlsParameters(min_version=low, max_version=high, resume=False, eap_mtu=order.mtu)
+            )
             client = AccessClient(order.secret, nas="secure-element", mtu=order.mtu)
             done = await authenticate(card, client, port.exchange, unix_time=int(time.time()))
     except TimeoutError:
@@ -98,9 +100,7 @@ def authenticate_command(
         typer.Option(help="DNS name or IP address that the server's certificate must have.", show_default=False),
     ] = None,
     tls: Annotated[str, typer.Option(help="1.2, 1.3 or any.")] = "any",
-    mtu: Annotated[
-        int, typer.Option(min=MIN_MTU, max=MAX_EAP, help="Longest EAP packet that the server is to send.")
-    ] = 1400,
+    mtu: Annotated[int, typer.Option(min=MIN_MTU, max=MAX_EAP, help="Longest EAP packet, either way.")] = 1400,
     timeout: Annotated[float, typer.Option(min=1, max=600, help="Seconds for the whole.")] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:

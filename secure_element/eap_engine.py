@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from secfunet.card.parameters import EapState, NegotiatedTls, TlsParameters
 from secfunet.eap import EapCode, EapFormatError, EapPacket, EapType
-from secfunet.eap_tls import EapTlsError, EapTlsMessage
+from secfunet.eap_tls import HEADERS, EapTlsError, EapTlsMessage
 from secure_element.eap_errors import EapDiscarded, EapEngineError, EapFailure, EapNotReady, EapParametersRefused
 from secure_element.eap_method import EapTlsMethod
 from secure_element.tls_context import TlsIdView, TlsParametersError
@@ -277,8 +277,13 @@ class EapEngine:
             stack = self._stacks.start(tls_id, self._parameters, self._unix_time)
         except TlsParametersError as error:
             raise EapFailure(str(error)) from None
-        fragment_size = self._docking_fragment if self._docking else self._eap_fragment
-        return EapTlsMethod(stack, docking=self._docking, fragment_size=fragment_size)
+        return EapTlsMethod(stack, docking=self._docking, fragment_size=self._fragment_size())
+
+    def _fragment_size(self) -> int:
+        if self._docking:
+            return self._docking_fragment
+        mtu = self._parameters.eap_mtu
+        return self._eap_fragment if mtu is None else min(self._eap_fragment, mtu - HEADERS)
 
     def _advance(self) -> None:
         if self._method is not None and self._method.is_complete:

@@ -1,7 +1,10 @@
 """Authentications in work: State binds each to the card that it runs in.
 
 A card is taken when the peer's first TLS bytes are there, not for a mere name: the Start before them needs none. It is given back when the
-authentication is over, or when the peer has let it wait for too long.
+authentication is over, when the peer has let it wait for too long, or when the peer is silent and somebody else is entitled to the card.
+
+Whatever comes from a client is answered. An EAP packet that cannot be what is due is ignored, and the answer asks for the same again
+(RFC 3579, 2.2); the card does not see it, or has discarded it, and the peer gets no more time by it.
 """
 
 from __future__ import annotations
@@ -11,26 +14,29 @@ import contextlib
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Final, Protocol
 
 from gose.errors import GoseError
-from gose.radius.packets import AccessRequest, RadiusDiscard, Reply
+from gose.radius.packets import IGNORED, LINK_HEADER, STATE_SIZE, AccessRequest, Reply
 from gose.settings import Limits
 from secfunet.apdu import ApduError, StatusError
 from secfunet.card.client import CardClient
 from secfunet.card.errors import CardError
 from secfunet.card.parameters import TlsParameters
-from secfunet.card.pool import CardPool
 from secfunet.eap import EapCode, EapFormatError, EapPacket, EapType
 from secfunet.eap_tls import EapTlsMessage
-from secfunet.radius.wire import Code
+from secfunet.radius.wire import MAX_EAP, MIN_MTU, Code
+from secfunet.service.flood_log import FloodLog
 
 log = logging.getLogger(__name__)
 
 MAX_ROUNDS = 1024
 """Packets of one authentication: certificates of 16 KB at both ends, in the smallest fragments."""
-_STATE_SIZE = 16
+SILENCE: Final = 0.5
+"""Seconds that a peer may let its card wait while somebody else is entitled to the card."""
 _SW_DISCARDED = 0x7000
 
 
@@ -38,33 +44,54 @@ class NotAdmittedError(GoseError):
     """The peer has the key of its certificate, and must not be let in: revoked, not enrolled, or of another role."""
 
 
+class _Ignored(GoseError):
+    """An EAP packet that is not what is due."""
+
+
 Admit = Callable[[bytes], str]
 """Says who a certificate (DER) is that a card has accepted; raises NotAdmittedError."""
 
 
-class Dialogue:
-    """One authentication."""
+class Cards(Protocol):
+    """The server cards for RADIUS, shared among its clients (gose.slots.shares.Part)."""
 
-    def __init__(self, nas: str, identity: EapPacket) -> None:
+    def lease(self, *, timeout: float, holder: str) -> AbstractAsyncContextManager[CardClient]:
+        """See gose.slots.shares.Part.lease."""
+        ...
+
+    def is_pressed(self, holder: str) -> bool:
+        """See gose.slots.shares.Part.is_pressed."""
+        ...
+
+
+class Dialogue:
+    """One authentication. ``asked``: the EAP request that its peer is to answer; ``until``: when it has to be answered."""
+
+    def __init__(self, nas: str, identity: EapPacket, ends_at: float) -> None:
         self.nas = nas
         self.identity = identity
         self.start = EapPacket(
             EapCode.REQUEST, (identity.identifier + 1) & 0xFF, EapType.TLS, EapTlsMessage(start=True).encode()
         )
+        self.asked = self.start.encode()
+        self.mtu = MAX_EAP
         self.card: CardClient | None = None
         self.stack = AsyncExitStack()
-        self.is_in_work = False
+        self.in_work: tuple[bytes, asyncio.Task[Reply]] | None = None
         self.rounds = 0
-        self.ends_at = float("inf")
+        self.ends_at = ends_at
+        self.until = ends_at
         self.timer: asyncio.TimerHandle | None = None
 
 
 class Dialogues:
-    """All of them: at most ``limits.handshakes``."""
+    """All of them: at most ``limits.handshakes``. When they are all taken, a client that has fewer than another displaces the one of that
+    other that has waited longest for its first TLS bytes.
+    """
 
     def __init__(
         self,
-        cards: CardPool,
+        cards: Cards,
         admit: Admit,
         limits: Limits,
         *,
@@ -77,7 +104,9 @@ class Dialogues:
         self._clock = clock
         self._randbytes = randbytes
         self._open: dict[bytes, Dialogue] = {}
+        self._places: Counter[str] = Counter()
         self._closing: set[asyncio.Task[None]] = set()
+        self._log = FloodLog(log)
 
     def __len__(self) -> int:
         return len(self._open)
@@ -90,93 +119,142 @@ class Dialogues:
             await asyncio.wait(self._closing)
 
     async def answer(self, nas: str, request: AccessRequest) -> Reply:
-        """The answer to a request of the client ``nas``. Raises RadiusDiscard for what is not answered."""
+        """The answer to a request of the client ``nas``."""
+        if request.code is Code.STATUS_SERVER:
+            return Reply(Code.ACCESS_ACCEPT)  # RFC 5997, 3
+        if request.fault or request.eap is None:
+            self._log.info("unfit", "a request is rejected", {"nas": nas, "cause": request.fault or "it has no EAP"})
+            return rejection(request)
         if not request.eap and request.state is None:
             return Reply(Code.ACCESS_CHALLENGE, EapPacket(EapCode.REQUEST, 0, EapType.IDENTITY).encode())
-        try:
-            packet = EapPacket.decode(request.eap)
-        except EapFormatError as error:
-            raise RadiusDiscard("malformed", str(error)) from None
-        if packet.code is not EapCode.RESPONSE:
-            raise RadiusDiscard("malformed", "that is no EAP response")
         if request.state is None:
-            return self._begin(nas, packet)
+            return self._begin(nas, request)
         dialogue = self._open.get(request.state)
         if dialogue is None or dialogue.nas != nas:
-            log.info("an authentication that is not in work", extra={"nas": nas})
-            return _rejection(packet)
-        if dialogue.is_in_work:
-            raise RadiusDiscard("in_work", "the last packet of this authentication is not answered yet")
-        dialogue.is_in_work = True
+            self._log.info("unknown_state", "an authentication that is not in work", {"nas": nas})
+            return rejection(request)
+        if dialogue.in_work is not None:
+            eap, work = dialogue.in_work
+            if eap != request.eap:
+                return self._ask_again(request.state, dialogue)
+        else:
+            work = asyncio.create_task(self._advance(request.state, dialogue, request))
+            dialogue.in_work = request.eap, work
+        # The same EAP packet in another request, a repetition that a NAS or proxy numbered anew, gets the answer of the first.
+        return await asyncio.shield(work)
+
+    def _begin(self, nas: str, request: AccessRequest) -> Reply:
         try:
-            return await self._advance(request.state, dialogue, packet)
-        finally:
-            dialogue.is_in_work = False
+            packet = EapPacket.decode(request.eap or b"")
+        except EapFormatError as error:
+            self._log.info("unfit", "a request is rejected", {"nas": nas, "cause": str(error)})
+            return rejection(request)
+        if packet.code is not EapCode.RESPONSE or packet.type != EapType.IDENTITY:
+            self._log.info("unfit", "a request is rejected", {"nas": nas, "cause": "its EAP is not an identity"})
+            return rejection(request)
+        if len(self._open) >= self._limits.handshakes and not self._displace(nas):
+            self._log.warning("busy", "too many authentications are in work", {"nas": nas})
+            return rejection(request)
+        state = self._randbytes(STATE_SIZE)
+        now = asyncio.get_running_loop().time()
+        dialogue = self._open[state] = Dialogue(nas, packet, now + self._limits.peer_patience)
+        self._places[nas] += 1
+        dialogue.mtu = min(dialogue.mtu, request.mtu or MAX_EAP)
+        self._watch(state, dialogue)
+        return Reply(Code.ACCESS_CHALLENGE, dialogue.asked, state)
 
-    def _begin(self, nas: str, packet: EapPacket) -> Reply:
-        if packet.type != EapType.IDENTITY:
-            raise RadiusDiscard("malformed", "an authentication begins with an identity")
-        if len(self._open) >= self._limits.handshakes:
-            raise RadiusDiscard("busy", "too many authentications are in work")
-        state = self._randbytes(_STATE_SIZE)
-        dialogue = self._open[state] = Dialogue(nas, packet)
-        self._wait(state, dialogue)
-        return Reply(Code.ACCESS_CHALLENGE, dialogue.start.encode(), state)
+    def _displace(self, nas: str) -> bool:
+        """Ends the oldest dialogue without a card of the client that has the most, if ``nas`` has fewer. Returns whether it did."""
+        most, count = self._places.most_common(1)[0]
+        if count <= self._places[nas] + 1:
+            return False
+        for state, dialogue in self._open.items():
+            if dialogue.nas == most and dialogue.card is None and dialogue.in_work is None:
+                self._log.warning("displaced", "a client has too many authentications in work", {"nas": most})
+                self._forget(state)
+                return True
+        return False
 
-    async def _advance(self, state: bytes, dialogue: Dialogue, packet: EapPacket) -> Reply:
-        if dialogue.timer is not None:
-            dialogue.timer.cancel()
+    def _ask_again(self, state: bytes, dialogue: Dialogue) -> Reply:
+        return Reply(Code.ACCESS_CHALLENGE, dialogue.asked, state, error_cause=IGNORED)
+
+    async def _advance(self, state: bytes, dialogue: Dialogue, request: AccessRequest) -> Reply:
         is_over = True
         try:
-            reply = await self._exchange(state, dialogue, packet)
+            reply = await self._exchange(state, dialogue, request)
             is_over = reply.code is not Code.ACCESS_CHALLENGE
+            if not is_over:
+                dialogue.asked = reply.eap
+                now = asyncio.get_running_loop().time()
+                dialogue.until = min(now + self._limits.peer_patience, dialogue.ends_at)
             return reply
-        except RadiusDiscard:
+        except _Ignored:
             is_over = False
-            raise
+            return self._ask_again(state, dialogue)
         except StatusError as error:
             if error.sw == _SW_DISCARDED:
                 is_over = False
-                raise RadiusDiscard("out_of_order", "the card expects another packet") from None
-            log.warning("a server card refuses an authentication", extra={"nas": dialogue.nas, "cause": str(error)})
-            return _rejection(packet)
+                return self._ask_again(state, dialogue)
+            self._log.warning(
+                "refused", "a server card refuses an authentication", {"nas": dialogue.nas, "cause": str(error)}
+            )
+            return rejection(request)
         except (CardError, ApduError, OSError, EapFormatError) as error:  # TimeoutError is an OSError
-            log.warning("an authentication is lost", extra={"nas": dialogue.nas, "cause": str(error)})
-            return _rejection(packet)
+            self._log.warning("lost", "an authentication is lost", {"nas": dialogue.nas, "cause": str(error)})
+            return rejection(request)
         finally:
+            dialogue.in_work = None
             if is_over:
                 await self._end(state)
             else:
-                self._wait(state, dialogue)
+                self._watch(state, dialogue)
 
-    async def _exchange(self, state: bytes, dialogue: Dialogue, packet: EapPacket) -> Reply:
-        if dialogue.card is None:
-            if packet.type == EapType.NAK:
-                return _rejection(packet)
-            if packet.type != EapType.TLS or packet.identifier != dialogue.start.identifier:
-                raise RadiusDiscard("out_of_order", "a ClientHello is due")
-            dialogue.card = await self._prepare(dialogue)
+    async def _exchange(self, state: bytes, dialogue: Dialogue, request: AccessRequest) -> Reply:
+        try:
+            packet = EapPacket.decode(request.eap or b"")
+        except EapFormatError as error:
+            raise _Ignored(str(error)) from None
+        if packet.code is not EapCode.RESPONSE:
+            raise _Ignored("that is not an EAP response")
         dialogue.rounds += 1
         if dialogue.rounds > MAX_ROUNDS:
-            return _rejection(packet)
+            return rejection(request)
+        dialogue.mtu = min(dialogue.mtu, request.mtu or MAX_EAP)
+        if dialogue.card is None:
+            if packet.type == EapType.NAK:
+                return rejection(request)
+            if packet.type != EapType.TLS or packet.identifier != dialogue.start.identifier:
+                raise _Ignored("a ClientHello is due")
+            dialogue.mtu = min(dialogue.mtu, request.room)
+            if dialogue.mtu < MIN_MTU - LINK_HEADER:
+                self._log.warning("proxies", "a request leaves no room for an answer", {"nas": dialogue.nas})
+                return rejection(request)
+            dialogue.card = await self._prepare(dialogue)
+        elif packet.type != EapType.TLS:
+            raise _Ignored("TLS is due")  # an identity would have the card begin anew
         untrusted = await dialogue.card.process_eap(packet.encode())
         answer = EapPacket.decode(untrusted)
         if answer.code is EapCode.SUCCESS:
-            return await self._accept(dialogue, dialogue.card, packet, untrusted)
+            return await self._accept(dialogue, dialogue.card, request, untrusted)
         if answer.code is EapCode.FAILURE:
             return Reply(Code.ACCESS_REJECT, untrusted)
+        if len(untrusted) > dialogue.mtu:
+            self._log.warning("mtu", "a server card's packet is too long for its peer's link", {"nas": dialogue.nas})
+            return rejection(request)
         return Reply(Code.ACCESS_CHALLENGE, untrusted, state)
 
     async def _prepare(self, dialogue: Dialogue) -> CardClient:
-        card = await dialogue.stack.enter_async_context(self._cards.lease(timeout=self._limits.server_card_timeout))
+        lease = self._cards.lease(timeout=self._limits.server_card_timeout, holder=dialogue.nas)
+        card = await dialogue.stack.enter_async_context(lease)
         dialogue.ends_at = asyncio.get_running_loop().time() + self._limits.handshake_timeout
-        await card.set_tls_parameters(TlsParameters(role="server"))
+        mtu = dialogue.mtu if dialogue.mtu < MAX_EAP else None
+        await card.set_tls_parameters(TlsParameters(role="server", eap_mtu=mtu))
         start = await card.process_eap(dialogue.identity.encode(), int(self._clock()))
         if start != dialogue.start.encode():
             raise CardError("the card begins otherwise than it was announced")
         return card
 
-    async def _accept(self, dialogue: Dialogue, card: CardClient, packet: EapPacket, success: bytes) -> Reply:
+    async def _accept(self, dialogue: Dialogue, card: CardClient, request: AccessRequest, success: bytes) -> Reply:
         certificates = await card.peer_certificates()
         try:
             if not certificates:
@@ -184,35 +262,67 @@ class Dialogues:
             name = self._admit(certificates[0])
         except NotAdmittedError as error:
             log.warning("an authenticated peer is not admitted", extra={"nas": dialogue.nas, "cause": str(error)})
-            return _rejection(packet)
+            return rejection(request)
         msk = (await card.session_key(extended=True))[:64]
         log.info("a peer is authenticated", extra={"nas": dialogue.nas, "user": name})
         return Reply(Code.ACCESS_ACCEPT, success, msk=msk, user_name=name)
 
-    def _wait(self, state: bytes, dialogue: Dialogue) -> None:
-        """The peer's turn: as long as its patience lasts, and not longer than a whole handshake may take."""
+    def _watch(self, state: bytes, dialogue: Dialogue) -> None:
+        """The peer's turn. A dialogue that has a card is looked at earlier: the card may be due to somebody else."""
         if state not in self._open:
             return
         loop = asyncio.get_running_loop()
-        until = min(loop.time() + self._limits.peer_patience, dialogue.ends_at)
+        at = dialogue.until if dialogue.card is None else min(dialogue.until, loop.time() + SILENCE)
         if dialogue.timer is not None:
             dialogue.timer.cancel()
-        dialogue.timer = loop.call_at(until, self._give_up, state)
+        dialogue.timer = loop.call_at(at, self._look, state)
 
-    def _give_up(self, state: bytes) -> None:
-        task = asyncio.create_task(self._end(state))
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+    def _look(self, state: bytes) -> None:
+        dialogue = self._open.get(state)
+        if dialogue is None or dialogue.in_work is not None:
+            return
+        is_late = asyncio.get_running_loop().time() >= dialogue.until
+        if not is_late and not self._cards.is_pressed(dialogue.nas):
+            self._watch(state, dialogue)
+            return
+        self._log.info("silent", "an authentication is given up: its peer is silent", {"nas": dialogue.nas})
+        self._forget(state)
+
+    def _forget(self, state: bytes) -> None:
+        """Ends a dialogue; its State is unknown at once."""
+        dialogue = self._pop(state)
+        if dialogue is not None:
+            task = asyncio.create_task(_give_back(dialogue))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
 
     async def _end(self, state: bytes) -> None:
+        dialogue = self._pop(state)
+        if dialogue is not None:
+            await _give_back(dialogue)
+
+    def _pop(self, state: bytes) -> Dialogue | None:
         dialogue = self._open.pop(state, None)
         if dialogue is None:
-            return
+            return None
+        self._places[dialogue.nas] -= 1
+        if not self._places[dialogue.nas]:
+            del self._places[dialogue.nas]
         if dialogue.timer is not None:
             dialogue.timer.cancel()
-        with contextlib.suppress(CardError, ApduError, OSError):
-            await dialogue.stack.aclose()
+        return dialogue
 
 
-def _rejection(packet: EapPacket) -> Reply:
-    return Reply(Code.ACCESS_REJECT, EapPacket(EapCode.FAILURE, packet.identifier).encode())
+async def _give_back(dialogue: Dialogue) -> None:
+    if dialogue.in_work is not None and dialogue.in_work[1] is not asyncio.current_task():
+        dialogue.in_work[1].cancel()
+        await asyncio.wait([dialogue.in_work[1]])
+    with contextlib.suppress(CardError, ApduError, OSError):
+        await dialogue.stack.aclose()
+
+
+def rejection(request: AccessRequest) -> Reply:
+    """With EAP-Failure for the packet that the request carries, if it has an identifier (RFC 3579, 2.6.3)."""
+    eap = request.eap or b""
+    failure = EapPacket(EapCode.FAILURE, eap[1]).encode() if len(eap) > 1 else b""
+    return Reply(Code.ACCESS_REJECT, failure)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 from collections import OrderedDict
 from types import TracebackType
@@ -13,10 +12,18 @@ from prometheus_client import Counter, Gauge
 
 from gose.errors import GoseError
 from gose.metrics import Metrics
-from gose.radius.dialogue import Dialogues
-from gose.radius.packets import AccessRequest, RadiusDiscard, encode_reply, parse_request
+from gose.radius.dialogue import Dialogues, rejection
+from gose.radius.packets import (
+    AccessRequest,
+    RadiusDiscard,
+    Reply,
+    ReplyTooLongError,
+    encode_reply,
+    parse_request,
+)
 from gose.settings import Limits, RadiusSettings
-from secfunet.radius.wire import MIN_SECRET
+from secfunet.radius.wire import MIN_SECRET, Code
+from secfunet.service.addresses import canonical_address, canonical_network, text_of_address
 from secfunet.service.files import read_secret
 from secfunet.service.flood_log import FloodLog
 
@@ -50,12 +57,12 @@ class RadiusServer(asyncio.DatagramProtocol):
         )
         self._answers: OrderedDict[tuple[object, ...], tuple[float, bytes | None]] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._discards = FloodLog()
+        self._log = FloodLog(log)
         self._transport: asyncio.DatagramTransport | None = None
 
     async def __aenter__(self) -> Self:
         self._secrets = [
-            (ipaddress.ip_network(client.address), read_secret(client.secret_file).strip())
+            (canonical_network(client.address), read_secret(client.secret_file).strip())
             for client in self._settings.clients
         ]
         for client, (_, secret) in zip(self._settings.clients, self._secrets, strict=True):
@@ -99,8 +106,9 @@ class RadiusServer(asyncio.DatagramProtocol):
             if known[1] is not None:
                 self._send(known[1], addr)
             return
-        if len(self._tasks) >= self._limits.handshakes:
-            self._discard(RadiusDiscard("busy", "too many packets are in work"), addr)
+        if len(self._tasks) >= 2 * self._limits.handshakes:
+            self._log.warning("busy", "too many packets are in work", {"client": text_of_address(str(addr[0]))})
+            self._reply(key, request, rejection(request), addr)
             return
         self._keep(key, None)
         task = asyncio.create_task(self._answer(key, request, addr))
@@ -112,17 +120,21 @@ class RadiusServer(asyncio.DatagramProtocol):
 
     async def _answer(self, key: tuple[object, ...], request: AccessRequest, addr: Peer) -> None:
         try:
-            reply = await self._dialogues.answer(str(addr[0]), request)
-        except RadiusDiscard as discard:
-            self._answers.pop(key, None)
-            self._discard(discard, addr)
-            return
-        except Exception:
-            self._answers.pop(key, None)
-            log.exception("an authentication failed")
-            return
-        encoded = encode_reply(request, reply)
-        self._outcomes.labels(reply.code.name.lower()).inc()
+            reply = await self._dialogues.answer(text_of_address(str(addr[0])), request)
+        except Exception:  # noqa: BLE001  # whatever went wrong, the client is to hear of it
+            self._log.exception("fault", "an authentication failed")
+            reply = rejection(request)
+        self._reply(key, request, reply, addr)
+
+    def _reply(self, key: tuple[object, ...], request: AccessRequest, reply: Reply, addr: Peer) -> None:
+        try:
+            encoded = encode_reply(request, reply)
+        except ReplyTooLongError as error:
+            self._log.warning("too_long", "an answer is replaced by a rejection", {"cause": str(error)})
+            reply = rejection(request)
+            encoded = encode_reply(request, reply)
+        is_status = request.code is Code.STATUS_SERVER
+        self._outcomes.labels("status" if is_status else reply.code.name.lower()).inc()
         self._keep(key, encoded)
         self._send(encoded, addr)
 
@@ -137,7 +149,7 @@ class RadiusServer(asyncio.DatagramProtocol):
             self._transport.sendto(packet, addr)
 
     def _secret_of(self, addr: Peer) -> bytes:
-        address = ipaddress.ip_address(str(addr[0]).partition("%")[0])
+        address = canonical_address(str(addr[0]))
         for network, secret in self._secrets:
             if address in network:
                 return secret
@@ -145,8 +157,5 @@ class RadiusServer(asyncio.DatagramProtocol):
 
     def _discard(self, discard: RadiusDiscard, addr: Peer) -> None:
         self._outcomes.labels(discard.reason).inc()
-        if packets := self._discards.count(discard.reason):
-            log.warning(
-                "packets discarded",
-                extra={"client": str(addr[0]), "packets": packets, "reason": discard.reason, "cause": str(discard)},
-            )
+        client = text_of_address(str(addr[0]))
+        self._log.warning(discard.reason, "packets discarded", {"client": client, "cause": str(discard)})

@@ -11,13 +11,19 @@ from gose.settings import GoseSettings
 from gose.slots.bank import Bank
 from gose.slots.connect import CardConnector
 from gose.slots.export import CardCollector
+from gose.slots.shares import Part, share
 from gose.slots.slot import Admit, Slot, admit_any
+from secfunet.card.pool import CardPool
 
 SERVER_CARDS = "server cards"
 
 
 class Rack:
-    """Fairness is by card: no VM's operations wait behind another VM's."""
+    """Fairness is by card: no VM's operations wait behind another VM's. ``servers``: all server cards; ``logins`` and ``radius``: the parts
+    of them for hypervisors' logins and for peers by RADIUS; ``radius`` is there only in a grid that is a RADIUS server.
+    """
+
+    radius: Part
 
     def __init__(self, settings: GoseSettings, metrics: Metrics, *, admit: Admit = admit_any) -> None:
         limits = settings.limits
@@ -41,6 +47,10 @@ class Rack:
         self.servers = bank(
             SERVER_CARDS, *(element.seid for element in settings.secure_elements if element.role == "server")
         )
+        self.logins: CardPool = self.servers
+        if settings.radius is not None:
+            in_service = self.servers.queue.workers
+            self.logins, self.radius = share(self.servers, in_service, "logins", "RADIUS")
         for name, vm_bank in [*self._vms.items(), (SERVER_CARDS, self.servers)]:
             metrics.queue_length.labels(name).set_function(vm_bank.queue.__len__)
         metrics.registry.register(CardCollector(self.slots, lambda: (one.queue for one in self.banks())))

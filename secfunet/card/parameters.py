@@ -44,12 +44,14 @@ class Segmentation(Enum):
 TLS_1_2: Final = 0x0303
 TLS_1_3: Final = 0x0304
 
-_ROLE, _SERVER_NAME, _ALPN, _MIN_VERSION, _MAX_VERSION, _SUITES, _FLAGS, _GROUPS = range(1, 9)
+_ROLE, _SERVER_NAME, _ALPN, _MIN_VERSION, _MAX_VERSION, _SUITES, _FLAGS, _GROUPS, _EAP_MTU = range(1, 10)
 _RESUME = 0x01
 
 MAX_ALPN_NAMES: Final = 16
 MAX_SUITES: Final = 64
 MAX_GROUPS: Final = 16
+MIN_EAP_MTU: Final = 60
+"""Bytes: a Framed-MTU of 64 (RFC 2865, 5.12) less the header of 802.1X."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class TlsParameters:
     """How the next handshake is to run (Set-TLS-Parameters). Empty suites or groups mean the card's defaults.
 
     ``server_name`` goes into SNI (client) and names the resumption cache; versions, suites and groups are the numbers of the TLS registry.
-    Legacy suites are refused by a card whose own settings do not allow them.
+    Legacy suites are refused by a card whose own settings do not allow them. ``eap_mtu``: bytes of the longest EAP packet that the card is
+    to send in full EAP; None: as the card's own settings say, which also holds where they say less.
     """
 
     role: Literal["client", "server"] = "client"
@@ -68,6 +71,7 @@ class TlsParameters:
     suites: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
     resume: bool = True
+    eap_mtu: int | None = None
 
     def __post_init__(self) -> None:
         if self.role not in ("client", "server"):
@@ -82,10 +86,13 @@ class TlsParameters:
         for numbers, limit, what in ((self.suites, MAX_SUITES, "suites"), (self.groups, MAX_GROUPS, "groups")):
             if len(numbers) > limit or any(not 0 <= number <= 0xFFFF for number in numbers):
                 raise CardFormatError(f"{what} are out of range")
+        if self.eap_mtu is not None and not MIN_EAP_MTU <= self.eap_mtu <= 0xFFFF:
+            raise CardFormatError(f"an EAP packet has {MIN_EAP_MTU} to 65535 bytes at most")
 
     def encode(self) -> bytes:
         """Items: 01 role (00 client, 01 server), 02 server name, 03 one ALPN name each, 04 and 05 lowest and highest version (2 bytes),
-        06 suites (2 bytes each), 07 flags (bit 0: resume), 08 groups (2 bytes each). Empty ones are left out."""
+        06 suites (2 bytes each), 07 flags (bit 0: resume), 08 groups (2 bytes each), 09 longest EAP packet (2 bytes). Empty ones are left
+        out."""
         items: list[tuple[int, bytes]] = [(_ROLE, b"\1" if self.role == "server" else b"\0")]
         if self.server_name:
             items.append((_SERVER_NAME, self.server_name.encode("ascii")))
@@ -96,6 +103,8 @@ class TlsParameters:
         items.append((_FLAGS, bytes((_RESUME if self.resume else 0,))))
         if self.groups:
             items.append((_GROUPS, b"".join(group.to_bytes(2) for group in self.groups)))
+        if self.eap_mtu is not None:
+            items.append((_EAP_MTU, self.eap_mtu.to_bytes(2)))
         return encode_tlv(items)
 
     @classmethod
@@ -103,7 +112,7 @@ class TlsParameters:
         """Items that are missing have their default; a repeated or unknown one is an error. Raises CardFormatError."""
         items = decode_tlv(untrusted)
         alpn = tuple(_text(value) for tag, value in items if tag == _ALPN)
-        values = _single_items([item for item in items if item[0] != _ALPN], range(_ROLE, _GROUPS + 1))
+        values = _single_items([item for item in items if item[0] != _ALPN], range(_ROLE, _EAP_MTU + 1))
         role = values.get(_ROLE, b"\0")
         if role not in (b"\0", b"\1"):
             raise CardFormatError("a TLS role is 00 or 01")
@@ -119,6 +128,7 @@ class TlsParameters:
             suites=_numbers(values.get(_SUITES, b"")),
             groups=_numbers(values.get(_GROUPS, b"")),
             resume=bool(flags[0] & _RESUME),
+            eap_mtu=_number(values[_EAP_MTU], 2) if _EAP_MTU in values else None,
         )
 
 

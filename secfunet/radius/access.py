@@ -18,6 +18,7 @@ from secfunet.radius.errors import RadiusFormatError
 from secfunet.radius.wire import (
     AUTHENTICATOR_SIZE,
     MAX_EAP,
+    MIN_MTU,
     RECV_KEY,
     SEND_KEY,
     Attribute,
@@ -29,7 +30,6 @@ from secfunet.radius.wire import (
 )
 
 KEY_SIZE: Final = 32
-MIN_MTU: Final = 64
 _ETHERNET: Final = 15
 """NAS-Port-Type (RFC 2865, 5.41)."""
 _ANSWERS: Final = frozenset((Code.ACCESS_ACCEPT, Code.ACCESS_REJECT, Code.ACCESS_CHALLENGE))

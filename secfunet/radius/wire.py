@@ -12,6 +12,8 @@ MAX_PACKET: Final = 4096
 """Bytes (RFC 2865, 3)."""
 MIN_SECRET: Final = 16
 """Bytes that a shared secret should have at least (RFC 2865, 3)."""
+MIN_MTU: Final = 64
+"""The least bytes of an EAP packet that a link is taken to carry; a Framed-MTU below it means this (RFC 2865, 5.12 has the same least)."""
 MAX_EAP: Final = 3000
 """Bytes of an EAP packet, either way: it fits into a packet together with what stands around it."""
 AUTHENTICATOR_SIZE: Final = 16
@@ -30,6 +32,7 @@ class Code(IntEnum):
     ACCESS_ACCEPT = 2
     ACCESS_REJECT = 3
     ACCESS_CHALLENGE = 11
+    STATUS_SERVER = 12
 
 
 class Attribute(IntEnum):
@@ -44,24 +47,36 @@ class Attribute(IntEnum):
     NAS_PORT_TYPE = 61
     EAP_MESSAGE = 79
     MESSAGE_AUTHENTICATOR = 80
+    ERROR_CAUSE = 101
 
 
 def split_attributes(untrusted: bytes) -> list[tuple[int, bytes]]:
     """The attributes of a packet, in their order; what is behind its length is padding. Raises RadiusFormatError."""
+    attributes, fault = attributes_and_fault(untrusted)
+    if fault:
+        raise RadiusFormatError(fault)
+    return attributes
+
+
+def attributes_and_fault(untrusted: bytes) -> tuple[list[tuple[int, bytes]], str]:
+    """The attributes up to one with an invalid length, and what is wrong with that; "" if every length is right.
+
+    Raises RadiusFormatError for bytes that are not a packet at all.
+    """
     if len(untrusted) < MIN_PACKET:
         raise RadiusFormatError("a packet has at least 20 bytes")
     length = int.from_bytes(untrusted[2:4])
     if not MIN_PACKET <= length <= min(MAX_PACKET, len(untrusted)):
         raise RadiusFormatError("the packet's length is not what it says")
-    attributes = []
+    attributes: list[tuple[int, bytes]] = []
     position = MIN_PACKET
     while position < length:
         size = untrusted[position + 1] if position + 1 < length else 0
         if size < 2 or position + size > length:
-            raise RadiusFormatError("an attribute does not fit into the packet")
+            return attributes, "an attribute does not fit into the packet"
         attributes.append((untrusted[position], untrusted[position + 2 : position + size]))
         position += size
-    return attributes
+    return attributes, ""
 
 
 def vendor_values(attributes: list[tuple[int, bytes]], name: tuple[int, int]) -> list[bytes]:

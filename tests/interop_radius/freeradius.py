@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,22 +112,24 @@ async def running_freeradius(
     crl: bytes = b"",
 ) -> AsyncIterator[FreeRadius]:
     """``key``, ``chain`` (leaf first), ``authorities`` (of the peers) and ``crl`` are PEM."""
-    home = folder / f"radius-{secrets.token_hex(4)}"
-    home.mkdir(mode=0o700)
-    (port,) = free_ports(1)
+    settings = SETTINGS.replace("{version}", version).replace("{fragment}", str(fragment))
+    settings = settings.replace("{check_crl}", "yes" if crl else "no").replace("{secret}", SECRET.decode())
     files = {
         "server.key": key,
         "server.pem": b"".join(chain),
         "ca.pem": b"".join(authorities) + crl,
-        "radiusd.conf": SETTINGS.format(
-            folder=home,
-            version=version,
-            fragment=fragment,
-            check_crl="yes" if crl else "no",
-            secret=SECRET.decode(),
-            port=port,
-        ).encode(),
     }
+    async with running_radiusd(folder, settings, files) as server:
+        yield server
+
+
+@contextlib.asynccontextmanager
+async def running_radiusd(folder: Path, settings: str, files: Mapping[str, bytes]) -> AsyncIterator[FreeRadius]:
+    """A process with these settings, in which {folder} is its own folder with ``files``, and {port} a free port."""
+    home = folder / f"radius-{secrets.token_hex(4)}"
+    home.mkdir(mode=0o700)
+    (port,) = free_ports(1)
+    files = {"radiusd.conf": settings.format(folder=home, port=port).encode(), **files}
     for name, content in files.items():
         (home / name).touch(0o600)
         (home / name).write_bytes(content)

@@ -27,8 +27,8 @@ versions = st.lists(st.integers(0x0301, 0x0304), min_size=2, max_size=2).map(sor
 der_like = st.binary(max_size=300).map(lambda value: b"\x30\x82" + len(value).to_bytes(2) + value)
 
 parameters = st.builds(
-    lambda role, name, alpn, low_high, suites, groups, resume: TlsParameters(
-        role, name, tuple(alpn), low_high[0], low_high[1], tuple(suites), tuple(groups), resume
+    lambda role, name, alpn, low_high, suites, groups, resume, mtu: TlsParameters(
+        role, name, tuple(alpn), low_high[0], low_high[1], tuple(suites), tuple(groups), resume, mtu
     ),
     st.sampled_from(["client", "server"]),
     text,
@@ -37,6 +37,7 @@ parameters = st.builds(
     st.lists(number, max_size=64),
     st.lists(number, max_size=16),
     st.booleans(),
+    st.none() | st.integers(60, 0xFFFF),
 )
 negotiated = st.builds(
     NegotiatedTls,
