@@ -1,10 +1,12 @@
 """The documents are true where a program can tell: links lead somewhere, targets exist, and a mitigated attack has its test."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
 import pytest
+import typer.main
 from pydantic import BaseModel
 
 from dom0_middleware.settings import MiddlewareSettings
@@ -67,6 +69,30 @@ def test_every_setting_is_told(model: type[BaseModel]) -> None:
         "tcp",
     }
     assert keys_of(model) - told - tables - headings == set()
+
+
+def commands(command: object, path: tuple[str, ...]) -> list[str]:
+    """Of a program: each as a user types it."""
+    inner: dict[str, object] | None = getattr(command, "commands", None)
+    if inner is None:
+        return [" ".join(path)]
+    return [name for word, one in inner.items() for name in commands(one, (*path, word))]
+
+
+@pytest.mark.parametrize(
+    ("program", "module"),
+    [
+        ("gose", "gose.cli"),
+        ("secure-element", "secure_element.cli"),
+        ("secure-middleware", "dom0_middleware.cli"),
+        ("vm-agent", "vm_agent.cli"),
+    ],
+)
+def test_every_command_is_told(program: str, module: str) -> None:
+    told = "".join(path.read_text() for path in DOCUMENTS)
+    known = commands(typer.main.get_command(importlib.import_module(module).app), (program,))
+    assert len(known) > 5
+    assert [name for name in known if name not in told] == []
 
 
 def attacks() -> list[tuple[str, str, str]]:
