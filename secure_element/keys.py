@@ -100,7 +100,10 @@ class KeyPair:
         raise CommandRefusedError(Sw.NOT_SUPPORTED)
 
     def decrypt(self, scheme: int, ciphertext: bytes) -> bytes:
-        """The plaintext (RFC 8017, 7). A wrong v1.5 padding yields bytes that look random, the same ones each time, and never an error."""
+        """The plaintext (RFC 8017, 7). A wrong v1.5 padding yields bytes that look random, the same ones each time, and never an error.
+
+        6A80 for a ciphertext of another length than the modulus, or not below it; under OAEP for whatever is wrong.
+        """
         key, encryption = self._rsa(scheme)
         if len(ciphertext) != key.key_size // 8:
             raise CommandRefusedError(Sw.WRONG_DATA)
@@ -120,8 +123,9 @@ class KeyPair:
     def unwrap(self, profile: int, header: bytes) -> bytes:
         """A container's content key of 32 bytes; one error for whatever is wrong.
 
-        Under the v1.5 profile a header of the right length has no error at all: a wrong padding, or a key of another length, yields a key
-        made from the header (as TLS has done it since RFC 5246, 7.4.7.1), so that the card tells nobody which paddings were right.
+        Under the v1.5 profile a header of the right length and below the modulus has no error at all: a wrong padding, or a key of another
+        length, yields a key made from the header (as TLS has done it since RFC 5246, 7.4.7.1), so that the card tells nobody which paddings
+        were right. A number that is not below the modulus is refused: everybody knows the modulus.
         """
         scheme = _PROFILE_SCHEMES.get(profile)
         if scheme is None:
