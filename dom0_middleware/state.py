@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dom0_middleware.errors import MiddlewareError, Reason, Refused, Unavailable
+from secfunet.service.files import open_private
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +117,9 @@ class StateStore:
 
     def __init__(self, path: Path) -> None:
         # Made before SQLite opens it, so that it never has another mode.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        path.chmod(0o600)
+        descriptor = open_private(path)
+        os.fchmod(descriptor, 0o600)
+        os.close(descriptor)
         try:
             self._db = sqlite3.connect(path, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")

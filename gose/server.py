@@ -21,6 +21,7 @@ from grpc_health.v1.health import aio as health_aio  # type: ignore[import-untyp
 
 from gose.answers import AnswerStore
 from gose.authority import OPENID_PROVIDER, SERVICE_PROVIDER, AuthorityFolder
+from gose.authority.errors import AuthorityDamagedError
 from gose.errors import GoseError
 from gose.http import Door, RunningServer
 from gose.metrics import Metrics, MetricsServer
@@ -49,7 +50,7 @@ from secfunet.openid.association import AssociationType, SessionType
 from secfunet.openid.effects import FetchPolicy
 from secfunet.openid.provider import CheckidRequest, OpenIdProvider
 from secfunet.openid.relying_party import RelyingParty
-from secfunet.service.files import private_folder
+from secfunet.service.files import naming, private_folder
 from secfunet.tandem.aio import start_tandem_server
 from secfunet.tandem.parameters import TandemParameters
 from secfunet.vm_auth_token import TokenVerifier
@@ -372,10 +373,17 @@ def server_context(key_and_certificate: Path, *, client_authority: Path | None =
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     context.set_alpn_protocols(["http/1.1"])
-    context.load_cert_chain(key_and_certificate)
+    with naming(key_and_certificate):
+        try:
+            context.load_cert_chain(key_and_certificate)
+        except ssl.SSLError:
+            raise AuthorityDamagedError(
+                key_and_certificate, "does not hold a key and its certificate (gose renew-servers makes a new one)"
+            ) from None
     if client_authority is not None:
         context.verify_mode = ssl.CERT_REQUIRED
-        context.load_verify_locations(client_authority)
+        with naming(client_authority):
+            context.load_verify_locations(client_authority)
     return context
 
 
@@ -383,5 +391,6 @@ def client_context(authority: Path) -> ssl.SSLContext:
     """Trusts the grid's CA (PEM file) and no other; checks the server's name."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_verify_locations(authority)
+    with naming(authority):
+        context.load_verify_locations(authority)
     return context

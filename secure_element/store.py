@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from secfunet.card.parameters import KeyAlgorithm
 from secfunet.scp03 import KeySet, Scp03FormatError
-from secfunet.service.files import remove_unfinished, write_atomically
+from secfunet.service.files import open_private, remove_unfinished, write_atomically
 from secure_element.errors import StoreError
 
 MAGIC: Final = b"SFNSE\x02"
@@ -284,7 +284,7 @@ def _open(path: Path, secret: StoreSecret) -> tuple[int, bytes, bytes, StoreCont
 
 
 def _lock(path: Path) -> int:
-    descriptor = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = open_private(path.with_name(path.name + ".lock"))
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -23,7 +23,7 @@ from secfunet import __version__
 from secfunet.agent.v1 import local_pb2, local_pb2_grpc
 from secfunet.gose.v1 import operation_pb2
 from secfunet.operation import OperationError, check_key
-from secfunet.service.files import private_folder
+from secfunet.service.files import open_private, private_folder
 from vm_agent.enrolment import Enrolment, EnrolmentStore, enrol
 from vm_agent.errors import AgentError, EnrolmentRefusedError, NotEnrolledError, RequestError
 from vm_agent.identity import VmIdentity
@@ -330,7 +330,7 @@ class AgentService:
 
 def lock_folder(folder: Path) -> int:
     """Takes the state folder for this process; two agents would spend one join secret twice. Raises DoorError. Returns a descriptor."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = open_private(folder / "lock")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -206,7 +206,7 @@ def create_authority(
             raise AuthorityExistsError(path)
         draft = path.with_name(f".{path.name}.draft")
         shutil.rmtree(draft, ignore_errors=True)  # of a run that died
-        draft.mkdir(mode=0o700)
+        private_folder(draft)
         try:
             _fill(draft, names, now, ca_key, tokens)
             draft.rename(path)

@@ -6,7 +6,7 @@ import ssl
 from pathlib import Path
 
 from secfunet.errors import SecFuNetError
-from secfunet.service.files import read_secret
+from secfunet.service.files import naming, read_secret
 
 
 class TlsFilesError(SecFuNetError):
@@ -33,11 +33,13 @@ def _filled(context: ssl.SSLContext, key: Path, certificate: Path, authority: Pa
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     read_secret(key)
     try:
-        context.load_cert_chain(certificate, key)
+        with naming(certificate):
+            context.load_cert_chain(certificate, key)
     except ssl.SSLError as error:
         raise TlsFilesError(f"{certificate} and {key} are no certificate and its key ({error.reason})") from None
     try:
-        context.load_verify_locations(authority)
+        with naming(authority):
+            context.load_verify_locations(authority)
     except ssl.SSLError as error:
         raise TlsFilesError(f"{authority} is no certificate of an authority ({error.reason})") from None
     return context

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 from secfunet.errors import SecFuNetError
-from secfunet.service.files import write_atomically
+from secfunet.service.files import open_private, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ class AuditLog:
         names, or a last record that is not what it was.
         """
         lock_path = self._path.with_name(self._path.name + ".lock")
-        self._lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._lock = open_private(lock_path)
         until = time.monotonic() + patience
         while not _try_lock(self._lock):
             if time.monotonic() >= until:
@@ -341,9 +341,7 @@ class AuditLog:
 
     def _continue(self) -> None:
         anchor = read_anchor(self._path)
-        self._descriptor = os.open(
-            self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-        )
+        self._descriptor = open_private(self._path, os.O_RDWR | os.O_APPEND)
         self._size = os.fstat(self._descriptor).st_size
         start = max(0, self._size - 2 * MAX_LINE)
         tail = os.pread(self._descriptor, self._size - start, start)
