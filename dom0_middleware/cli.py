@@ -32,6 +32,7 @@ from dom0_middleware.policy import PolicyFile
 from dom0_middleware.settings import MiddlewareSettings
 from secfunet.card.errors import CardError
 from secfunet.card.readers import show_readers
+from secfunet.service.audit import AuditBrokenError, AuditBusyError
 from secfunet.service.cli import ExitCode, print_version, run
 from secfunet.service.daemon import run_daemon
 from secfunet.service.logs import configure_logs
@@ -136,5 +137,7 @@ def main() -> None:
             CardError: ExitCode.UNAVAILABLE,
             SettingUnusable: ExitCode.CONFIG,
             MiddlewareError: ExitCode.FAILED,
+            AuditBusyError: ExitCode.CONFIG,
+            AuditBrokenError: ExitCode.DATA,
         },
     )

@@ -17,7 +17,7 @@ from gose.authority.errors import (
     IssuanceError,
     TokenNotIssuedError,
 )
-from gose.commands import authority, binding, enrolment, racs, running, tokens, users
+from gose.commands import audit, authority, binding, enrolment, racs, running, tokens, users
 from gose.racs.tls import TlsFilesError
 from gose.registry import AlreadyEnrolledError, NotEnrolledError
 from secfunet.apdu import ApduError
@@ -25,6 +25,7 @@ from secfunet.card.errors import CardBusyError, CardError, CardFormatError, Card
 from secfunet.identity import IdentityError
 from secfunet.racs.errors import RacsRefusedError
 from secfunet.racs.inventory import ServerUnreachableError
+from secfunet.service.audit import AuditBrokenError, AuditUnavailableError
 from secfunet.service.cli import ExitCode, print_version, run
 from secfunet.service.credentials import NoCredentialsError
 
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 for _module in (authority, enrolment, binding, tokens, running):
     app.add_typer(_module.app)
+app.add_typer(audit.app, name="audit")
 app.add_typer(racs.app, name="racs")
 app.add_typer(users.app, name="user")
 
@@ -68,6 +70,8 @@ def main() -> None:
             CardError: ExitCode.FAILED,
             ApduError: ExitCode.FAILED,
             TlsFilesError: ExitCode.CONFIG,
+            AuditUnavailableError: ExitCode.UNAVAILABLE,
+            AuditBrokenError: ExitCode.DATA,
             ServerUnreachableError: ExitCode.UNAVAILABLE,
             RacsRefusedError: ExitCode.REFUSED,
         },

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from gose.authority.errors import IssuanceError
+from gose.authority.ledger import Action, AuthorityRecord, OnRecord, unrecorded
 from secfunet.identity import (
     CONTAINER_AUTHORITY_URI,
     CONTAINER_SIGNING,
@@ -26,9 +27,11 @@ from secfunet.identity import (
     Role,
     check_name,
     check_rsa_size,
+    der_of,
     has_server_names,
     purposes_of,
     role_uri,
+    thumbprint,
 )
 
 AuthorityKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
@@ -52,13 +55,14 @@ def new_authority_key(algorithm: str) -> AuthorityKey:
 
 
 class CertificateAuthority:
-    """A CA's key and certificate."""
+    """A CA's key and certificate. What it issues for a holder is on ``record`` before it is handed out."""
 
-    def __init__(self, key: AuthorityKey, certificate: x509.Certificate) -> None:
+    def __init__(self, key: AuthorityKey, certificate: x509.Certificate, *, record: OnRecord = unrecorded) -> None:
         if certificate.public_key() != key.public_key():
             raise IssuanceError("the CA's certificate is not for the CA's key")
         self._key = key
         self.certificate = certificate
+        self.record = record
 
     @classmethod
     def create(cls, name: str, key: AuthorityKey, *, now: float) -> CertificateAuthority:
@@ -89,17 +93,18 @@ class CertificateAuthority:
         now: float,
         valid: float,
         server_names: Iterable[str] = (),
+        seid: str | None = None,
     ) -> x509.Certificate:
         """A certificate that names ``holder``. ``now``: UTC seconds; ``valid``: seconds; ``server_names``: DNS names and IP
-        addresses (servers and nodes only).
+        addresses (servers and nodes only); ``seid``: of the secure element with the key, for the record.
 
-        Raises IssuanceError for a key that is too weak or does not fit the role, and IdentityError for a name that is none.
+        Raises IssuanceError for a key that is too weak or does not fit the role, IdentityError for a name that is none, and AuditError.
         """
         check_holder_key(holder.role, key)
         names = [_server_name(name) for name in dict.fromkeys(server_names)]
         if bool(names) != has_server_names(holder.role):
             raise IssuanceError("servers and nodes have DNS names or IP addresses, and nobody else")
-        return self._sign(
+        certificate = self._sign(
             holder.name,
             key,
             alternatives=[x509.UniformResourceIdentifier(role_uri(holder)), *names],
@@ -108,6 +113,18 @@ class CertificateAuthority:
             now=now,
             valid=valid,
         )
+        self.record(
+            AuthorityRecord(
+                Action.CERTIFICATE,
+                "permitted",
+                role=holder.role,
+                name=holder.name,
+                seid=seid or "",
+                thumbprint=thumbprint(der_of(certificate)),
+                until=int(certificate.not_valid_after_utc.timestamp()),
+            )
+        )
+        return certificate
 
     def issue_container_authority(self, key: rsa.RSAPublicKey, *, now: float, valid: float) -> x509.Certificate:
         """The certificate of the container authority: good for trailers, and for no TLS."""

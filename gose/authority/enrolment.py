@@ -25,6 +25,7 @@ from typing import Final
 
 from gose.authority.certificate_authority import CertificateAuthority, check_request
 from gose.authority.errors import EnrolmentError
+from gose.authority.ledger import Action, AuthorityRecord
 from gose.registry import AlreadyEnrolledError, Identity, NotEnrolledError, Registry
 from secfunet.apdu import StatusError
 from secfunet.card.administrator import AdministratorRefusedError, open_secure_channel
@@ -114,7 +115,7 @@ async def enrol(
 ) -> Identity:
     """Personalises the card; see the module's docstring. Returns the identity, now active.
 
-    Raises AlreadyEnrolledError, EnrolmentError, IssuanceError, and what a card raises (CardError, ApduError).
+    Raises AlreadyEnrolledError, EnrolmentError, IssuanceError, AuditError, and what a card raises (CardError, ApduError).
     """
     _check_order(order, registry)
     try:
@@ -135,15 +136,17 @@ def sign_request(
     """Enrols the holder of a card on another host by its request (PKCS#10, DER): rules 1, 4 and 5.
 
     The CA cannot look into that card: the identity is active as soon as its certificate exists, which is worth nothing without the card.
-    ``order.replace`` renews, or gives the name to another key. Raises AlreadyEnrolledError, IssuanceError.
+    ``order.replace`` renews, or gives the name to another key. Raises AlreadyEnrolledError, IssuanceError, AuditError.
     """
     _check_order(order, registry)
     key = check_request(request, order.holder)
-    certificate = authority.issue(order.holder, key, now=clock(), valid=order.valid, server_names=order.server_names)
+    certificate = authority.issue(
+        order.holder, key, now=clock(), valid=order.valid, server_names=order.server_names, seid=order.seid
+    )
     issued = der_of(certificate)
     ends = certificate.not_valid_after_utc.timestamp()
     registry.begin_enrolment(*order.holder, thumbprint(issued), issued, order.seid, ends)
-    return registry.finish_enrolment(thumbprint(issued))
+    return _activate(order, thumbprint(issued), authority, registry)
 
 
 async def _personalise(
@@ -159,11 +162,13 @@ async def _personalise(
     if pending is not None and pending.seid == order.seid and pending.expires_at > clock():
         loaded = await _read_certificate(client, order.label)
         if loaded is not None and hmac.compare_digest(loaded, pending.certificate):
-            return registry.finish_enrolment(pending.thumbprint)
+            return _activate(order, pending.thumbprint, authority, registry)
     await _make_key(client, order, card)
     request = await client.certificate_signing_request(order.label, order.holder.name)
     key = check_request(request, order.holder)
-    certificate = authority.issue(order.holder, key, now=clock(), valid=order.valid, server_names=order.server_names)
+    certificate = authority.issue(
+        order.holder, key, now=clock(), valid=order.valid, server_names=order.server_names, seid=order.seid
+    )
     issued = der_of(certificate)
     registry.begin_enrolment(
         *order.holder,
@@ -176,7 +181,24 @@ async def _personalise(
     loaded = await _read_certificate(client, order.label)
     if loaded is None or not hmac.compare_digest(loaded, issued):
         raise EnrolmentError(f"{card.where} does not hold the certificate that it was given: it is not to be trusted")
-    return registry.finish_enrolment(thumbprint(issued))
+    return _activate(order, thumbprint(issued), authority, registry)
+
+
+def _activate(order: EnrolmentOrder, issued: str, authority: CertificateAuthority, registry: Registry) -> Identity:
+    """From here on it is the one of its name; those before it are worth nothing, which is on record, too."""
+    role, name = order.holder
+    authority.record(
+        AuthorityRecord(
+            Action.ENROL,
+            "permitted",
+            role=role,
+            name=name,
+            seid=order.seid or "",
+            thumbprint=issued,
+            detail="in place of another" if order.replace else "",
+        )
+    )
+    return registry.finish_enrolment(issued)
 
 
 def _check_order(order: EnrolmentOrder, registry: Registry) -> None:

@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from gose.authority.certificate_authority import CertificateAuthority, new_authority_key
 from gose.authority.errors import AuthorityDamagedError, AuthorityExistsError, AuthorityMissingError, IssuanceError
+from gose.authority.ledger import Action, AuthorityRecord, Ledger
 from gose.authority.token_authority import TokenAuthority
 from gose.authority.user_tokens import UserTokenAuthority
 from secfunet.container import ContainerProfile, ContainerSealer
@@ -57,6 +58,7 @@ class AuthorityFolder:
         if not (path / "ca.pem").is_file():
             raise AuthorityMissingError(path)
         self.path = path
+        self.ledger = Ledger(path.parent)
 
     # --- what a running grid needs
 
@@ -128,14 +130,14 @@ class AuthorityFolder:
         """The CA with its key."""
         key = self._key("ca.key")
         try:
-            return CertificateAuthority(key, self.ca_certificate)
+            return CertificateAuthority(key, self.ca_certificate, record=self.ledger.record)
         except IssuanceError:
             raise AuthorityDamagedError(self.path / "ca.key", "is not the key of ca.pem") from None
 
     @cached_property
     def token_authority(self) -> TokenAuthority:
         """The token authority with its key."""
-        return TokenAuthority(self._key("token.key"), issuer=self.token_issuer)
+        return TokenAuthority(self._key("token.key"), issuer=self.token_issuer, record=self.ledger.record)
 
     @property
     def user_tokens_path(self) -> Path:
@@ -148,6 +150,7 @@ class AuthorityFolder:
         with _locked(self.path):
             key_path, public_path = self.path / "user-tokens.key", self.user_tokens_path
             if not key_path.exists():
+                self.ledger.record(AuthorityRecord(Action.USER_TOKEN_AUTHORITY, "permitted"))
                 _write_key(key_path, rsa.generate_private_key(65537, 2048))
             key = self._key(key_path.name)
             if not isinstance(key, rsa.RSAPrivateKey):
@@ -157,7 +160,7 @@ class AuthorityFolder:
             )
             if not public_path.exists() or public_path.read_bytes() != public:
                 write_atomically(public_path, public, mode=0o644)
-        return UserTokenAuthority(key, self.ca_certificate)
+        return UserTokenAuthority(key, self.ca_certificate, record=self.ledger.record)
 
     def renew_servers(self, names: Sequence[str], *, now: float) -> tuple[x509.Certificate, ...]:
         """New keys and certificates for the two servers, under these DNS names and IP addresses.
@@ -199,7 +202,7 @@ def create_authority(
     """Makes the authority in the folder ``path``: all of it, or (the process dies, the disk is full) nothing.
 
     ``names`` are the DNS names and IP addresses of the servers; ``ca_key`` is p-384 or rsa-3072, ``tokens`` rsa-2048 or p-256.
-    Raises AuthorityExistsError, IssuanceError.
+    Raises AuthorityExistsError, IssuanceError, AuditError.
     """
     with _locked(private_folder(path.parent)):
         if path.exists():
@@ -208,7 +211,16 @@ def create_authority(
         shutil.rmtree(draft, ignore_errors=True)  # of a run that died
         private_folder(draft)
         try:
-            _fill(draft, names, now, ca_key, tokens)
+            ca = _fill(draft, names, now, ca_key, tokens)
+            Ledger(path.parent).record(
+                AuthorityRecord(
+                    Action.INIT,
+                    "permitted",
+                    thumbprint=thumbprint(der_of(ca)),
+                    until=int(ca.not_valid_after_utc.timestamp()),
+                    detail=", ".join(names),
+                )
+            )
             draft.rename(path)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
@@ -217,7 +229,8 @@ def create_authority(
     return AuthorityFolder(path)
 
 
-def _fill(folder: Path, names: Sequence[str], now: float, ca_key: str, tokens: str) -> None:
+def _fill(folder: Path, names: Sequence[str], now: float, ca_key: str, tokens: str) -> x509.Certificate:
+    """The CA's certificate."""
     key = new_authority_key(ca_key)
     authority = CertificateAuthority.create(f"SecFuNet grid {os.urandom(4).hex()}", key, now=now)
     _write_key(folder / "ca.key", key)
@@ -231,6 +244,7 @@ def _fill(folder: Path, names: Sequence[str], now: float, ca_key: str, tokens: s
     )
     for server in (SERVICE_PROVIDER, OPENID_PROVIDER):
         _make_server(folder, authority, server, names, now)
+    return authority.certificate
 
 
 @contextlib.contextmanager

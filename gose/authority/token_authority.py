@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from gose.authority.errors import TokenNotIssuedError
+from gose.authority.ledger import Action, AuthorityRecord, OnRecord, unrecorded
 from gose.registry import Identity, Registry
 from secfunet.identity import Role
 from secfunet.operation import OPERATIONS
@@ -19,8 +20,9 @@ MAX_VALIDITY: Final = 366 * 86400.0
 class TokenAuthority:
     """The key that tokens are signed with, and the name under which they are issued."""
 
-    def __init__(self, key: TokenPrivateKey, *, issuer: str) -> None:
+    def __init__(self, key: TokenPrivateKey, *, issuer: str, record: OnRecord = unrecorded) -> None:
         self._key = key
+        self._record = record
         self.issuer = issuer
         self.public_keys: Mapping[str, TokenPublicKey] = {key_id(key.public_key()): key.public_key()}
 
@@ -38,8 +40,8 @@ class TokenAuthority:
         """A token for the VM and the hypervisor of these names, ``valid`` seconds from ``now`` (UTC seconds), recorded before
         it is handed out.
 
-        It never outlives the certificates that it names. Raises NotEnrolledError, and TokenNotIssuedError if one of the two was
-        revoked or has expired, or for an operation that does not exist.
+        It never outlives the certificates that it names. Raises NotEnrolledError, AuditError, and TokenNotIssuedError if one of the two
+        was revoked or has expired, or for an operation that does not exist.
         """
         allowed = frozenset(operations)
         if not allowed or not allowed <= set(OPERATIONS):
@@ -69,6 +71,19 @@ class TokenAuthority:
             expires_at=end,
             jti=jti,
             from_card=bound_to is not None,
+        )
+        self._record(
+            AuthorityRecord(
+                Action.TOKEN,
+                "permitted",
+                role=Role.VM,
+                name=vm,
+                thumbprint=the_vm.thumbprint,
+                hypervisor=hypervisor,
+                jti=jti,
+                operations=",".join(sorted(allowed)),
+                until=end,
+            )
         )
         registry.record_token(jti, the_vm.thumbprint, the_hypervisor.thumbprint, allowed, now, end)
         return token

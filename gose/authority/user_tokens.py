@@ -10,6 +10,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from gose.authority.errors import TokenNotIssuedError
+from gose.authority.ledger import Action, AuthorityRecord, OnRecord, unrecorded
 from gose.registry import Registry
 from secfunet.container import ContainerProfile, ContainerSealer
 from secfunet.identity import IdentityError, der_of, role_of, rsa_key_of, thumbprint, verify_certificate
@@ -19,8 +20,9 @@ from secfunet.user_token import UserToken, UserTokenError, key_digest, public_ke
 class UserTokenAuthority:
     """The key that users' tokens are signed with, and the CA whose cards may have some."""
 
-    def __init__(self, key: rsa.RSAPrivateKey, ca: x509.Certificate) -> None:
+    def __init__(self, key: rsa.RSAPrivateKey, ca: x509.Certificate, *, record: OnRecord = unrecorded) -> None:
         self._key = key
+        self._record = record
         self._ca = ca
 
     @property
@@ -40,8 +42,8 @@ class UserTokenAuthority:
     ) -> bytes:
         """A container with the token ``name`` for the card that holds ``certificate``. ``now``: UTC seconds.
 
-        Its counter is recorded before it is handed out. Raises TokenNotIssuedError: the certificate is not the CA's, not valid now, was
-        revoked, or its key is not RSA; the token's name or size is none.
+        Its counter is recorded before it is handed out. Raises AuditError, and TokenNotIssuedError: the certificate is not the CA's, not
+        valid now, was revoked, or its key is not RSA; the token's name or size is none.
         """
         try:
             holder = role_of(certificate)
@@ -55,6 +57,16 @@ class UserTokenAuthority:
         recipient = key_digest(public_key_der(key))
         try:
             UserToken(1, recipient, name, value)
+            self._record(
+                AuthorityRecord(
+                    Action.USER_TOKEN,
+                    "permitted",
+                    role=holder.role,
+                    name=holder.name,
+                    thumbprint=thumbprint(der),
+                    detail=f"token {name}",
+                )
+            )
             counter = registry.record_user_token(recipient.hex(), name, now)
             token = UserToken(counter, recipient, name, value)
         except UserTokenError as error:

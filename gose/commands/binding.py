@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from gose.authority import AuthorityFolder
 from gose.authority.binding import bind
+from gose.authority.ledger import Action, AuthorityRecord
 from gose.commands.options import CONFIG, ConfigOption
 from gose.commands.resources import access_to, element_of
 from gose.registry import Identity, Registry, open_registry
@@ -48,4 +50,18 @@ def _bind(settings: GoseSettings, registry: Registry, name: str, hypervisor: Ide
     element = element_of(settings, vm.seid or "", Role.VM)
     profile = ContainerProfile.named(settings.container_profile)
     access = access_to(settings, element)
-    asyncio.run(bind(vm, hypervisor, element.label, access, registry, profile=profile, now=time.time()))
+    ledger = AuthorityFolder(settings.authority).ledger
+    action = Action.UNBIND if hypervisor is None else Action.BIND
+    with ledger.attempt(AuthorityRecord(action, "failed", role=Role.VM, name=name)):
+        asyncio.run(
+            bind(
+                vm,
+                hypervisor,
+                element.label,
+                access,
+                registry,
+                profile=profile,
+                now=time.time(),
+                record=ledger.record,
+            )
+        )

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from gose.authority import AuthorityFolder, CardAccess, EnrolmentOrder, enrol, sign_request
+from gose.authority.ledger import Action, AuthorityRecord
 from gose.commands.options import (
     CONFIG,
     CertificateOption,
@@ -75,9 +76,9 @@ def sign_hypervisor(
     settings = load_settings(GoseSettings, config)
     der = read_request(request)
     order = EnrolmentOrder(holder(Role.HYPERVISOR, name), "hypervisor", KeyAlgorithm.RSA_2048, valid, replace=replace)
-    authority = AuthorityFolder(settings.authority).certificate_authority
-    with open_registry(settings.database) as registry:
-        identity = sign_request(order, der, authority, registry, clock=time.time)
+    authority = AuthorityFolder(settings.authority)
+    with open_registry(settings.database) as registry, authority.ledger.attempt(_attempt(order)):
+        identity = sign_request(order, der, authority.certificate_authority, registry, clock=time.time)
     _write_certificate(identity, out)
 
 
@@ -148,10 +149,17 @@ def enrol_cards(
 
 
 def _enrol(settings: GoseSettings, order: EnrolmentOrder, access: CardAccess, out: Path | None) -> None:
-    authority = AuthorityFolder(settings.authority).certificate_authority
-    with open_registry(settings.database) as registry:
-        identity: Identity = asyncio.run(enrol(order, access, authority, registry, clock=time.time))
+    authority = AuthorityFolder(settings.authority)
+    with open_registry(settings.database) as registry, authority.ledger.attempt(_attempt(order)):
+        identity: Identity = asyncio.run(
+            enrol(order, access, authority.certificate_authority, registry, clock=time.time)
+        )
     _write_certificate(identity, out)
+
+
+def _attempt(order: EnrolmentOrder) -> AuthorityRecord:
+    role, name = order.holder
+    return AuthorityRecord(Action.ENROL, "failed", role=role, name=name, seid=order.seid or "")
 
 
 def _write_certificate(identity: Identity, out: Path | None) -> None:

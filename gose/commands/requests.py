@@ -13,6 +13,7 @@ from gose.authority import AuthorityFolder
 from gose.authority.certificate_authority import check_request
 from gose.authority.errors import IssuanceError
 from gose.authority.folder import DAY
+from gose.authority.ledger import Action, AuthorityRecord
 from gose.settings import GoseSettings
 from secfunet.identity import Holder, der_of, pem_of, thumbprint
 from secfunet.service.files import write_atomically
@@ -37,8 +38,13 @@ def certify(
 
     Raises what ``read_request``, ``check_request`` and the authority raise; nothing is written then.
     """
-    key = check_request(read_request(request), holder)
-    authority = AuthorityFolder(settings.authority).certificate_authority
-    issued = der_of(authority.issue(holder, key, now=time.time(), valid=days * DAY, server_names=tuple(server_names)))
+    authority = AuthorityFolder(settings.authority)
+    role, name = holder
+    with authority.ledger.attempt(AuthorityRecord(Action.CERTIFICATE, "failed", role=role, name=name)):
+        key = check_request(read_request(request), holder)
+        certificate = authority.certificate_authority.issue(
+            holder, key, now=time.time(), valid=days * DAY, server_names=tuple(server_names)
+        )
+    issued = der_of(certificate)
     write_atomically(out, pem_of(issued), mode=0o644)
     return thumbprint(issued)

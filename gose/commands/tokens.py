@@ -10,6 +10,9 @@ from typing import Annotated
 import typer
 
 from gose.authority import AuthorityFolder
+from gose.authority.ledger import Action, AuthorityRecord
+from gose.authority.revocation import revoke_identity
+from gose.authority.revocation import revoke_token as revoke_one_token
 from gose.commands.options import CONFIG, ConfigOption, ValidOption, parse_operations
 from gose.registry import open_registry
 from gose.settings import GoseSettings
@@ -42,7 +45,8 @@ def issue_token(
     allowed = parse_operations(operations)
     settings = load_settings(GoseSettings, config)
     authority = AuthorityFolder(settings.authority)
-    with open_registry(settings.database) as registry:
+    attempt = AuthorityRecord(Action.TOKEN, "failed", role=Role.VM, name=vm, hypervisor=hypervisor)
+    with open_registry(settings.database) as registry, authority.ledger.attempt(attempt):
         token = authority.token_authority.issue(
             registry,
             vm=vm,
@@ -61,15 +65,17 @@ def issue_token(
 @revoke_app.command("token")
 def revoke_token(jti: str, config: ConfigOption = CONFIG) -> None:
     """Revoke one VM-Auth-Token; 'gose status' lists the JTIs."""
-    with open_registry(load_settings(GoseSettings, config).database) as registry:
-        registry.revoke_token(jti)
+    settings = load_settings(GoseSettings, config)
+    with open_registry(settings.database) as registry:
+        revoke_one_token(registry, AuthorityFolder(settings.authority).ledger, jti)
     typer.echo(f"token {jti} is revoked")
 
 
 def _revoker(role: Role) -> Callable[[str, Path], None]:
     def revoke(name: str, config: ConfigOption = CONFIG) -> None:
-        with open_registry(load_settings(GoseSettings, config).database) as registry:
-            revocations = registry.revoke_identity(role, name)
+        settings = load_settings(GoseSettings, config)
+        with open_registry(settings.database) as registry:
+            revocations = revoke_identity(registry, AuthorityFolder(settings.authority).ledger, role, name)
         for revocation in revocations:
             typer.echo(f"{role} {name}: {revocation.value} is revoked")
 

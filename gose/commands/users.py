@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from gose.authority import AuthorityFolder
+from gose.authority.ledger import Action, AuthorityRecord
 from gose.commands.options import CONFIG, ConfigOption
 from gose.commands.requests import certify
 from gose.registry import open_registry
@@ -46,7 +47,8 @@ def issue_token(
     """Pack a token into a container that this card alone opens, and takes once."""
     settings = load_settings(GoseSettings, config)
     authority = AuthorityFolder(settings.authority)
-    with open_registry(settings.database) as registry:
+    attempt = AuthorityRecord(Action.USER_TOKEN, "failed", detail=f"token {token}")
+    with open_registry(settings.database) as registry, authority.ledger.attempt(attempt):
         container = authority.user_token_authority.issue(
             registry,
             certificate=load_certificate(certificate.read_bytes()),

@@ -71,6 +71,13 @@ class AuditUnavailableError(AuditError):
         self.cause = cause
 
 
+class AuditBusyError(AuditUnavailableError):
+    """Another process writes this log."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path}: another process writes this log")
+
+
 class LogAction(StrEnum):
     """What a log records of itself, whichever program writes it."""
 
@@ -242,8 +249,8 @@ class AuditLog:
     def open(self, *, patience: float = 0.0) -> None:
         """Takes the lock, repairs a last line that a crash tore, and continues the chain.
 
-        ``patience``: seconds that another writer may have the log. Raises AuditBrokenError: another writer, records missing that the anchor
-        names, or a last record that is not what it was.
+        ``patience``: seconds that another writer may have the log. Raises AuditBusyError after that, AuditBrokenError (records that the
+        anchor names are missing, or the last record is not what it was), OSError.
         """
         lock_path = self._path.with_name(self._path.name + ".lock")
         self._lock = open_private(lock_path)
@@ -252,7 +259,7 @@ class AuditLog:
             if time.monotonic() >= until:
                 os.close(self._lock)
                 self._lock = -1
-                raise AuditBrokenError(self._path, "another process writes this log")
+                raise AuditBusyError(self._path)
             time.sleep(_LOCK_PAUSE)
         try:
             self._continue()

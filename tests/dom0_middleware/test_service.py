@@ -21,7 +21,7 @@ from dom0_middleware.orchestrator_authority import credential_paths
 from dom0_middleware.settings import MiddlewareSettings
 from dom0_middleware.state import RunRecord, StateError, StateStore
 from secfunet.middleware.v1 import orchestrator_pb2, orchestrator_pb2_grpc
-from secfunet.service.audit import AuditBrokenError
+from secfunet.service.audit import AuditBusyError
 from secfunet.service.files import UnsafeFileError
 from secfunet.service.settings import SettingsError, load_settings
 from secfunet.service.unix_socket import SocketInUse, SocketPathError
@@ -77,7 +77,7 @@ async def test_files_are_for_their_owner_alone(world: World) -> None:
 async def test_a_second_daemon_on_the_same_state_does_not_start(world: World) -> None:
     second = World.__new__(World)
     second.__dict__.update(world.__dict__)
-    with pytest.raises(AuditBrokenError):
+    with pytest.raises(AuditBusyError):
         await second.start()
 
 

@@ -16,6 +16,7 @@ import pytest_asyncio
 
 from gose.authority import CardAccess
 from gose.authority.binding import bind
+from gose.authority.ledger import unrecorded
 from gose.cards import CardWays
 from gose.overview import CardState, take_overview
 from gose.overview.text import as_text
@@ -136,7 +137,7 @@ async def test_a_card_of_a_node_is_bound_to_a_hypervisor(world: RemoteGrid) -> N
         with grid.registry() as registry:
             hypervisor = None if name is None else registry.named(Role.HYPERVISOR, name)
             profile = ContainerProfile.OAEP_PSS_SHA256
-            await bind(vm, hypervisor, "vm", access, registry, profile=profile, now=time.time())
+            await bind(vm, hypervisor, "vm", access, registry, profile=profile, now=time.time(), record=unrecorded)
 
     both = [user("grid-a", "vm-b", "web-b", allow=["personalise", "operate", "tls"])]
     async with world.node_running(users=both):
