@@ -9,6 +9,7 @@ import logging
 import sqlite3
 import ssl
 from collections.abc import Awaitable, Callable
+from hashlib import sha256
 from typing import Protocol
 
 from aiohttp import web
@@ -18,6 +19,7 @@ from gose.metrics import Metrics
 from gose.service_provider.guard import CORRELATION_KEY, clean_correlation
 from gose.settings import Address, Limits
 from gose.state import state_unavailable
+from secfunet.service.doorkeeper import DoorFullError, Doorkeeper, Visit, current_visit
 
 log = logging.getLogger(__name__)
 
@@ -70,25 +72,27 @@ class Door:
         )
         self._server: RunningServer | None = None
 
-    async def start_tls(self, address: Address, context: ssl.SSLContext) -> None:
+    async def start_tls(self, address: Address, context: ssl.SSLContext, keeper: Doorkeeper) -> None:
         """Listens with TLS. Raises OSError."""
+        loop = asyncio.get_running_loop()
 
-        async def start(factory: Callable[[], asyncio.Protocol]) -> RunningServer:
-            return await asyncio.get_running_loop().create_server(
-                factory,
-                address.host,
-                address.port,
+        async def serve(visit: Visit) -> None:
+            _, connection = await loop.connect_accepted_socket(
+                self._make_protocol,
+                visit.take(),
                 ssl=context,
                 ssl_handshake_timeout=self._limits.handshake_timeout,
                 ssl_shutdown_timeout=2.0,
-                reuse_address=True,
-                backlog=256,
             )
+            await connection.over()
+
+        async def start(_: Callable[[], asyncio.Protocol]) -> RunningServer:
+            return await keeper.open(self.name, serve, address.host, address.port, inside=self._limits.http_connections)
 
         await self.start(start)
 
     async def start(self, start_server: StartServer) -> None:
-        """Listens by ``start_server``, which is given the protocol factory."""
+        """Listens by ``start_server``, which is given the protocol factory and calls it in the task of a visit (``doorkeeper``)."""
         await self._runner.setup()
         self._server = await start_server(self._make_protocol)
 
@@ -105,15 +109,11 @@ class Door:
                 async with asyncio.timeout(self._limits.shutdown_timeout):
                     await self._server.wait_closed()
 
-    def _make_protocol(self) -> asyncio.Protocol:
+    def _make_protocol(self) -> _Connection:
         server = self._runner.server
         if server is None:
             raise RuntimeError("the door is not open")
-        return _Connection(self, server())
-
-    def admits(self) -> bool:
-        """Whether one more connection fits."""
-        return len(self._connections) < self._limits.http_connections
+        return _Connection(self, server(), current_visit())
 
     @web.middleware
     async def _middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -172,9 +172,12 @@ class Door:
 class _Connection(asyncio.Protocol):
     """Stands between transport and aiohttp's protocol; counts and times the connection."""
 
-    def __init__(self, door: Door, inner: asyncio.Protocol) -> None:
+    def __init__(self, door: Door, inner: asyncio.Protocol, visit: Visit | None) -> None:
         self._door = door
         self._inner = inner
+        self._visit = visit
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._full: DoorFullError | None = None
         self._requests = 0
         self._timers: list[asyncio.TimerHandle] = []
         self._transport: asyncio.Transport | None = None
@@ -183,11 +186,16 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         stream: asyncio.Transport = transport  # type: ignore[assignment] # stream servers make stream transports
         self._transport = stream
-        if not self._door.admits():
-            self._inner = asyncio.Protocol()
-            log.warning("too many connections", extra={"door": self._door.name})
-            stream.abort()
-            return
+        if self._visit is not None:
+            try:
+                # One hypervisor's connections are counted together, from wherever it calls; a stranger's by his address.
+                certificate = _certificate_of(stream)
+                self._visit.enter(sha256(certificate).hexdigest() if certificate else None)
+            except DoorFullError as error:
+                self._inner = asyncio.Protocol()
+                self._full = error
+                stream.abort()
+                return
         self._door._connections[transport] = self
         loop = asyncio.get_running_loop()
         # aiohttp times idle connections after their first request only, and never a head that trickles in.
@@ -201,7 +209,20 @@ class _Connection(asyncio.Protocol):
             timer.cancel()
         if self._transport is not None:
             self._door._connections.pop(self._transport, None)
+        if not self._over.done():
+            self._over.set_result(None)
         self._inner.connection_lost(exc)
+
+    async def over(self) -> None:
+        """Until the connection is; cancelled, it is ended at once. Raises DoorFullError."""
+        try:
+            await self._over
+        except asyncio.CancelledError:
+            if self._transport is not None:
+                self._transport.abort()
+            raise
+        if self._full is not None:
+            raise self._full
 
     def data_received(self, data: bytes) -> None:
         self._inner.data_received(data)
@@ -218,12 +239,17 @@ class _Connection(asyncio.Protocol):
     def request_begins(self) -> None:
         """A whole head has arrived."""
         self._requests += 1
+        if self._visit is not None:
+            self._visit.busy = True
         if self._timers:
             self._timers[0].cancel()
 
     def request_ends(self) -> None:
         """Its answer is made."""
         self._requests -= 1
+        if self._visit is not None:
+            self._visit.busy = self._requests > 0
+            self._visit.used_at = asyncio.get_running_loop().time()
 
     def _first_request_is_late(self) -> None:
         if self._transport is not None:
@@ -233,6 +259,13 @@ class _Connection(asyncio.Protocol):
         self.is_old = True
         if self._requests == 0 and self._transport is not None:
             self._transport.close()
+
+
+def _certificate_of(transport: asyncio.Transport) -> bytes | None:
+    """DER of the client's certificate: TLS of the library, or TLS-Tandem."""
+    tls = transport.get_extra_info("ssl_object")
+    certificate = tls.getpeercert(binary_form=True) if tls is not None else transport.get_extra_info("peercert")
+    return certificate if isinstance(certificate, bytes) else None
 
 
 def refusal_response(refusal: Refusal, *, status: int | None = None) -> web.Response:

@@ -50,6 +50,7 @@ from secfunet.openid.association import AssociationType, SessionType
 from secfunet.openid.effects import FetchPolicy
 from secfunet.openid.provider import CheckidRequest, OpenIdProvider
 from secfunet.openid.relying_party import RelyingParty
+from secfunet.service.doorkeeper import Doorkeeper
 from secfunet.service.files import naming, private_folder
 from secfunet.tandem.aio import start_tandem_server
 from secfunet.tandem.parameters import TandemParameters
@@ -87,6 +88,7 @@ class GridService:
         self.executor: Executor
         self.guard: Guard
         self._clock = clock
+        self._keeper = Doorkeeper(settings.limits.door_bounds())
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -206,6 +208,7 @@ class GridService:
         await endpoint.door.start_tls(
             settings.openid_provider.endpoint,
             server_context(keys.server_file(OPENID_PROVIDER)),
+            self._keeper,
         )
         login = Login(
             provider,
@@ -230,6 +233,8 @@ class GridService:
                 parameters=TandemParameters(alpn=("http/1.1",), clock=self._clock, patience=limits.peer_patience),
                 handshake_timeout=limits.handshake_timeout,
                 max_handshakes=limits.handshakes,
+                max_connections=limits.http_connections,
+                keeper=self._keeper,
             )
 
         await door.start(listen)
@@ -283,6 +288,7 @@ class GridService:
         await sessions_door.door.start_tls(
             settings.service_provider.https,
             server_context(keys.server_file(SERVICE_PROVIDER), client_authority=keys.ca_path),
+            self._keeper,
         )
 
     async def _open_operations(

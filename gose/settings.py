@@ -16,6 +16,7 @@ from secfunet.container import ProfileName
 from secfunet.racs.errors import RacsValueError
 from secfunet.racs.syntax import check_seid
 from secfunet.service.addresses import canonical_network
+from secfunet.service.doorkeeper import DoorBounds
 from secfunet.service.settings import FilePath, Settings
 
 
@@ -194,10 +195,23 @@ class Limits(Settings):
     longest_lease: Seconds = 30.0  # whoever holds a card longer loses it
     # --- HTTP
     http_body: Annotated[int, Field(ge=1024, le=2**24)] = 65536
-    http_connections: Count = 2048  # a door
+    http_connections: Count = 512  # a door, after their handshakes
     http_idle: Seconds = 75.0
     http_request_timeout: Seconds = 20.0  # head and body of one request
     shutdown_timeout: Seconds = 5.0
+    # --- strangers, at all doors together
+    silent_connections: Count = 1024  # that have not begun their handshake
+    talking_connections: Count = 256  # in their handshakes
+
+    def door_bounds(self) -> DoorBounds:
+        """For the doorkeeper."""
+        return DoorBounds(
+            silent=self.silent_connections,
+            talking=self.talking_connections,
+            silence=min(DoorBounds.silence, self.handshake_timeout),
+            # The doors' own bound comes first: it tells the peer why.
+            handshake=self.handshake_timeout + 1.0,
+        )
 
 
 class GoseSettings(Settings):

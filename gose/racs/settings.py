@@ -119,7 +119,7 @@ class UserSettings(Settings):
 class NodeLimits(Settings):
     """Bounds on what a node takes upon itself; times are seconds."""
 
-    connections: Count = 256  # at the same time, handshakes included
+    connections: Count = 256  # of users, at the same time; strangers have places of their own
     sessions_per_user: Count = 128
     handshake_timeout: Seconds = 10.0
     request_timeout: Seconds = 20.0  # from a request's first byte to its last

@@ -20,6 +20,8 @@ from secfunet.apdu import ApduError
 from secfunet.card.errors import CardError
 from secfunet.card.pool import CardPool
 from secfunet.errors import SecFuNetError
+from secfunet.service.doorkeeper import BACKLOG, DoorBounds, Doorkeeper, Doorway, Visit
+from secfunet.service.flood_log import FloodLog
 from secfunet.tandem.card_link import CardLink, EapCardLink
 from secfunet.tandem.connection import AskCard, AskState, Command, StartCard, TakeKeys, TandemConnection, TandemState
 from secfunet.tandem.errors import HandshakeTimeoutError, PeerStalledError
@@ -124,15 +126,20 @@ async def start_tandem_server(
     parameters: TandemParameters = DEFAULT_PARAMETERS,
     handshake_timeout: float = 10.0,
     max_handshakes: int = 64,
-    backlog: int = 128,
+    max_connections: int | None = None,
+    keeper: Doorkeeper | None = None,
 ) -> TandemServer:
     """Listen for TLS clients with the cards of ``pool`` as the server; every client must have a certificate that the card accepts.
 
-    ``protocol_factory`` is called when a client is authenticated. A connection that finds ``max_handshakes`` others in their handshake is
-    closed at once; one that needs more than ``handshake_timeout`` seconds, too.
+    ``protocol_factory`` is called when a client is authenticated, in the task of its visit (``secfunet.service.doorkeeper``). A connection
+    that finds ``max_handshakes`` others in their handshake is closed at once; one that needs more than ``handshake_timeout`` seconds, too.
+    ``keeper`` counts the connections of several doors together; None: one for this door alone.
     """
+    keeper = keeper or Doorkeeper(
+        DoorBounds(talking=4 * max_handshakes, silence=handshake_timeout, handshake=handshake_timeout + 1.0)
+    )
     server = TandemServer(protocol_factory, pool, parameters, handshake_timeout, max_handshakes)
-    await server.listen(host, port, sock, backlog)
+    await server.listen(keeper, host, port, sock, max_connections)
     return server
 
 
@@ -154,24 +161,27 @@ class TandemServer:
         self._max_handshakes = max_handshakes
         self._handshakes: dict[asyncio.Task[None], TandemTransport] = {}
         self._connections: set[TandemTransport] = set()
-        self._server: asyncio.Server | None = None
+        self._flood = FloodLog(_log)
+        self._doorway: Doorway | None = None
         self.handshakes_done = 0
         self.handshakes_failed = 0
         self.handshakes_refused = 0
         """Connections closed because too many handshakes were under way."""
 
-    async def listen(self, host: str | None, port: int | None, sock: socket.socket | None, backlog: int) -> None:
+    async def listen(
+        self, keeper: Doorkeeper, host: str | None, port: int | None, sock: socket.socket | None, inside: int | None
+    ) -> None:
         """Begin to accept; called once, by start_tandem_server()."""
-        loop = asyncio.get_running_loop()
         if sock is not None:
-            self._server = await loop.create_server(self._accept, sock=sock, backlog=backlog)
+            sock.listen(BACKLOG)
+            self._doorway = keeper.attend("tls-tandem", self._visited, [sock], inside=inside)
         else:
-            self._server = await loop.create_server(self._accept, host, port or 0, backlog=backlog)
+            self._doorway = await keeper.open("tls-tandem", self._visited, host, port or 0, inside=inside)
 
     @property
     def sockets(self) -> Sequence[Any]:
         """The listening sockets; empty when closed."""
-        return () if self._server is None else self._server.sockets
+        return () if self._doorway is None else self._doorway.sockets
 
     @property
     def connections(self) -> frozenset[TandemTransport]:
@@ -180,8 +190,8 @@ class TandemServer:
 
     def close(self) -> None:
         """Accept no more, and end the handshakes under way. Open connections stay."""
-        if self._server is not None:
-            self._server.close()
+        if self._doorway is not None:
+            self._doorway.close()
         for task in self._handshakes:
             task.cancel()
 
@@ -197,14 +207,8 @@ class TandemServer:
 
     async def wait_closed(self) -> None:
         """Wait until the listening sockets, the handshakes and the connections are closed; call close() before."""
-        tasks = list(self._handshakes)
-        if tasks:
-            await asyncio.wait(tasks)
-        if self._server is not None:
-            await self._server.wait_closed()
-        closed = [transport.closed for transport in self._connections]
-        if closed:
-            await asyncio.wait(closed)
+        if self._doorway is not None:
+            await self._doorway.wait_closed()
 
     async def __aenter__(self) -> TandemServer:
         return self
@@ -214,24 +218,34 @@ class TandemServer:
         self.close_connections()
         await self.wait_closed()
 
-    def _accept(self) -> asyncio.BaseProtocol:
+    async def _visited(self, visit: Visit) -> None:
         if len(self._handshakes) >= self._max_handshakes:
             self.handshakes_refused += 1
-            return _Refused()
+            return
         loop = asyncio.get_running_loop()
         transport = TandemTransport(TandemConnection("server", self._parameters), loop)
-        task = loop.create_task(self._serve(transport))
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a visit has one
         self._handshakes[task] = transport
-        task.add_done_callback(self._handshakes.pop)
-        return transport.wire
+        try:
+            await loop.connect_accepted_socket(lambda: transport.wire, visit.take())
+            await self._serve(transport, visit)
+        finally:
+            self._handshakes.pop(task, None)
+        try:
+            await asyncio.shield(transport.closed)
+        except asyncio.CancelledError:
+            transport.abort()
+            raise
 
-    async def _serve(self, transport: TandemTransport) -> None:
+    async def _serve(self, transport: TandemTransport, visit: Visit) -> None:
         try:
             async with asyncio.timeout(self._timeout), AsyncExitStack() as stack:
                 await _shake_hands(transport, self._pool, stack, timeout=self._timeout)
             self._connections.add(transport)
             transport.closed.add_done_callback(lambda _: self._connections.discard(transport))
             transport.open(self._protocol_factory())
+            visit.enter()
             self.handshakes_done += 1
         except asyncio.CancelledError:
             _give_up(transport)
@@ -243,22 +257,16 @@ class TandemServer:
         except (SecFuNetError, OSError) as error:
             self._failed(transport, error)
         except Exception as error:  # noqa: BLE001 - one connection's fault must not be the server's
-            _log.exception("a TLS-Tandem connection could not be served")
+            self._flood.exception("fault", "a TLS-Tandem connection could not be served", error=error)
             self._failed(transport, error)
 
     def _failed(self, transport: TandemTransport, error: Exception) -> None:
         self.handshakes_failed += 1
         peer = transport.get_extra_info("peername")
-        _log.info("TLS-Tandem handshake with %s failed: %s", peer, error)
+        self._flood.info(
+            type(error).__name__, "a TLS-Tandem handshake failed", {"peer": str(peer), "cause": str(error)}
+        )
         _give_up(transport)
-
-
-class _Refused(asyncio.Protocol):
-    """Closes a connection as soon as it is made."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if isinstance(transport, asyncio.WriteTransport):
-            transport.abort()
 
 
 def _give_up(transport: TandemTransport) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import ssl
 import subprocess
@@ -271,12 +272,36 @@ async def test_connections_and_sessions_are_bounded(node: TestNode) -> None:
             with pytest.raises(OSError):
                 await asyncio.open_connection(*service.address, ssl=node.context("other"), server_hostname="localhost")
             await settle(lambda: refusals(service).get("too many connections") == 1)
-        await settle(lambda: len(service._connections) == 2)
-        # Somebody who says nothing has a place for the time of a handshake only.
+        # Somebody who says nothing has a place among strangers, for the time of a handshake only.
         _, silent = await asyncio.open_connection(*service.address)
-        await settle(lambda: len(service._connections) == 3)
-        await settle(lambda: len(service._connections) == 2)
+        await settle(lambda: len(service.keeper.silent) == 1)
+        await settle(lambda: len(service.keeper.silent) == 0)
         silent.close()
+
+
+async def test_strangers_take_no_place_of_a_user_and_fill_no_log(
+    node: TestNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with contextlib.AsyncExitStack() as stack:
+        service = await stack.enter_async_context(node.running(users=GRID, connections=32))
+        for number in range(400):
+            _, writer = await asyncio.open_connection(*service.address)
+            writer.write(b"\x16" if number % 2 else b"")
+            stack.callback(writer.close)
+        for _ in range(3):
+            async with talking(service, node.context("grid-a")) as talker:
+                assert await talker.code(Echo("x")) == 9
+        caplog.clear()
+        for _ in range(200):
+            _, writer = await asyncio.open_connection(*service.address)
+            writer.write(b"GET / HTTP/1.1\r\n\r\n")
+            writer.close()
+        await asyncio.sleep(0.2)
+        assert len(caplog.records) < 20, [record.message for record in caplog.records]
+
+
+async def test_sessions_of_a_user_are_bounded(node: TestNode) -> None:
     async with node.running(users=GRID, sessions_per_user=1) as service, talking(service, node.context("other")) as one:
         assert await one.code(Echo("x")) == 9
         assert await refused_over(service, node.context("other")) == b""

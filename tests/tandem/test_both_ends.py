@@ -20,6 +20,8 @@ from tests.tandem.conftest import Pools
 
 VERSIONS = pytest.mark.parametrize("version", [TLS_1_2, TLS_1_3], ids=["tls12", "tls13"])
 
+PART_OF_A_HELLO = bytes.fromhex("16030100050100010003")  # a whole record
+
 
 class Echo(asyncio.Protocol):
     """Sends everything back in capitals."""
@@ -198,6 +200,10 @@ async def test_a_silent_server_and_a_silent_client_run_into_the_deadline(pools: 
     server.close()
     async with await start_tandem_server(Echo, pools.server(), host="127.0.0.1", handshake_timeout=0.3) as listener:
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(listener))
+        assert await asyncio.wait_for(reader.read(), 5) == b"", "nothing is said to who says nothing"
+        writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(listener))
+        writer.write(PART_OF_A_HELLO)
         alert = await asyncio.wait_for(reader.read(), 5)
         assert alert[0] == 21
         writer.close()
@@ -208,8 +214,11 @@ async def test_a_silent_server_and_a_silent_client_run_into_the_deadline(pools: 
 async def test_too_many_handshakes_at_once(pools: Pools) -> None:
     async with await start_tandem_server(Echo, pools.server(), host="127.0.0.1", max_handshakes=2) as listener:
         idle = [await asyncio.open_connection("127.0.0.1", port_of(listener)) for _ in range(2)]
+        for _, each in idle:
+            each.write(PART_OF_A_HELLO)
         await asyncio.sleep(0.05)
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(listener))
+        writer.write(PART_OF_A_HELLO)
         with contextlib.suppress(ConnectionResetError):
             assert await asyncio.wait_for(reader.read(), 5) == b""
         assert listener.handshakes_refused == 1

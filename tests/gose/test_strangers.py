@@ -1,0 +1,75 @@
+"""Strangers at the grid's doors: connections that say nothing, or next to nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+import pytest
+
+from secfunet.gose.v1 import service_provider_pb2 as pb
+from tests.gose.grid import TestGrid, sign_operation
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+DOORS = ["sessions", "operations", "openid endpoint", "openid login"]
+
+
+def port_of(grid: TestGrid, door: str) -> int:
+    return {
+        "sessions": grid.settings.service_provider.https,
+        "operations": grid.settings.service_provider.grpc,
+        "openid endpoint": grid.settings.openid_provider.endpoint,
+        "openid login": grid.settings.openid_provider.login,
+    }[door].port
+
+
+@contextlib.asynccontextmanager
+async def flood(port: int, count: int, word: bytes = b"") -> AsyncIterator[None]:
+    """``count`` connections that say ``word`` and nothing more, opened again whenever one is closed."""
+
+    async def one() -> None:
+        while True:
+            try:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(word)
+                with contextlib.suppress(OSError):
+                    await reader.read()
+                writer.transport.abort()
+            except OSError:
+                pass
+            await asyncio.sleep(0.05)
+
+    tasks = [asyncio.create_task(one()) for _ in range(count)]
+    await asyncio.sleep(0.5)
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_silent_strangers_keep_nobody_out(grid: TestGrid, door: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with (
+        grid.running(silent_connections=32, talking_connections=32),
+        flood(port_of(grid, door), 100),
+        flood(port_of(grid, door), 60, b"\x16\x03\x01"),
+    ):
+        caplog.clear()
+        began = asyncio.get_running_loop().time()
+        session = await grid.session("vm-1", "hv-a")
+        async with grid.channel("hv-a") as channel:
+            answer = await grid.stub(channel).Execute(
+                pb.ExecuteRequest(operations=[sign_operation()]),
+                metadata=(("secfunet-session", session["session"]),),
+                timeout=20,
+            )
+        assert not answer.failures
+        seconds = asyncio.get_running_loop().time() - began
+        floods = [record for record in caplog.records if hasattr(record, "times")]
+        assert len(floods) <= 8 * (seconds + 1), [record.message for record in floods]
