@@ -33,7 +33,6 @@ from dom0_middleware.libvirt_hypervisor import LibvirtHypervisor
 from dom0_middleware.metrics import Metrics
 from dom0_middleware.orchestrator_authority import OrchestratorAuthority
 from dom0_middleware.policy import Policy
-from dom0_middleware.refusals import RefusalMeter
 from dom0_middleware.runs import Runs
 from dom0_middleware.sessions import Grid, VmSessions
 from dom0_middleware.settings import MiddlewareSettings
@@ -43,6 +42,7 @@ from dom0_middleware.vms import Vms
 from secfunet.errors import SecFuNetError
 from secfunet.middleware.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from secfunet.service.files import private_folder
+from secfunet.service.flood_log import FloodLog
 from secfunet.service.settings import SettingsError
 from secfunet.service.unix_socket import move_into_place
 
@@ -82,7 +82,7 @@ class MiddlewareService:
         state = private_folder(settings.state)
         authority = GuestAuthority.load(state, clock=clock, agent_lifetime=settings.limits.agent_certificate_lifetime)
         self._orchestrator_authority = OrchestratorAuthority.load(state, clock=clock)
-        self._channel_refusals = RefusalMeter(monotonic)
+        self._channel_refusals = FloodLog(monotonic=monotonic)
         self._store = StateStore(state / "state.sqlite")
         self.metrics = Metrics()
         self.audit = open_audit_log(settings.audit_file, clock=clock, sync_interval=settings.audit.sync_interval)
@@ -223,9 +223,8 @@ class MiddlewareService:
     def _channel_refused(self, uuid: str, why: str) -> None:
         """A connection that is not the domain's came to its channel."""
         self.metrics.refused_calls.labels(reason=str(Reason.CHANNEL_FOREIGN)).inc()
-        note = self._channel_refusals.admit()
-        if note is not None:
-            detail = "; ".join(part for part in (why, note) if part)
+        if times := self._channel_refusals.count(uuid):
+            detail = why if times == 1 else f"{why} ({times} times)"
             with contextlib.suppress(MiddlewareError):
                 self.audit.record(
                     DomainRecord(

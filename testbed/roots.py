@@ -12,7 +12,7 @@ MANY_GENERATORS = ("systemd-fstab-generator", "systemd-run-generator")
 HOST_MODULES = (
     *("virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "ext4", "crc32c_generic", "bridge", "tun", "loop"),
     *("xenfs", "xen-evtchn", "xen-gntdev", "xen-gntalloc", "xen-privcmd", "xen-netback", "xen-blkback"),
-    *("nf_tables", "overlay", "isofs", "vfat", "nls_cp437", "nls_ascii"),
+    *("nf_tables", "sch_ingress", "cls_bpf", "overlay", "isofs", "vfat", "nls_cp437", "nls_ascii"),
 )
 GUEST_MODULES = (
     *("xenfs", "xen-evtchn", "xen-gntdev", "xen-gntalloc", "xen-privcmd", "xen-netfront", "xen-blkfront"),

@@ -66,6 +66,10 @@ class DomainFolders:
             if path.name not in keep and UUID.fullmatch(path.name):
                 self.remove(path.name)
 
+    def uuids(self) -> tuple[str, ...]:
+        """Domains that have a folder."""
+        return tuple(path.name for path in self._folder.iterdir() if UUID.fullmatch(path.name))
+
     def path(self, uuid: str) -> Path:
         """Raises ChannelError for what is no UUID."""
         if not UUID.fullmatch(uuid):

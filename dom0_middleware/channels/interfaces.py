@@ -2,7 +2,8 @@
 
 Three facts have to agree, none of which a guest can set for another: the domain's interfaces as the toolstack made them (their back ends in
 xenstore, dom0's own), the neighbour table (which MAC address answered for the source address), and the bridge's forwarding table (at which
-interface that MAC address was last seen). Whatever is missing or ambiguous speaks against the caller.
+interface that MAC address was last seen). Whatever is missing or ambiguous speaks against the caller. The bridge is asked for the domain's
+own MAC addresses only: what it learned from others is theirs to make as long as they like.
 """
 
 from __future__ import annotations
@@ -15,20 +16,14 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
 
-from dom0_middleware.errors import MiddlewareError, Reason
+from dom0_middleware.channels.iproute import FactsUnavailable
+from dom0_middleware.channels.iproute import output as _output
 from secfunet.xen.errors import XenError
 from secfunet.xen.xenstore import Xenstore
 
-MAX_TABLE = 1 << 20  # bytes of a table's text
-TIMEOUT = 10.0  # seconds for a program to print a table
+MAX_TABLE = 1 << 16  # bytes of a table's text
+MAX_INTERFACES = 16  # of one domain
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
-
-
-class FactsUnavailable(MiddlewareError):
-    """The tables cannot be read."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(Reason.HYPERVISOR_UNAVAILABLE, problem)
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,7 @@ def parse_neighbours(untrusted: bytes) -> frozenset[str]:
 
 
 def parse_forwarding(untrusted: bytes) -> Mapping[str, frozenset[str]]:
-    """What ``bridge -json fdb show`` learned: MAC address -> interfaces. Raises FactsUnavailable for what is no table."""
+    """What ``bridge -json fdb get`` says of a MAC address: MAC address -> interfaces. Raises FactsUnavailable for what is no table."""
     seen: dict[str, set[str]] = {}
     for entry in _table(untrusted):
         mac, interface = _mac(entry.get("mac")), entry.get("ifname")
@@ -82,12 +77,25 @@ def parse_forwarding(untrusted: bytes) -> Mapping[str, frozenset[str]]:
 
 async def read_facts(domain_id: int, source: str, bridge: str) -> BridgeFacts:
     """The facts of now. Raises FactsUnavailable."""
-    interfaces, neighbours, forwarding = await asyncio.gather(
-        asyncio.to_thread(_back_ends, domain_id),
-        _output("ip", "-json", "neigh", "show", "to", source, "dev", bridge),
-        _output("bridge", "-json", "fdb", "show", "br", bridge),
+    interfaces, neighbours = await asyncio.gather(
+        back_ends(domain_id), _output("ip", "-json", "neigh", "show", "to", source, "dev", bridge)
     )
-    return BridgeFacts(interfaces, parse_neighbours(neighbours), parse_forwarding(forwarding))
+    forwarding: dict[str, frozenset[str]] = {}
+    for found in await asyncio.gather(*(_forwarding(mac, bridge) for mac in set(interfaces.values()))):
+        forwarding.update(found)
+    return BridgeFacts(interfaces, parse_neighbours(neighbours), forwarding)
+
+
+async def back_ends(domain_id: int) -> Mapping[str, str]:
+    """The back ends of a domain's interfaces in dom0, and their MAC addresses. Raises FactsUnavailable."""
+    return await asyncio.to_thread(_back_ends, domain_id)
+
+
+async def _forwarding(mac: str, bridge: str) -> Mapping[str, frozenset[str]]:
+    try:
+        return parse_forwarding(await _output("bridge", "-json", "fdb", "get", mac, "br", bridge))
+    except FactsUnavailable:
+        return {}  # it says so, too, of an address that it never saw
 
 
 def _back_ends(domain_id: int) -> Mapping[str, str]:
@@ -95,35 +103,13 @@ def _back_ends(domain_id: int) -> Mapping[str, str]:
     found = {}
     try:
         with Xenstore() as xenstore:
-            for number in xenstore.list(folder):
+            for number in xenstore.list(folder)[:MAX_INTERFACES]:
                 mac = _mac((xenstore.read(f"{folder}/{number}/mac") or b"").decode("ascii", "replace"))
                 if mac:
                     found[f"vif{domain_id}.{number}"] = mac
     except XenError as error:
         raise FactsUnavailable(f"the domain's interfaces are not known: {error}") from error
     return found
-
-
-async def _output(*command: str) -> bytes:
-    try:
-        async with asyncio.timeout(TIMEOUT):
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.DEVNULL,
-            )
-            try:
-                output, _ = await process.communicate()
-            except BaseException:
-                process.kill()
-                await process.wait()
-                raise
-    except (OSError, TimeoutError) as error:
-        raise FactsUnavailable(f"{command[0]} cannot be asked: {error}") from error
-    if process.returncode != 0:
-        raise FactsUnavailable(f"{' '.join(command)} ended with {process.returncode}")
-    return output
 
 
 def _table(untrusted: bytes) -> list[dict[str, Any]]:

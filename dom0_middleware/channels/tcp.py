@@ -2,6 +2,9 @@
 
 Mutual TLS says who calls, as everywhere; before a byte of it, and again while a connection lasts, the connection's source must be the
 domain's by what the hypervisor and the bridge say (``interfaces``). gRPC itself listens on Unix sockets only.
+
+What others send must not decide about a domain: who has not its address is gone before anything is asked (``door``), and what the bridge
+knows of the domain is not for its neighbours to change (``pinning``).
 """
 
 from __future__ import annotations
@@ -10,24 +13,40 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
+from dom0_middleware.channels.door import Door
 from dom0_middleware.channels.folder import DomainFolders
-from dom0_middleware.channels.interfaces import BridgeFacts, FactsUnavailable, objection, read_facts
-from dom0_middleware.channels.port import ChannelAddresses, ChannelDomain, ChannelError, ChannelStatus, JoinInformation
+from dom0_middleware.channels.interfaces import BridgeFacts, back_ends, objection, read_facts
+from dom0_middleware.channels.iproute import FactsUnavailable
+from dom0_middleware.channels.pinning import Pinning
+from dom0_middleware.channels.port import (
+    ChannelAddresses,
+    ChannelDomain,
+    ChannelError,
+    ChannelState,
+    ChannelStatus,
+    JoinInformation,
+)
 from dom0_middleware.channels.xenstore_join import XenstoreJoin
 from secfunet.service.files import write_atomically
+from secfunet.service.flood_log import FloodLog
+from secfunet.xen.budget import Budget
 
 log = logging.getLogger(__name__)
 
 CHECK_INTERVAL = 10.0  # seconds between looks at the source of a connection that lasts
-MAX_CONNECTIONS = 16  # of one domain's port, accepted and not yet checked or closed
+FACTS_AGE = 1.0  # seconds for which what the tables said is believed
+MAX_CONNECTIONS = 16  # of one domain, each port
 _READ_SIZE = 65536
-_PORTS_FILE = "ports.json"
+_CLOSE_TIMEOUT = 1.0  # seconds
+_PORTS_FILE, _PIN_FILE = "ports.json", "pin.json"
 
 Refused = Callable[[str, str], None]
 """Told of each connection that is refused: the UUID of the domain whose port it was, and why."""
@@ -36,10 +55,23 @@ ReadFacts = Callable[[int, str, str], Awaitable[BridgeFacts]]
 
 
 @dataclass
-class _Door:
+class _Ports:
+    """Of one domain. ``asked``: when its facts were read, and what was found against it then ("": nothing)."""
+
     domain: ChannelDomain
-    servers: list[asyncio.Server] = field(default_factory=list)
+    doors: list[Door] = field(default_factory=list)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    looking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    asked: tuple[float, str] = (float("-inf"), "")
+    budget: Budget = field(default_factory=Budget)
+    since: float = field(default_factory=time.time)
+    relayed: int = 0
+
+    def count(self, more: int) -> None:
+        """``more`` connections are relayed."""
+        if bool(self.relayed) != bool(self.relayed + more):
+            self.since = time.time()
+        self.relayed += more
 
 
 class TcpChannel:
@@ -57,6 +89,7 @@ class TcpChannel:
         refused: Refused,
         facts: ReadFacts = read_facts,
         check_interval: float = CHECK_INTERVAL,
+        facts_age: float = FACTS_AGE,
     ) -> None:
         self._folders = DomainFolders(folder)
         self._join = XenstoreJoin()
@@ -66,7 +99,10 @@ class TcpChannel:
         self._refused = refused
         self._facts = facts
         self._check_interval = check_interval
-        self._doors: dict[str, _Door] = {}
+        self._facts_age = facts_age
+        self._pinning = Pinning(bridge, address)
+        self._flood = FloodLog(log)
+        self._ports_of: dict[str, _Ports] = {}
 
     async def open(self, domain: ChannelDomain) -> ChannelAddresses:
         self._folders.make(domain.uuid)
@@ -81,7 +117,9 @@ class TcpChannel:
         return ""
 
     def status(self, uuid: str) -> ChannelStatus:
-        return ChannelStatus()
+        if (ports := self._ports_of.get(uuid)) is None:
+            return ChannelStatus()
+        return ChannelStatus(ChannelState.OPEN if ports.relayed else ChannelState.WAITING, ports.since)
 
     async def hand_over(self, join: JoinInformation) -> None:
         await self._join.hand_over(join)
@@ -93,72 +131,97 @@ class TcpChannel:
         await self._join.erase(uuid)
         self._join.forget(uuid)
         await self._shut(uuid)
+        await self._unpin(uuid)
         self._folders.remove(uuid)
 
     async def sweep(self, running: Iterable[str]) -> None:
-        self._folders.sweep(running)
+        keep = set(running)
+        for uuid in self._folders.uuids():
+            if uuid not in keep:
+                await self._unpin(uuid)
+        self._folders.sweep(keep)
 
     async def stop(self) -> None:
-        for uuid in list(self._doors):
+        for uuid in list(self._ports_of):
             await self._shut(uuid)
 
     async def _listen(self, domain: ChannelDomain, wanted: tuple[int, ...]) -> ChannelAddresses:
         if domain.domain_id is None or not domain.address:
             raise ChannelError("a VM that is reached by TCP needs an address: create it with one")
-        door = self._doors[domain.uuid] = _Door(domain)
-        ports = []
-        for index, socket in enumerate(self._folders.sockets(domain.uuid)):
-            server, port = await self._listen_at(door, socket, wanted[index : index + 1] or tuple(self._ports))
-            door.servers.append(server)
-            ports.append(port)
-        write_atomically(self._folders.path(domain.uuid) / _PORTS_FILE, json.dumps(ports).encode())
+        await self._pin(domain)
+        ports = self._ports_of[domain.uuid] = _Ports(domain)
+        numbers = []
+        for index, path in enumerate(self._folders.sockets(domain.uuid)):
+            door, number = await self._listen_at(ports, path, wanted[index : index + 1] or tuple(self._ports))
+            ports.doors.append(door)
+            numbers.append(number)
+        write_atomically(self._folders.path(domain.uuid) / _PORTS_FILE, json.dumps(numbers).encode())
         self._join.domain(domain.uuid, domain.domain_id)
         host = f"[{self._address}]" if ip_address(self._address).version == 6 else self._address
         enrol, agent = self._folders.sockets(domain.uuid)
         return ChannelAddresses(
             f"unix:{enrol}",
             f"unix:{agent}",
-            guest_enrol=f"tcp:{host}:{ports[0]}",
-            guest_agent=f"tcp:{host}:{ports[1]}",
+            guest_enrol=f"tcp:{host}:{numbers[0]}",
+            guest_agent=f"tcp:{host}:{numbers[1]}",
         )
 
-    async def _listen_at(self, door: _Door, socket: Path, ports: Iterable[int]) -> tuple[asyncio.Server, int]:
-        accept = partial(self._accept, door, socket)
-        for port in ports:
+    async def _listen_at(self, ports: _Ports, path: Path, numbers: Iterable[int]) -> tuple[Door, int]:
+        for number in numbers:
             with contextlib.suppress(OSError):
-                server = await asyncio.start_server(accept, self._address, port, backlog=MAX_CONNECTIONS)
-                return server, port
-        await self._shut(door.domain.uuid)
+                door = Door(
+                    self._address,
+                    number,
+                    entitled=ports.domain.address,
+                    welcome=partial(self._welcome, ports, path),
+                    stranger=partial(self._meet, ports),
+                    no_room=self._note_no_room,
+                )
+                return door, number
+        await self._shut(ports.domain.uuid)
         raise ChannelError(f"no port of the range is free at {self._address} (is that an address of this host?)")
 
-    async def _accept(
-        self, door: _Door, socket: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        task = asyncio.current_task()
-        assert task is not None  # asyncio runs this in one  # noqa: S101
-        door.tasks.add(task)
-        task.add_done_callback(door.tasks.discard)
-        source = str(writer.get_extra_info("peername")[0])
+    def _meet(self, ports: _Ports, source: str) -> None:
+        self._refuse(ports, "stranger", f"it comes from {source}, the domain's address is {ports.domain.address}")
+
+    def _note_no_room(self, error: OSError) -> None:
+        self._flood.warning("no room", f"a connection of a domain cannot be taken: {error.strerror}")
+
+    def _welcome(self, ports: _Ports, path: Path, connection: socket.socket) -> None:
+        """From the domain's address; whether it is the domain's is looked at now."""
+        if len(ports.tasks) >= 2 * MAX_CONNECTIONS:
+            connection.close()
+            self._refuse(ports, "many", "it has too many connections")
+            return
+        task = asyncio.ensure_future(self._serve(ports, path, connection))
+        ports.tasks.add(task)
+        task.add_done_callback(ports.tasks.discard)
+        # Also of a task that was cancelled before it began.
+        task.add_done_callback(lambda _: connection.close())
+
+    async def _serve(self, ports: _Ports, path: Path, connection: socket.socket) -> None:
         try:
-            if len(door.tasks) > 2 * MAX_CONNECTIONS:
-                self._refuse(door, "it has too many connections")
-            elif not (why := await self._objection(door, source)):
-                await self._relay(door, socket, source, reader, writer)
-            else:
-                self._refuse(door, why)
+            if why := await self._objection(ports):
+                self._refuse(ports, "foreign", why)
+                return
+            reader, writer = await asyncio.open_connection(sock=connection)
+            ports.count(1)
+            try:
+                await self._relay(ports, path, reader, writer)
+            finally:
+                ports.count(-1)
+                writer.transport.abort()
         except OSError:
             pass  # either side is gone
-        finally:
-            writer.close()
 
     async def _relay(
-        self, door: _Door, socket: Path, source: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, ports: _Ports, path: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        inner_reader, inner_writer = await asyncio.open_unix_connection(socket)
+        inner_reader, inner_writer = await asyncio.open_unix_connection(path)
         work = [
-            asyncio.ensure_future(_copy(reader, inner_writer)),
+            asyncio.ensure_future(_copy(reader, inner_writer, ports.budget)),
             asyncio.ensure_future(_copy(inner_reader, writer)),
-            asyncio.ensure_future(self._watch(door, source)),
+            asyncio.ensure_future(self._watch(ports)),
         ]
         try:
             await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
@@ -166,44 +229,89 @@ class TcpChannel:
             for task in work:
                 task.cancel()
             await asyncio.gather(*work, return_exceptions=True)
-            inner_writer.close()
+            await _finish(writer)
+            inner_writer.transport.abort()
 
-    async def _watch(self, door: _Door, source: str) -> None:
+    async def _watch(self, ports: _Ports) -> None:
         """Returns once the connection is not the domain's any more."""
         while True:
             await asyncio.sleep(self._check_interval)
-            if why := await self._objection(door, source):
-                self._refuse(door, f"while it was open: {why}")
+            if why := await self._objection(ports):
+                self._refuse(ports, "foreign", f"while it was open: {why}")
                 return
 
-    async def _objection(self, door: _Door, source: str) -> str:
-        if door.domain.domain_id is None:
+    async def _objection(self, ports: _Ports) -> str:
+        """What speaks against connections from the domain's address now; what was found a moment ago counts."""
+        domain = ports.domain
+        if domain.domain_id is None:
             return "the domain has no number"
-        try:
-            facts = await self._facts(door.domain.domain_id, source, self._bridge)
-        except FactsUnavailable as error:
-            return str(error)
-        return objection(source, door.domain.address, facts)
+        clock = asyncio.get_running_loop().time
+        async with ports.looking:
+            at, why = ports.asked
+            if clock() - at >= self._facts_age:
+                try:
+                    facts = await self._facts(domain.domain_id, domain.address, self._bridge)
+                    why = objection(domain.address, domain.address, facts)
+                except FactsUnavailable as error:
+                    why = str(error)
+                ports.asked = clock(), why
+        return why
 
-    def _refuse(self, door: _Door, why: str) -> None:
-        log.warning("a connection to a domain's port is refused: %s", why, extra={"vm": door.domain.uuid})
-        self._refused(door.domain.uuid, why)
+    def _refuse(self, ports: _Ports, reason: str, why: str) -> None:
+        self._flood.warning(reason, "a connection to a domain's port is refused", {"vm": ports.domain.uuid, "why": why})
+        self._refused(ports.domain.uuid, why)
+
+    async def _pin(self, domain: ChannelDomain) -> None:
+        assert domain.domain_id is not None  # noqa: S101 - looked at before
+        try:
+            interfaces = await back_ends(domain.domain_id)
+        except FactsUnavailable as error:
+            log.warning("a domain's interfaces cannot be told to the bridge: %s", error, extra={"vm": domain.uuid})
+            return
+        pin = {"address": domain.address, "interfaces": dict(interfaces)}
+        write_atomically(self._folders.path(domain.uuid) / _PIN_FILE, json.dumps(pin).encode())
+        await self._pinning.pin(domain.address, interfaces)
+
+    async def _unpin(self, uuid: str) -> None:
+        """What an earlier process of this daemon pinned, too: it is in the domain's folder."""
+        address, interfaces = _read_pin(self._folders.path(uuid) / _PIN_FILE)
+        if address:
+            await self._pinning.unpin(address, interfaces)
 
     async def _shut(self, uuid: str) -> None:
-        door = self._doors.pop(uuid, None)
-        if door is None:
+        ports = self._ports_of.pop(uuid, None)
+        if ports is None:
             return
-        for server in door.servers:
-            server.close()
-        for task in door.tasks:
+        for door in ports.doors:
+            door.close()
+        for task in ports.tasks:
             task.cancel()
-        await asyncio.gather(*door.tasks, return_exceptions=True)
+        await asyncio.gather(*ports.tasks, return_exceptions=True)
 
 
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, budget: Budget | None = None) -> None:
+    """Until its end. With a ``budget``, no faster than that: a guest that always has more must not keep the loop."""
     while data := await reader.read(_READ_SIZE):
         writer.write(data)
         await writer.drain()
+        await asyncio.sleep(budget.spend(1, 0, len(data)) if budget is not None else 0)
+
+
+async def _finish(writer: asyncio.StreamWriter) -> None:
+    """What is left for the guest is sent, if it takes it in time."""
+    writer.close()
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(_CLOSE_TIMEOUT):
+            await writer.wait_closed()
+
+
+def _read_pin(path: Path) -> tuple[str, Mapping[str, str]]:
+    try:
+        raw = json.loads(path.read_bytes())
+        address, interfaces = str(ip_address(raw["address"])), raw["interfaces"]
+        return address, {str(name): str(mac) for name, mac in interfaces.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return "", {}
 
 
 def _read_ports(path: Path) -> tuple[int, ...]:

@@ -6,21 +6,24 @@ import asyncio
 import contextlib
 import json
 import shutil
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dom0_middleware.channels.door import attach
 from dom0_middleware.channels.interfaces import (
     BridgeFacts,
-    FactsUnavailable,
     objection,
     parse_forwarding,
     parse_neighbours,
 )
+from dom0_middleware.channels.iproute import FactsUnavailable
 from dom0_middleware.channels.port import ChannelDomain, ChannelError
 from dom0_middleware.channels.tcp import TcpChannel
 
@@ -130,6 +133,7 @@ async def channel(folder: Path, bridge: Bridge) -> AsyncIterator[tuple[TcpChanne
         refused=lambda uuid, why: bridge.refused.append((uuid, why)),
         facts=bridge.read,
         check_interval=0.05,
+        facts_age=0.0,
     )
     addresses = await tcp.open(ChannelDomain(UUID, 3, ADDRESS))
 
@@ -196,6 +200,68 @@ async def test_ports_are_the_same_after_a_restart(folder: Path) -> None:
         await tcp.stop()
         addresses = await tcp.reopen(ChannelDomain(UUID, 3, ADDRESS))
         assert addresses.guest_agent == f"tcp:{ADDRESS}:{port}"
+
+
+async def test_a_stranger_is_gone_before_anything_is_asked(folder: Path) -> None:
+    """By its address alone; beside as many of them as come, the domain is served."""
+    bridge = Bridge()
+    looks = 0
+    read = bridge.read
+
+    async def count(domain_id: int, source: str, name: str) -> BridgeFacts:
+        nonlocal looks
+        looks += 1
+        return await read(domain_id, source, name)
+
+    bridge.read = count  # type: ignore[method-assign]
+    async with channel(folder, bridge) as (tcp, port):
+        for _ in range(40):
+            with contextlib.suppress(ConnectionError):  # as soon as it was made, or while it is
+                reader, writer = await asyncio.open_connection(ADDRESS, port, local_addr=("127.0.0.2", 0))
+                async with asyncio.timeout(5):
+                    assert await reader.read() == b""
+                writer.close()
+        assert looks == 0
+        assert len(bridge.refused) == 40
+        assert await answer(port) == b"hello"
+        assert tcp.status(UUID).state in ("open", "waiting")
+
+
+@pytest.mark.parametrize(("own", "other"), [("127.0.0.1", "127.0.0.2"), ("::1", "::2")])
+async def test_the_kernel_drops_strangers_once_there_are_many(own: str, other: str) -> None:
+    """``entitled`` is one address; the filter lets it pass and no other."""
+    for entitled, passes in ((own, True), (other, False)):
+        with socket.socket(socket.AF_INET6 if ":" in own else socket.AF_INET) as listener:
+            listener.bind((own, 0))
+            listener.listen()
+            attach(listener, ip_address(entitled))
+            with socket.socket(listener.family) as client:
+                client.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    client.connect((own, listener.getsockname()[1]))
+                await asyncio.sleep(0.1)
+                listener.setblocking(False)
+                try:
+                    listener.accept()[0].close()
+                    came = True
+                except BlockingIOError:
+                    came = False
+        assert came is passes
+
+
+async def test_one_that_floods_its_own_port_is_served_at_a_rate(folder: Path) -> None:
+    bridge = Bridge()
+    async with channel(folder, bridge) as (_, port):
+        clients = [socket.socket() for _ in range(300)]
+        for client in clients:
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                client.connect((ADDRESS, port))
+        await asyncio.sleep(0.3)
+        assert len(bridge.refused) < 100
+        assert {why for _, why in bridge.refused} == {"it has too many connections"}
+        for client in clients:
+            client.close()
 
 
 async def test_a_domain_without_an_address_has_no_tcp_channel(folder: Path) -> None:
