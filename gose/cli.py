@@ -14,12 +14,14 @@ from gose.authority.errors import (
     AuthorityDamagedError,
     AuthorityExistsError,
     AuthorityMissingError,
+    CardInUseError,
     IssuanceError,
     TokenNotIssuedError,
 )
 from gose.commands import audit, authority, binding, enrolment, racs, running, tokens, users
 from gose.racs.tls import TlsFilesError
 from gose.registry import AlreadyEnrolledError, NotEnrolledError
+from gose.running import AlreadyRunningError
 from secfunet.apdu import ApduError
 from secfunet.card.errors import CardBusyError, CardError, CardFormatError, CardGoneError
 from secfunet.identity import IdentityError
@@ -63,6 +65,7 @@ def main() -> None:
             NotEnrolledError: ExitCode.DATA,
             AlreadyEnrolledError: ExitCode.REFUSED,
             TokenNotIssuedError: ExitCode.REFUSED,
+            CardInUseError: ExitCode.UNAVAILABLE,
             NoCredentialsError: ExitCode.CONFIG,
             CardFormatError: ExitCode.DATA,
             CardGoneError: ExitCode.UNAVAILABLE,
@@ -70,6 +73,7 @@ def main() -> None:
             CardError: ExitCode.FAILED,
             ApduError: ExitCode.FAILED,
             TlsFilesError: ExitCode.CONFIG,
+            AlreadyRunningError: ExitCode.CONFIG,
             AuditUnavailableError: ExitCode.UNAVAILABLE,
             AuditBrokenError: ExitCode.DATA,
             ServerUnreachableError: ExitCode.UNAVAILABLE,

@@ -29,11 +29,12 @@ def report_of(rack: Rack, sessions: SessionStore, *, streams: int, started_at: f
                 vmid=session.vmid,
                 hvid=session.hvid,
                 seid=session.seid,
+                token_id=session.token_id,
                 operations=tuple(sorted(session.operations)),
                 created_at=session.created_at,
                 expires_at=session.expires_at,
             )
-            for session in sessions.all()
+            for session in sessions.live()
         ),
     )
 

@@ -1,7 +1,7 @@
 """What a running grid says of itself to its administrator (``gose status``): one JSON object to whoever connects to a Unix socket.
 
 The socket lies in the grid's state folder, mode 0600: who may connect to it may read the state, too. It takes no commands, and no secret
-comes out of it. It is made when all doors are open, so a second grid on the same state, which fails before, does not take its place.
+comes out of it. The grid that makes it holds the lock of the state folder (``alone``): a second one on the same state does not start.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -17,8 +16,11 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gose.errors import GoseError
+from secfunet.service.lock import LockHeldError, process_lock
+from secfunet.service.unix_socket import bind_unix
 
 SOCKET: Final = "status.sock"
+LOCK: Final = "serve.lock"
 TIMEOUT: Final = 5.0  # seconds for one report, either side
 MAX_REPORT: Final = 64 * 2**20  # bytes
 
@@ -59,12 +61,13 @@ class RunningCard(_Report):
 
 
 class RunningSession(_Report):
-    """A session, without its secret: ``name`` is what the grid's log calls it. Times are UTC seconds."""
+    """A session, without its secret: ``name`` is what the grid's log calls it, ``token_id`` the JTI of its token. Times are UTC seconds."""
 
     name: str
     vmid: str
     hvid: str
     seid: str
+    token_id: str = ""
     operations: tuple[str, ...]
     created_at: float
     expires_at: float
@@ -84,9 +87,31 @@ class RunningGrid(_Report):
     sessions: tuple[RunningSession, ...]
 
 
+class AlreadyRunningError(GoseError):
+    """A grid runs on this state folder."""
+
+    def __init__(self, folder: Path, pid: int | None) -> None:
+        who = "" if pid is None else f" (process {pid})"
+        super().__init__(
+            f"a grid runs on the state folder {folder} already{who}: one serves it, and 'gose status' shows it"
+        )
+        self.pid = pid
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """No other grid starts on this state folder meanwhile. Raises AlreadyRunningError."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(process_lock(folder / LOCK))
+        except LockHeldError as error:
+            raise AlreadyRunningError(folder, error.pid) from None
+        yield
+
+
 @contextlib.asynccontextmanager
 async def reporting(folder: Path, report: Callable[[], RunningGrid]) -> AsyncIterator[None]:
-    """Answers whoever connects, as long as the context lives. Raises OSError."""
+    """Answers whoever connects, as long as the context lives. Raises SocketPathError."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, TimeoutError):
@@ -99,13 +124,15 @@ async def reporting(folder: Path, report: Callable[[], RunningGrid]) -> AsyncIte
             writer.transport.abort()
 
     with _address(folder) as address:
-        server = await asyncio.start_unix_server(answer, sock=_listen(address), backlog=8)
-        try:
-            yield
-        finally:
-            server.close()
-            _remove(address)
-            await server.wait_closed()
+        listener, own = bind_unix(Path(address), backlog=8)
+        with own:
+            server = await asyncio.start_unix_server(answer, sock=listener, backlog=8)
+            try:
+                yield
+            finally:
+                server.close()
+                own.remove()
+                await server.wait_closed()
 
 
 async def ask_running_grid(folder: Path) -> RunningGrid | None:
@@ -132,22 +159,6 @@ async def ask_running_grid(folder: Path) -> RunningGrid | None:
         return RunningGrid.model_validate_json(untrusted)
     except ValidationError:
         raise RunningError(f"a grid runs on {folder}, and its report cannot be read (another version?)") from None
-
-
-def _listen(address: str) -> socket.socket:
-    _remove(address)  # of a grid that was killed
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind(address)
-        Path(address).chmod(0o600)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _remove(address: str) -> None:
-    Path(address).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

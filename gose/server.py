@@ -31,7 +31,7 @@ from gose.openid_provider.sign_on import SignOns
 from gose.openid_provider.store import SqliteOpenIdStore
 from gose.registry import Registry
 from gose.report import report_of
-from gose.running import RunningGrid, reporting
+from gose.running import RunningGrid, alone, reporting
 from gose.service_provider.execution import Executor
 from gose.service_provider.guard import Guard
 from gose.service_provider.openid_client import OpenIdHttp
@@ -107,6 +107,7 @@ class GridService:
         settings, limits, metrics = self.settings, self.settings.limits, self.metrics
         keys = AuthorityFolder(settings.authority)
         private_folder(settings.state)
+        stack.enter_context(alone(settings.state))
         # State.
         registry = stack.enter_context(contextlib.closing(Registry(settings.database, clock=self._clock)))
         standing = stack.enter_context(contextlib.closing(RegistryStanding(registry, settings.database)))

@@ -8,6 +8,7 @@ Rules, in the order of ``SessionStore.check``: known, not closed, not expired, t
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import logging
 import os
@@ -98,6 +99,14 @@ class SessionStore:
     def all(self) -> tuple[Session, ...]:
         """Every session, the oldest first; some may have ended, or been revoked, since they were last used."""
         return tuple(sorted(self._sessions.values(), key=lambda session: session.created_at))
+
+    def live(self) -> tuple[Session, ...]:
+        """Those that are of use still, the oldest first; what has ended or was revoked is closed."""
+        self.purge()
+        for session in self.all():
+            with contextlib.suppress(Refusal):
+                self.check(session, session.hvid)
+        return self.all()
 
     def grant(
         self,

@@ -1,4 +1,7 @@
-"""Who is still in good standing: asked at every call, answered from the registry, and remembered only as long as that has not changed."""
+"""Who is still in good standing: asked at every call, answered from the registry, and remembered only as long as that has not changed.
+
+``check_right`` decides it; the guard of a running grid and ``gose status`` both ask it, so that what is shown is what is done.
+"""
 
 from __future__ import annotations
 
@@ -43,12 +46,7 @@ class RegistryStanding:
         key = (vmid, hvid, token_id)
         if key in self._good:
             return
-        revocation = self._registry.revocation_of(vmid=vmid, hvid=hvid, jti=token_id)
-        if revocation is not None:
-            reason, message = _REASONS[revocation.kind]
-            raise Refusal(reason, message, detail=f"revoked at {revocation.revoked_at:.0f}: {revocation.value}")
-        self.hypervisor(hvid)
-        self.vm(vmid)
+        check_right(self._registry, vmid=vmid, hvid=hvid, token_id=token_id)
         self._good.add(key)
 
     def card(self, seid: str, certificate: bytes) -> None:
@@ -82,15 +80,28 @@ class RegistryStanding:
 
     def hypervisor(self, hvid: str) -> Identity:
         """The enrolled hypervisor. Raises Refusal HYPERVISOR_REFUSED."""
-        return self._admitted(Role.HYPERVISOR, hvid, Reason.HYPERVISOR_REFUSED, "this hypervisor is not admitted")
+        return _admitted(
+            self._registry, Role.HYPERVISOR, hvid, Reason.HYPERVISOR_REFUSED, "this hypervisor is not admitted"
+        )
 
     def vm(self, vmid: str) -> Identity:
         """The enrolled VM. Raises Refusal VM_REFUSED."""
-        return self._admitted(Role.VM, vmid, Reason.VM_REFUSED, "this VM is not admitted")
+        return _admitted(self._registry, Role.VM, vmid, Reason.VM_REFUSED, "this VM is not admitted")
 
-    def _admitted(self, role: Role, thumbprint: str, reason: Reason, message: str) -> Identity:
-        identity = self._registry.find(role, thumbprint)
-        if identity is None or identity.is_revoked:
-            detail = "revoked" if identity is not None else "not enrolled"
-            raise Refusal(reason, message, detail=f"{detail}: {thumbprint}")
-        return identity
+
+def check_right(registry: Registry, *, vmid: str, hvid: str, token_id: str) -> None:
+    """Raises Refusal if the VM, the hypervisor or the token was revoked, or is enrolled no longer."""
+    revocation = registry.revocation_of(vmid=vmid, hvid=hvid, jti=token_id)
+    if revocation is not None:
+        reason, message = _REASONS[revocation.kind]
+        raise Refusal(reason, message, detail=f"revoked at {revocation.revoked_at:.0f}: {revocation.value}")
+    _admitted(registry, Role.HYPERVISOR, hvid, Reason.HYPERVISOR_REFUSED, "the hypervisor is not enrolled any more")
+    _admitted(registry, Role.VM, vmid, Reason.VM_REFUSED, "the VM is not enrolled any more")
+
+
+def _admitted(registry: Registry, role: Role, thumbprint: str, reason: Reason, message: str) -> Identity:
+    identity = registry.find(role, thumbprint)
+    if identity is None or identity.is_revoked:
+        detail = "revoked" if identity is not None else "not enrolled"
+        raise Refusal(reason, message, detail=f"{detail}: {thumbprint}")
+    return identity

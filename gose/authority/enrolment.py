@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from gose.authority.certificate_authority import CertificateAuthority, check_request
-from gose.authority.errors import EnrolmentError
+from gose.authority.errors import CardInUseError, EnrolmentError
 from gose.authority.ledger import Action, AuthorityRecord
 from gose.registry import AlreadyEnrolledError, Identity, NotEnrolledError, Registry
 from secfunet.apdu import StatusError
@@ -38,6 +38,11 @@ from secfunet.card.ports import CardPort
 from secfunet.identity import Holder, der_of, thumbprint
 
 CONNECT_TIMEOUT: Final = 5.0
+STOP_MIDDLEWARE: Final = "stop 'secure-middleware serve' meanwhile, if that has this hypervisor's card"
+STOP_GRID: Final = (
+    "if a running grid has it in service ('gose status' tells), stop 'gose serve' meanwhile. Where the key is to be worth nothing from now "
+    "on, 'gose revoke' makes the grid let go of the card, too; that cannot be undone"
+)
 BUSY_PATIENCE: Final = 8.0
 """Seconds for a running grid to let go of a card: it looks after an idle one every 5 seconds unless the settings say otherwise."""
 RETRY_PAUSE: Final = 0.1
@@ -54,10 +59,12 @@ class CardAccess:
     connect: Callable[[], Awaitable[CardClient]] = field(repr=False)
     keys: AdministratorKeys = field(repr=False)
     where: str = "the card"
+    advice: str = STOP_MIDDLEWARE
+    """Who most often has it, and how to have it meanwhile: what can be undone comes first."""
 
     @classmethod
     def at(cls, place: CardPlace, keys: AdministratorKeys) -> CardAccess:
-        """A card of this host."""
+        """A card of this host: a hypervisor's."""
         return cls.through(
             lambda: connect_card(place, timeout=CONNECT_TIMEOUT),
             keys,
@@ -73,6 +80,7 @@ class CardAccess:
         *,
         where: str,
         segmentation: Segmentation = Segmentation.EXTENDED,
+        advice: str = STOP_MIDDLEWARE,
     ) -> CardAccess:
         """A card that ``connect_port`` reaches; ``where`` is what a person calls it."""
 
@@ -87,7 +95,7 @@ class CardAccess:
                         raise
                     await asyncio.sleep(RETRY_PAUSE)
 
-        return cls(connect, keys, where=where)
+        return cls(connect, keys, where=where, advice=advice)
 
 
 @dataclass(frozen=True)
@@ -227,10 +235,7 @@ async def administered(card: CardAccess) -> AsyncIterator[CardClient]:
     try:
         client = await card.connect()
     except CardBusyError as error:
-        raise EnrolmentError(
-            f"{error}. A card is personalised while nobody else uses it. If a running grid has it in service ('gose status' tells), "
-            "revoke its holder first ('gose revoke'; the grid lets go of the card then), or stop 'gose serve' meanwhile"
-        ) from error
+        raise CardInUseError(f"{error}. A card is personalised while nobody else uses it: {card.advice}") from error
     try:
         await client.select()
         try:

@@ -47,5 +47,9 @@ class EnrolmentError(AuthorityError):
     """A card was not personalised; the message says why, and what to do."""
 
 
+class CardInUseError(EnrolmentError):
+    """Somebody else uses the card; the message says who may be asked to stop."""
+
+
 class TokenNotIssuedError(AuthorityError):
     """No token for that VM and hypervisor; the message says why."""

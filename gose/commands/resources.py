@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gose.authority import CardAccess
-from gose.authority.enrolment import CONNECT_TIMEOUT
+from gose.authority.enrolment import CONNECT_TIMEOUT, STOP_GRID
 from gose.authority.errors import EnrolmentError
 from gose.cards import CardWays
 from gose.registry import NotEnrolledError
@@ -43,4 +43,5 @@ def access_to(settings: GoseSettings, element: SecureElementSettings) -> CardAcc
         AdministratorKeys.read(element.administrator_keys_file),
         where=f"the card at {element.place}",
         segmentation=element.card_segmentation,
+        advice=STOP_GRID,
     )

@@ -36,6 +36,7 @@ def as_json(overview: Overview) -> dict[str, Any]:
                     "vmid": session.vmid,
                     "hvid": session.hvid,
                     "seid": session.seid,
+                    "standing": str(overview.standings[session.name]),
                     "operations": list(session.operations),
                     "created_at": math.floor(session.created_at),
                     "expires_at": math.floor(session.expires_at),
@@ -44,9 +45,9 @@ def as_json(overview: Overview) -> dict[str, Any]:
             ],
         },
         "secure_elements": [_card(card) for card in overview.cards],
-        "hypervisors": [_identity(identity) for identity in overview.hypervisors],
-        "vms": [_identity(identity) for identity in overview.vms],
-        "servers": [_identity(identity) for identity in overview.servers],
+        "hypervisors": [_identity(overview, identity) for identity in overview.hypervisors],
+        "vms": [_identity(overview, identity) for identity in overview.vms],
+        "servers": [_identity(overview, identity) for identity in overview.servers],
         "tokens": [
             {
                 "jti": token.jti,
@@ -56,6 +57,7 @@ def as_json(overview: Overview) -> dict[str, Any]:
                 "issued_at": math.floor(token.issued_at),
                 "expires_at": math.floor(token.expires_at),
                 "revoked_at": _whole(token.revoked_at),
+                "standing": str(overview.standings[token.jti]),
             }
             for token in overview.tokens
         ],
@@ -100,7 +102,7 @@ def _latency(latency: Latency | None) -> dict[str, float] | None:
     return None if latency is None else {"p50": latency.p50, "p99": latency.p99}
 
 
-def _identity(identity: Identity) -> dict[str, Any]:
+def _identity(overview: Overview, identity: Identity) -> dict[str, Any]:
     return {
         "name": identity.name,
         "thumbprint": identity.thumbprint,
@@ -108,6 +110,7 @@ def _identity(identity: Identity) -> dict[str, Any]:
         "enrolled_at": math.floor(identity.recorded_at),
         "expires_at": math.floor(identity.expires_at),
         "revoked_at": _whole(identity.revoked_at),
+        "standing": str(overview.standings[identity.thumbprint]),
     }
 
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
 from gose.authority.folder import AuthorityFolder
 from gose.cards import CardWays
+from gose.overview.standing import (
+    Standing,
+    open_places,
+    standing_of_identity,
+    standing_of_session,
+    standing_of_token,
+)
 from gose.racs.tls import TlsFilesError
 from gose.registry import Identity, Registry, Revocation, Token
-from gose.running import RunningCard, RunningGrid, ask_running_grid
+from gose.running import RunningCard, RunningGrid, RunningSession, ask_running_grid
 from gose.settings import GoseSettings, SecureElementSettings
 from gose.slots.slot import SlotState
 from secfunet.card.errors import CardBusyError, CardError
@@ -68,6 +76,10 @@ class Overview:
     tokens: tuple[Token, ...]  # those that have not expired
     revocations: tuple[Revocation, ...]
     running: RunningGrid | None = None
+    standings: Mapping[str, Standing] = field(default_factory=dict)
+    """Of tokens by their JTI, of sessions by their names, of identities by their thumbprints."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Whose certificate a thumbprint is, or was."""
 
 
 async def take_overview(
@@ -91,16 +103,29 @@ async def take_overview(
         return CardReport(element, state, registry.in_secure_element(element.seid), card, waiting)
 
     states = await asyncio.gather(*map(ask, settings.secure_elements))
+    tokens = registry.tokens(unexpired_at=now)
+    sessions = grid.sessions if grid is not None else ()
+    identities = [one for role in (Role.HYPERVISOR, Role.VM, Role.SERVER) for one in registry.identities(role)]
+    with open_places(settings.state) as places:
+        standings = {
+            **{token.jti: standing_of_token(registry, places, token, now) for token in tokens},
+            **{session.name: standing_of_session(registry, session, now) for session in sessions},
+            **{identity.thumbprint: standing_of_identity(identity, now) for identity in identities},
+        }
+    rights: list[Token | RunningSession] = [*tokens, *sessions]
+    holders = {one for right in rights for one in (right.vmid, right.hvid)}
     return Overview(
         now=now,
         authority=authority,
         cards=tuple(report(element, state) for element, state in zip(settings.secure_elements, states, strict=True)),
-        hypervisors=registry.identities(Role.HYPERVISOR),
-        vms=registry.identities(Role.VM),
-        servers=registry.identities(Role.SERVER),
-        tokens=registry.tokens(unexpired_at=now),
+        hypervisors=tuple(one for one in identities if one.role is Role.HYPERVISOR),
+        vms=tuple(one for one in identities if one.role is Role.VM),
+        servers=tuple(one for one in identities if one.role is Role.SERVER),
+        tokens=tokens,
         revocations=registry.revocations(),
         running=grid,
+        standings=standings,
+        names={thumbprint: registry.name_of(thumbprint) or thumbprint for thumbprint in holders},
     )
 
 

@@ -11,7 +11,7 @@ from gose.registry import Identity
 
 def as_text(overview: Overview) -> str:
     """For people; times are UTC."""
-    names = {identity.thumbprint: identity.name for identity in (*overview.vms, *overview.hypervisors)}
+    names = overview.names
     parts = [
         f"authority: {overview.authority.path}, CA until {day(overview.authority.ca_certificate.not_valid_after_utc.timestamp())}",
         grid_line(overview),
@@ -49,7 +49,7 @@ def as_text(overview: Overview) -> str:
                     names.get(token.hvid, token.hvid),
                     ",".join(sorted(token.operations)),
                     minute(token.expires_at),
-                    "good" if token.revoked_at is None else f"revoked {minute(token.revoked_at)}",
+                    str(overview.standings[token.jti]),
                 )
                 for token in overview.tokens
             ),
@@ -81,14 +81,14 @@ def cause_of(overview: Overview, card: CardReport) -> str:
     """Why a card is not in service; empty if it is."""
     if card.running is not None:
         return card.running.cause
-    return "" if overview.running is None else "the running grid does not know it: restart the grid"
+    return "" if overview.running is None else "the running grid does not have it yet: send it SIGHUP"
 
 
 def _sessions(overview: Overview, names: Mapping[str, str]) -> Iterator[str]:
     if overview.running is not None:
         yield table(
             "sessions",
-            ("SESSION", "VM", "HYPERVISOR", "SEID", "OPERATIONS", "UNTIL"),
+            ("SESSION", "VM", "HYPERVISOR", "SEID", "OPERATIONS", "UNTIL", "STANDING"),
             (
                 (
                     session.name,
@@ -97,6 +97,7 @@ def _sessions(overview: Overview, names: Mapping[str, str]) -> Iterator[str]:
                     session.seid,
                     ",".join(session.operations),
                     minute(session.expires_at),
+                    str(overview.standings[session.name]),
                 )
                 for session in overview.running.sessions
             ),
@@ -110,7 +111,7 @@ def _identities(overview: Overview, title: str, short_form: str, identities: Ite
         (
             (
                 identity.name,
-                _standing(overview, identity),
+                str(overview.standings[identity.thumbprint]),
                 day(identity.expires_at),
                 identity.seid or "-",
                 identity.thumbprint,
@@ -118,12 +119,6 @@ def _identities(overview: Overview, title: str, short_form: str, identities: Ite
             for identity in identities
         ),
     )
-
-
-def _standing(overview: Overview, identity: Identity) -> str:
-    if identity.revoked_at is not None:
-        return f"revoked {minute(identity.revoked_at)}"
-    return "good" if identity.expires_at > overview.now else "expired"
 
 
 def _errors(errors: Mapping[str, int]) -> str:

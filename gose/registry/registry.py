@@ -84,6 +84,11 @@ class Registry:
         """All active identities of that role, by name."""
         return self._identities("WHERE i.role = ? AND i.state = 'active' ORDER BY i.name", role.value)
 
+    def name_of(self, thumbprint: str) -> str | None:
+        """Whose certificate that is or was; None if it was never issued here."""
+        row = self._one("SELECT name FROM identities WHERE thumbprint = ?", thumbprint)
+        return None if row is None else str(row[0])
+
     def pending(self, role: Role, name: str) -> Identity | None:
         """The identity of that name whose enrolment has begun and not ended; None if there is none."""
         return self._identity("WHERE i.role = ? AND i.name = ? AND i.state = 'pending'", role.value, name)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from secfunet.errors import SecFuNetError
+from secfunet.service.files import open_private
 
 
 class LockHeldError(SecFuNetError):
@@ -27,7 +28,7 @@ def process_lock(path: Path, waiting: Callable[[int | None], None] | None = None
     If another process holds it: with ``waiting``, that is called once with the holder's process id and the lock is waited for; without it,
     raises LockHeldError. The lock is on the open file, so that it ends with the process, however that ends.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    descriptor = open_private(path)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -227,8 +227,9 @@ async def test_a_card_that_is_in_use_is_not_taken_away(served: Served, tmp_path:
     code, _, errors = await served.gose(
         "enrol-vm", "vm-1", "--seid", "se-vm-1", "--replace", "--out", str(tmp_path / "vm.pem")
     )
-    assert code == 1, errors
-    assert "revoke its holder first ('gose revoke'; the grid lets go of the card then)" in errors
+    assert code == 69, errors
+    # What can be undone comes first.
+    assert 0 < errors.index("stop 'gose serve'") < errors.index("'gose revoke'")
     assert not (tmp_path / "vm.pem").exists()
     await served.sign("vm-1")
 
@@ -288,6 +289,43 @@ async def test_a_revoked_vm_gets_a_new_key_while_the_grid_runs(served: Served, t
     deadline = time.monotonic() + 8
     while {one["seid"]: one["state"] for one in (await served.status())["secure_elements"]}["se-vm-1"] != "in service":
         assert time.monotonic() < deadline
+    await served.sign("vm-1")
+
+
+async def test_a_token_of_before_and_its_sessions_are_not_shown_as_good(served: Served) -> None:
+    """What the guard refuses is refused in the picture, too: by whose certificate it was, not by the token alone."""
+    report = await served.status()
+    ended = {revocation["value"] for revocation in report["revocations"] if revocation["kind"] == "vm"}
+    tokens = [token for token in report["tokens"] if token["vmid"] in ended]
+    assert tokens, "the test before has revoked a VM that had tokens"
+    assert {token["standing"] for token in tokens} == {"refused: the VM was revoked"}
+    good = [token for token in report["tokens"] if token["standing"] == "good"]
+    assert good
+    assert ended.isdisjoint(token["vmid"] for token in good)
+    assert ended.isdisjoint(session["vmid"] for session in report["running"]["sessions"])
+    assert {session["standing"] for session in report["running"]["sessions"]} == {"good"}
+    _, text, _ = await served.gose("status")
+    assert not [line for line in text.splitlines() if any(vmid in line for vmid in ended)], "a VM is shown by its name"
+    assert text.count("refused: the VM was revoked") == len(tokens)
+
+
+async def test_a_second_grid_on_the_same_state_does_not_start(served: Served, tmp_path: Path) -> None:
+    """Nor does it blind 'gose status' for the first."""
+    ports = free_ports(4)
+    other = tmp_path / "gose.toml"
+    other.write_text(
+        f'state = "{served.grid.settings.state}"\n'
+        f'[service_provider]\nhttps = "127.0.0.1:{ports[0]}"\ngrpc = "127.0.0.1:{ports[1]}"\n'
+        f'[openid_provider]\nendpoint = "127.0.0.1:{ports[2]}"\nlogin = "127.0.0.1:{ports[3]}"\n'
+    )
+    pid = (await served.status())["running"]["pid"]
+    second = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gose.cli", "serve", "--config", str(other)), stderr=asyncio.subprocess.PIPE
+    )
+    _, errors = await asyncio.wait_for(second.communicate(), 30)
+    assert second.returncode == 78
+    assert f"already (process {pid})" in errors.decode()
+    assert (await served.status())["running"]["pid"] == pid
     await served.sign("vm-1")
 
 

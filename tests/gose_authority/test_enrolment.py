@@ -11,9 +11,10 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
+from gose.authority import enrolment
 from gose.authority.certificate_authority import CertificateAuthority, new_authority_key
 from gose.authority.enrolment import CardAccess, EnrolmentOrder, enrol
-from gose.authority.errors import EnrolmentError, IssuanceError
+from gose.authority.errors import CardInUseError, EnrolmentError, IssuanceError
 from gose.registry import AlreadyEnrolledError, Identity, Registry
 from secfunet.card import CardClient, KeyAlgorithm, connect_unix
 from secfunet.card.administrator_keys import AdministratorKeys
@@ -210,3 +211,19 @@ def test_keys_are_not_in_a_repr() -> None:
     shown = repr(CardAccess.at(Path("x"), keys)) + repr(keys)
     assert repr(keys.keys.enc) not in shown
     assert keys.keys.enc.hex() not in shown
+
+
+async def test_the_advice_about_a_busy_card_fits_its_role(
+    card: CardProcess, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hypervisor's card is the middleware's, and revoking cannot be undone: it is not proposed for a card that is merely busy."""
+    monkeypatch.setattr(enrolment, "BUSY_PATIENCE", 0.2)
+    hypervisor = EnrolmentOrder(Holder(Role.HYPERVISOR, "xen-1"), "hypervisor", KeyAlgorithm.RSA_2048, 3600)
+    other = await connect_unix(card.socket, timeout=10)
+    try:
+        with pytest.raises(CardInUseError, match="stop 'secure-middleware serve' meanwhile") as caught:
+            await run(hypervisor, CardAccess.at(card.place, card.keys), registry)
+        assert "revoke" not in str(caught.value)
+        assert "gose serve" not in str(caught.value)
+    finally:
+        await other.close()
