@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from dom0_middleware.errors import Reason, Unavailable
+from secfunet.rpc.reasons import Domain
 from secfunet.service.audit import AuditLog, Record
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,11 @@ class DomainRecord(Record):
     request: str = ""
     digest: str = ""
     batch: int | None = None
+
+    def __post_init__(self) -> None:
+        """A reason without a domain is one of the middleware's own."""
+        if self.reason and not self.domain:
+            object.__setattr__(self, "domain", str(Domain.MIDDLEWARE))
 
 
 def open_audit_log(path: Path, *, clock: Callable[[], float], sync_interval: float = 1.0) -> AuditLog:

@@ -58,7 +58,7 @@ ConnectionListener = Callable[[bool], None]
 
 
 class Hypervisor(Protocol):
-    """Every call raises Unavailable (HYPERVISOR_UNAVAILABLE) while the connection is lost, and Refused (HYPERVISOR_REFUSED,
+    """Every call raises Unavailable (HYPERVISOR_UNAVAILABLE) while the connection is lost, and Refused (LIBVIRT_REFUSED,
     VM_UNKNOWN, VM_EXISTS) for what the hypervisor itself refuses. Listeners are called in the event loop."""
 
     @property
@@ -95,7 +95,7 @@ class Hypervisor(Protocol):
     async def migrate(self, uuid: str, uri: str) -> None:
         """Sends a running domain to the hypervisor at ``uri`` while it runs, with its definition; returns when it runs there.
 
-        May take minutes. Raises Refused (HYPERVISOR_REFUSED) if it failed, or if how it ended is not known.
+        May take minutes. Raises Refused (LIBVIRT_REFUSED) if it failed, or if how it ended is not known.
         """
         ...
 

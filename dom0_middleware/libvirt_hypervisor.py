@@ -199,7 +199,7 @@ class LibvirtHypervisor:
         try:
             await _in_own_thread(act)
         except libvirt.libvirtError as error:
-            raise Refused(Reason.HYPERVISOR_REFUSED, f"the hypervisor refuses: {error}") from error
+            raise Refused(Reason.LIBVIRT_REFUSED, f"the hypervisor refuses: {error}") from error
 
     async def migrating(self, uuid: str) -> bool:
         def act(connection: Any) -> bool:
@@ -255,7 +255,7 @@ class LibvirtHypervisor:
             return Refused(Reason.VM_UNKNOWN, "the hypervisor has no such domain")
         if code in _EXISTS:
             return Refused(Reason.VM_EXISTS, f"the hypervisor refuses: {error}")
-        return Refused(Reason.HYPERVISOR_REFUSED, f"the hypervisor refuses: {error}")
+        return Refused(Reason.LIBVIRT_REFUSED, f"the hypervisor refuses: {error}")
 
     def _mark_lost(self) -> None:
         if self._connected:
@@ -299,7 +299,7 @@ class LibvirtHypervisor:
         self._connection = connection
 
     def _define(self, connection: Any, spec: DomainSpec) -> Any:
-        """Raises Refused (HYPERVISOR_REFUSED) if libvirt took the XML, and made something else of it than what was asked for."""
+        """Raises Refused (LIBVIRT_REFUSED) if libvirt took the XML, and made something else of it than what was asked for."""
         xml = domain_xml.domain_xml(spec, domain_type=self._domain_type, template=self._template)
         domain = connection.defineXML(xml)
         try:
@@ -307,7 +307,7 @@ class LibvirtHypervisor:
             memory_mib = domain.maxMemory() / 1024
             if vcpus != [spec.vcpus, spec.vcpus] or memory_mib != spec.memory_mib:
                 raise Refused(
-                    Reason.HYPERVISOR_REFUSED,
+                    Reason.LIBVIRT_REFUSED,
                     f"the hypervisor made a domain with {vcpus[0]} of {vcpus[1]} vCPUs and {memory_mib:g} MiB of memory,"
                     f" where {spec.vcpus} vCPUs and {spec.memory_mib} MiB were asked for",
                 )

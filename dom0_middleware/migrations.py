@@ -110,7 +110,9 @@ class Migrations:
             certificate = await self._identity.certificate(timeout=CARD_TIMEOUT)
         except (SecFuNetError, OSError) as error:
             raise Unavailable(
-                Reason.CARD_UNAVAILABLE, "the hypervisor's card cannot be asked for whom a token is", retry_after=1.0
+                Reason.HYPERVISOR_CARD_UNAVAILABLE,
+                "the hypervisor's card cannot be asked for whom a token is",
+                retry_after=1.0,
             ) from error
         if claims.hvid != thumbprint(certificate):
             raise Refused(Reason.TOKEN_INVALID, "this VM-Auth-Token is for another hypervisor, not for this one")
@@ -120,7 +122,7 @@ class Migrations:
     async def send(self, uuid: str, destination: str) -> DomainInfo | None:
         """Sends a running VM to one of the destinations; what this host has of its domain then, which is nothing.
 
-        Raises Refused (DESTINATION_NOT_ALLOWED, VM_STATE_WRONG, VM_REVOKED, BINDING_MISMATCH) before anything is done; HYPERVISOR_REFUSED
+        Raises Refused (DESTINATION_NOT_ALLOWED, VM_STATE_WRONG, VM_REVOKED, BINDING_MISMATCH) before anything is done; LIBVIRT_REFUSED
         if it failed.
         """
         uri = self._destinations.get(destination)
@@ -145,7 +147,7 @@ class Migrations:
                 info = await self.settle(uuid)
                 if info is not None and info.state is not DomainState.STOPPED:
                     raise Refused(
-                        Reason.HYPERVISOR_REFUSED, f"the VM goes on here, it could not be sent: {error}"
+                        Reason.LIBVIRT_REFUSED, f"the VM goes on here, it could not be sent: {error}"
                     ) from error
                 raise
             self._left(self._store.vm(uuid))

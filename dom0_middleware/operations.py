@@ -28,6 +28,8 @@ from secfunet.errors import SecFuNetError
 from secfunet.gose.v1 import operation_pb2
 from secfunet.middleware.v1 import agent_pb2
 from secfunet.operation import OperationError, scheme_name, validate_operation
+from secfunet.rpc.facts import Facts, from_failure
+from secfunet.rpc.reasons import Domain
 from secfunet.service.audit import AuditLog, Decision
 
 MAX_BATCH = 64
@@ -58,7 +60,7 @@ class _Sane:
 
 
 class Operations:
-    """For one domain. ``limit``: operations of it in flight; ``reason_of``: what an error is called in the audit log."""
+    """For one domain. ``limit``: operations of it in flight; ``facts_of``: what of an error leaves the daemon."""
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class Operations:
         audit: AuditLog,
         metrics: Metrics,
         limit: int,
-        reason_of: Callable[[SecFuNetError], str],
+        facts_of: Callable[[Exception], Facts],
     ) -> None:
         self._guest = guest
         self._policy = policy
@@ -77,7 +79,7 @@ class Operations:
         self._audit = audit
         self._metrics = metrics
         self._limit = limit
-        self._reason_of = reason_of
+        self._facts_of = facts_of
 
     async def perform(
         self,
@@ -132,9 +134,7 @@ class Operations:
         for failure in failures:
             sane = by_id.get(failure.request_id)
             if sane is not None:
-                retry = failure.retry_after_ms / 1000 if failure.retry_after_ms > 0 else None
-                failed = GridFailed(failure.code, failure.reason, failure.message, retry_after=retry)
-                batch.fail([sane], failed, "failed")
+                batch.fail([sane], GridFailed(from_failure(failure, Domain.GRID)), "failed")
 
 
 class _Batch:
@@ -193,21 +193,21 @@ class _Batch:
         for one in permitted:
             if one.name in token_operations:
                 try:
-                    self._record(one, "permitted", "")
+                    self._record(one, "permitted")
                 except Unavailable as error:
                     self.outcome.failures.append(Failure(one.operation.request_id, error))
                     continue
                 authorised.append(one)
             else:
                 message = f"the VM-Auth-Token does not cover '{one.name}'"
-                self.fail([one], Refused(Reason.OPERATION_NOT_AUTHORISED, message), "refused")
+                self.fail([one], Refused(Reason.OPERATION_NOT_ALLOWED, message), "refused")
         return authorised
 
     def fail(self, sane: Sequence[_Sane], error: SecFuNetError, decision: Decision) -> None:
-        reason = self._room._reason_of(error)
+        facts = self._room._facts_of(error)
         for one in sane:
             self.outcome.failures.append(Failure(one.operation.request_id, error))
-            self._record_quietly(one, decision, reason)
+            self._record_quietly(one, decision, facts)
 
     def _require_permitted(self, one: _Sane) -> None:
         guest = self._room._guest
@@ -220,29 +220,29 @@ class _Batch:
         guest = self._room._guest
         guest.require_running()
         if self._call.certificate is None:
-            raise Refused(Reason.CERTIFICATE_MISSING, "operations need a certificate")
+            raise Refused(Reason.CERTIFICATE_REQUIRED, "operations need a certificate")
         guest.require_current(self._call.certificate)
         guest.require_authorised()
 
     def _refuse_unsound(self, operation: operation_pb2.Operation, error: Refused) -> None:
         self.outcome.failures.append(Failure(operation.request_id[:ID_SIZE], error))
-        self._record_quietly(_Sane(operation, "unsound", ""), "refused", error.reason)
+        self._record_quietly(_Sane(operation, "unsound", ""), "refused", self._room._facts_of(error))
 
-    def _record_quietly(self, one: _Sane, decision: Decision, reason: str) -> None:
+    def _record_quietly(self, one: _Sane, decision: Decision, facts: Facts) -> None:
         """A refusal that cannot be recorded is a refusal still."""
         room = self._room
         detail = room._guest.refusals.admit()
         if detail is None:
-            room._metrics.decisions.labels(one.name, decision, reason).inc()
+            room._metrics.decisions.labels(one.name, decision, facts.reason).inc()
             return
         try:
-            self._record(one, decision, reason, detail)
+            self._record(one, decision, facts, detail)
         except Unavailable:
             self._room._metrics.refused_calls.labels(Reason.AUDIT_UNAVAILABLE).inc()
 
-    def _record(self, one: _Sane, decision: Decision, reason: str, detail: str = "") -> None:
+    def _record(self, one: _Sane, decision: Decision, facts: Facts | None = None, detail: str = "") -> None:
         room = self._room
-        room._metrics.decisions.labels(one.name, decision, reason).inc()
+        room._metrics.decisions.labels(one.name, decision, facts.reason if facts is not None else "").inc()
         room._audit.record(
             DomainRecord(
                 Action.OPERATION,
@@ -253,7 +253,8 @@ class _Batch:
                 operation=one.name,
                 scheme=one.scheme,
                 request=one.operation.request_id[:ID_SIZE].hex(),
-                reason=reason,
+                reason=facts.reason if facts is not None else "",
+                domain=facts.domain if facts is not None else "",
                 batch=self._number,
                 detail=detail,
             )

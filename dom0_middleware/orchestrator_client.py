@@ -8,16 +8,15 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped] # it ships no types
 
 from dom0_middleware.authority import SERVER_NAME
 from dom0_middleware.orchestrator_authority import credential_paths
 from dom0_middleware.settings import MiddlewareSettings
 from secfunet.errors import SecFuNetError
 from secfunet.middleware.v1 import orchestrator_pb2_grpc
+from secfunet.rpc.facts import from_error
+from secfunet.rpc.reasons import Domain
 from secfunet.service.files import read_secret
-
-STATUS_KEY = "grpc-status-details-bin"
 
 
 class CallError(SecFuNetError):
@@ -82,13 +81,8 @@ async def orchestrator_stub(
 
 
 def _call_error(error: grpc.aio.AioRpcError) -> CallError:
-    reason = ""
-    details = dict(error.trailing_metadata() or ()).get(STATUS_KEY)
-    if isinstance(details, bytes):
-        info = error_details_pb2.ErrorInfo()
-        for detail in status_pb2.Status.FromString(details).details:
-            if detail.Unpack(info):
-                reason = info.reason
+    facts = from_error(error, Domain.MIDDLEWARE, Domain.GRID)
+    reason = facts.reason if facts is not None else ""
     kind = _KINDS.get(error.code(), CallError)
     if kind is DaemonUnavailable and not reason:
         return kind("the daemon does not answer: is 'secure-middleware serve' running?", "")

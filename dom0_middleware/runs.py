@@ -156,7 +156,7 @@ class Runs:
 
     def _have_booted(self, guest: GuestDomain, info: DomainInfo) -> None:
         if info.domain_id is None:
-            raise Refused(Reason.HYPERVISOR_REFUSED, "the domain stopped as soon as it was started")
+            raise Refused(Reason.LIBVIRT_REFUSED, "the domain stopped as soon as it was started")
         # Only now: a run without a number is one whose start never came to its end.
         self._store.set_domain_id(guest.uuid, info.domain_id)
         guest.domain_id = info.domain_id

@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 import prometheus_client
 
-from dom0_middleware.api.guard import Guard
+from dom0_middleware.api.guard import Callers
 from dom0_middleware.api.orchestrator import OrchestratorService, admit_orchestrator
 from dom0_middleware.api.servers import MAX_MESSAGE, GuestServerPairs, add_health, add_reflection, bind, make_server
 from dom0_middleware.audit import Action, DomainRecord, open_audit_log
@@ -183,7 +183,7 @@ class MiddlewareService:
         def allowed() -> frozenset[str]:
             return self._allowed
 
-        guard = Guard(admit_orchestrator(allowed), audit=self.audit, metrics=self.metrics)
+        guard = Callers(admit_orchestrator(allowed), audit=self.audit, metrics=self.metrics).guard()
         server = make_server(guard, max_message=MAX_MESSAGE, concurrent_calls=64)
         service = OrchestratorService(self.vms, events=self.events, audit=self.audit, allowed=allowed)
         orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(service, server)

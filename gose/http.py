@@ -16,9 +16,10 @@ from aiohttp import web
 
 from gose.errors import Reason, Refusal
 from gose.metrics import Metrics
-from gose.service_provider.guard import CORRELATION_KEY, clean_correlation
 from gose.settings import Address, Limits
 from gose.state import state_unavailable
+from secfunet.rpc.correlation import CORRELATION_KEY, clean_correlation
+from secfunet.rpc.facts import whole_seconds
 from secfunet.service.doorkeeper import DoorFullError, Doorkeeper, Visit, current_visit
 
 log = logging.getLogger(__name__)
@@ -273,7 +274,7 @@ def refusal_response(refusal: Refusal, *, status: int | None = None) -> web.Resp
     body = {"code": refusal.code.name, "reason": refusal.reason.value, "message": refusal.message}
     response = web.json_response(body, status=status or refusal.http_status)
     if refusal.retry_after is not None:
-        response.headers["Retry-After"] = str(max(1, round(refusal.retry_after)))
+        response.headers["Retry-After"] = str(whole_seconds(refusal.retry_after))
     return response
 
 

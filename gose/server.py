@@ -17,7 +17,6 @@ from typing import Self
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped] # has no types
-from grpc_health.v1.health import aio as health_aio  # type: ignore[import-untyped] # has no types
 
 from gose.answers import AnswerStore
 from gose.authority import OPENID_PROVIDER, SERVICE_PROVIDER, AuthorityFolder
@@ -33,7 +32,8 @@ from gose.registry import Registry
 from gose.report import report_of
 from gose.running import RunningGrid, alone, reporting
 from gose.service_provider.execution import Executor
-from gose.service_provider.guard import Guard
+from gose.service_provider.guard import Callers
+from gose.service_provider.health import CheckOnlyHealth
 from gose.service_provider.openid_client import OpenIdHttp
 from gose.service_provider.operations import ServiceProvider
 from gose.service_provider.sessions_http import RETURN_PATH, SessionDoor
@@ -86,7 +86,7 @@ class GridService:
         self.rack: Rack
         self.sessions: SessionStore
         self.executor: Executor
-        self.guard: Guard
+        self.callers: Callers
         self._clock = clock
         self._keeper = Doorkeeper(settings.limits.door_bounds())
         self._stack = AsyncExitStack()
@@ -151,7 +151,7 @@ class GridService:
             stack, keys, openid_store, SignOns(database, lifetime=limits.sso_lifetime, clock=self._clock), standing
         )
         await self._open_sessions(stack, keys, openid_store, registry, standing, sessions)
-        service_provider = await self._open_operations(stack, keys, executor, sessions)
+        service_provider = await self._open_operations(stack, keys, executor, sessions, standing)
         await self._open_radius(stack, keys, standing)
         started_at = self._clock()
 
@@ -293,12 +293,17 @@ class GridService:
         )
 
     async def _open_operations(
-        self, stack: AsyncExitStack, keys: AuthorityFolder, executor: Executor, sessions: SessionStore
+        self,
+        stack: AsyncExitStack,
+        keys: AuthorityFolder,
+        executor: Executor,
+        sessions: SessionStore,
+        standing: RegistryStanding,
     ) -> ServiceProvider:
         settings, limits = self.settings, self.settings.limits
-        self.guard = Guard(sessions, self.metrics, calls_per_hypervisor=limits.calls_per_hypervisor)
+        self.callers = Callers(sessions, standing, self.metrics, calls_per_hypervisor=limits.calls_per_hypervisor)
         server = grpc.aio.server(
-            interceptors=[self.guard],
+            interceptors=[self.callers.guard()],
             options=[
                 ("grpc.max_receive_message_length", limits.message_size),
                 ("grpc.max_send_message_length", limits.message_size),
@@ -314,7 +319,7 @@ class GridService:
         )
         service_provider = ServiceProvider(executor, sessions, limits, self.metrics)
         service_provider_pb2_grpc.add_ServiceProviderServiceServicer_to_server(service_provider, server)
-        health = health_aio.HealthServicer()
+        health = CheckOnlyHealth()
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         credentials = grpc.ssl_server_credentials(
             [keys.read_server(SERVICE_PROVIDER)],

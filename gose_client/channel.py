@@ -11,20 +11,18 @@ from typing import Final
 
 import grpc
 import grpc.aio
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped] # googleapis-common-protos has no types
 
 from gose_client.connectors import Connectors, explain
 from gose_client.errors import GoseClientError, GridRefusedError, GridUnavailableError
 from gose_client.settings import GoseClientSettings
 from secfunet.gose.v1 import service_provider_pb2_grpc as pb_grpc
+from secfunet.rpc.facts import from_error
+from secfunet.rpc.reasons import Domain
 from secfunet.service.files import private_folder
 from secfunet.tandem.relay import Relay, start_relay
 
 SESSION_KEY: Final = "secfunet-session"
-CORRELATION_KEY: Final = "secfunet-correlation-id"
-ERROR_DOMAIN: Final = "gose.secfunet"
 MAX_MESSAGE: Final = 4 * 2**20  # bytes of one answer
-_DETAILS_KEY = "grpc-status-details-bin"
 _numbers = itertools.count()
 
 
@@ -100,22 +98,7 @@ class OperationsChannel:
 
 def refusal_of(error: grpc.aio.AioRpcError) -> GridRefusedError | None:
     """The refusal in a google.rpc.Status with an ErrorInfo of the grid's domain; None if the grid did not say it."""
-    details = next((value for key, value in error.trailing_metadata() or () if key == _DETAILS_KEY), None)
-    if not isinstance(details, bytes):
+    facts = from_error(error, Domain.GRID)
+    if facts is None:
         return None
-    status = status_pb2.Status()
-    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-    retry_after: float | None = None
-    try:
-        status.ParseFromString(details)
-        for detail in status.details:
-            if detail.Is(retry.DESCRIPTOR):
-                detail.Unpack(retry)
-                retry_after = retry.retry_delay.ToTimedelta().total_seconds()
-            elif detail.Is(info.DESCRIPTOR):
-                detail.Unpack(info)
-    except Exception:  # noqa: BLE001 - protobuf's runtimes raise different errors for bytes that are no message
-        return None
-    if info.domain != ERROR_DOMAIN:
-        return None
-    return GridRefusedError(info.reason, status.message, code=error.code(), retry_after=retry_after)
+    return GridRefusedError(facts.reason, facts.message, code=error.code(), retry_after=facts.retry_after)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import re
-import secrets
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
-import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 
@@ -21,7 +18,7 @@ from gose_client.channel import OperationsChannel
 from gose_client.connectors import Connectors, explain
 from gose_client.content_keys import ContentKeys
 from gose_client.deadline import Deadline
-from gose_client.errors import OVERLOAD, GoseClientError, GridRefusedError, GridUnavailableError
+from gose_client.errors import GoseClientError, GridRefusedError, GridUnavailableError
 from gose_client.http_connections import HttpConnections
 from gose_client.login import Grant, Logins
 from gose_client.session import VmSession
@@ -31,15 +28,15 @@ from secfunet.card.errors import CardError
 from secfunet.card.pool import CardPool
 from secfunet.container import ContainerProfile
 from secfunet.identity import load_certificate, rsa_key_of
+from secfunet.rpc.correlation import clean_correlation
+from secfunet.rpc.reasons import Healing
 from secfunet.vm_auth_token import unverified_claims
 
 _log = logging.getLogger(__name__)
 
-_BEGIN_AGAIN: Final = frozenset({"LOGIN_UNKNOWN"})
 _MAX_BEGINNINGS = 4
 _MAX_LOGINS = 8  # at the same time
 _MAX_AUTHORITIES = 1024  # the grid's, and a bound VM's own certificate each
-_CORRELATION = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 
 class GoseClient:
@@ -98,8 +95,7 @@ class GoseClient:
         Raises GridRefusedError with the grid's reason, DeadlineError after ``timeout`` seconds, GridUntrustedError, HypervisorCardError,
         ProtocolViolationError.
         """
-        if not _CORRELATION.fullmatch(correlation):
-            correlation = secrets.token_hex(8)
+        correlation = clean_correlation(correlation)
         deadline = Deadline(timeout)
 
         async def log_in(until: Deadline) -> Grant:
@@ -127,11 +123,11 @@ class GoseClient:
                 async with self._login_places:
                     grant = await self._logins.attempt(vm_certificate, vm_auth_token, correlation)
             except GridRefusedError as error:
-                if error.reason in _BEGIN_AGAIN and beginnings < _MAX_BEGINNINGS:
+                if error.healing is Healing.LOGIN and beginnings < _MAX_BEGINNINGS:
                     # The login was lost on its way (a restarted grid has forgotten it): from the beginning.
                     beginnings += 1
                     self._logins.forget()
-                elif error.code is not grpc.StatusCode.UNAVAILABLE and error.reason not in OVERLOAD:
+                elif error.healing not in (Healing.TIME, Healing.ROOM):
                     raise
                 await deadline.pause_or_refuse(error)
             except GridUnavailableError as error:

@@ -17,6 +17,7 @@ from gose_client.settings import GoseClientSettings
 from secfunet.apdu import StatusError
 from secfunet.card.errors import CardError
 from secfunet.openid.realm import WebUrl, parse_url
+from secfunet.rpc.reasons import Reason
 from secfunet.service.tcp import watch_peer
 from secfunet.tandem.aio import open_tandem_connection
 from secfunet.tandem.errors import HandshakeRefusedError
@@ -45,7 +46,7 @@ def explain(error: BaseException, place: str) -> GoseClientError:
         return HypervisorCardError(f"the hypervisor's card refused: {error}")
     if isinstance(error, CardError):
         return GridUnavailableError(
-            f"the hypervisor's card cannot be used now: {error}", reason="HYPERVISOR_CARD_UNAVAILABLE"
+            f"the hypervisor's card cannot be used now: {error}", reason=Reason.HYPERVISOR_CARD_UNAVAILABLE
         )
     return GridUnavailableError(f"{place} cannot be reached: {error or type(error).__name__}")
 

@@ -7,7 +7,8 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator
 
-from gose_client.errors import OVERLOAD, DeadlineError, GridRefusedError
+from gose_client.errors import DeadlineError, GridRefusedError
+from secfunet.rpc.reasons import Healing
 
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 1.0
@@ -59,6 +60,6 @@ class Deadline:
         try:
             await self.pause(error, error.retry_after or 0.0)
         except DeadlineError:
-            if error.reason in OVERLOAD:
+            if error.healing is Healing.ROOM:
                 raise error from None
             raise

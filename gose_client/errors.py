@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import grpc
 
 from secfunet.errors import SecFuNetError
-
-OVERLOAD: Final = frozenset({"SLOT_BUSY", "TOO_MANY_CALLS", "TOO_MANY_STREAMS", "TOO_MANY_SESSIONS", "TOO_MANY_LOGINS"})
-"""The grid's reasons of RESOURCE_EXHAUSTED: nothing was done, and ``retry_after`` says when there will be room."""
+from secfunet.rpc.facts import MAX_MESSAGE, Facts
+from secfunet.rpc.reasons import Domain, Healing, Reason, healing_of
 
 
 class GoseClientError(SecFuNetError):
@@ -35,10 +32,15 @@ class GoseClientError(SecFuNetError):
         self.from_grid = from_grid
 
     @property
-    def code_number(self) -> int:
-        """The google.rpc.Code."""
-        number: int = self.code.value[0]
-        return number
+    def facts(self) -> Facts:
+        """What of it leaves a program."""
+        domain = Domain.GRID if self.from_grid else Domain.MIDDLEWARE
+        return Facts(self.code, domain, self.reason, str(self)[:MAX_MESSAGE], self.retry_after)
+
+    @property
+    def healing(self) -> Healing:
+        """What makes the same request succeed later."""
+        return healing_of(self.reason, self.code)
 
 
 class GridRefusedError(GoseClientError):
@@ -51,7 +53,7 @@ class GridRefusedError(GoseClientError):
 class GridUnavailableError(GoseClientError):
     """The grid could not be reached, or went away in the middle."""
 
-    def __init__(self, message: str, *, reason: str = "GRID_UNAVAILABLE", retry_after: float | None = 1.0) -> None:
+    def __init__(self, message: str, *, reason: str = Reason.GRID_UNAVAILABLE, retry_after: float | None = 1.0) -> None:
         super().__init__(reason, message, code=grpc.StatusCode.UNAVAILABLE, retry_after=retry_after)
 
 
@@ -59,21 +61,21 @@ class GridUntrustedError(GoseClientError):
     """Whoever answered at the grid's address is not the grid, or the grid does not accept our card. Waiting does not help."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("GRID_UNTRUSTED", message, code=grpc.StatusCode.FAILED_PRECONDITION)
+        super().__init__(Reason.GRID_UNTRUSTED, message, code=Reason.GRID_UNTRUSTED.code)
 
 
 class HypervisorCardError(GoseClientError):
     """The hypervisor's own card refuses its service (a wrong or blocked PIN, no such identity). Waiting does not help."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("HYPERVISOR_CARD_REFUSED", message, code=grpc.StatusCode.FAILED_PRECONDITION)
+        super().__init__(Reason.HYPERVISOR_CARD_REFUSED, message, code=Reason.HYPERVISOR_CARD_REFUSED.code)
 
 
 class ProtocolViolationError(GoseClientError):
     """The grid's answer is not what the protocol allows, or leads to a place that was not configured."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("GRID_PROTOCOL_VIOLATED", message, code=grpc.StatusCode.INTERNAL)
+        super().__init__(Reason.GRID_PROTOCOL_VIOLATED, message, code=Reason.GRID_PROTOCOL_VIOLATED.code)
 
 
 class DeadlineError(GoseClientError):
@@ -81,7 +83,7 @@ class DeadlineError(GoseClientError):
 
     def __init__(self, cause: BaseException | None = None) -> None:
         text = "the grid did not answer in time" + (f": {cause}" if cause is not None else "")
-        super().__init__("DEADLINE_EXCEEDED", text, code=grpc.StatusCode.DEADLINE_EXCEEDED)
+        super().__init__(Reason.DEADLINE_EXCEEDED, text, code=Reason.DEADLINE_EXCEEDED.code)
         self.cause = cause
 
 
@@ -89,18 +91,18 @@ class SessionClosedError(GoseClientError):
     """The session was closed here."""
 
     def __init__(self) -> None:
-        super().__init__("SESSION_CLOSED", "this session was closed", code=grpc.StatusCode.FAILED_PRECONDITION)
+        super().__init__(Reason.SESSION_ENDED, "this session was closed", code=Reason.SESSION_ENDED.code)
 
 
 class ContainerRefusedError(GoseClientError):
     """A container of no authority that this client knows, or whose key the card does not unwrap."""
 
     def __init__(self) -> None:
-        super().__init__("CONTAINER_REFUSED", "the container is refused", code=grpc.StatusCode.INVALID_ARGUMENT)
+        super().__init__(Reason.CONTAINER_REFUSED, "the container is refused", code=Reason.CONTAINER_REFUSED.code)
 
 
 class RequestInvalidError(GoseClientError):
     """The caller asked for something that is no request at all."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("REQUEST_INVALID", message, code=grpc.StatusCode.INVALID_ARGUMENT)
+        super().__init__(Reason.REQUEST_INVALID, message, code=Reason.REQUEST_INVALID.code)

@@ -29,10 +29,10 @@ from gose_client.settings import GoseClientSettings
 from secfunet.identity import IdentityError, der_of, load_certificate, pem_of, thumbprint, verify_container_authority
 from secfunet.openid.errors import OpenIdFormatError
 from secfunet.openid.realm import WebUrl, parse_url
+from secfunet.rpc.correlation import CORRELATION_KEY
 
 MAX_REDIRECTS = 8
 SESSIONS_PATH = "/v1/sessions"
-CORRELATION_HEADER = "secfunet-correlation-id"
 
 _SECRET = re.compile(r"[A-Za-z0-9_-]{20,256}")
 _REASON = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
@@ -86,7 +86,7 @@ class Logins:
             "hypervisor_certificate": pem_of(hypervisor).decode("ascii"),
             "vm_auth_token": vm_auth_token,
         }
-        headers = {"accept": "application/json", CORRELATION_HEADER: correlation}
+        headers = {"accept": "application/json", CORRELATION_KEY: correlation}
         answer = await self._http.request(
             "POST", url, headers={**headers, "content-type": "application/json"}, body=json.dumps(form).encode()
         )

@@ -22,10 +22,9 @@ from typing import Final
 
 import grpc.aio
 
-from gose_client.channel import CORRELATION_KEY, SESSION_KEY, OperationsChannel
+from gose_client.channel import SESSION_KEY, OperationsChannel
 from gose_client.deadline import Deadline
 from gose_client.errors import (
-    OVERLOAD,
     DeadlineError,
     GoseClientError,
     GridRefusedError,
@@ -38,15 +37,15 @@ from gose_client.settings import GoseClientSettings
 from gose_client.stream import OperationStream
 from secfunet.gose.v1 import operation_pb2
 from secfunet.gose.v1 import service_provider_pb2 as pb
+from secfunet.rpc.correlation import CORRELATION_KEY
+from secfunet.rpc.facts import from_failure
+from secfunet.rpc.reasons import Domain, Healing
 
 _log = logging.getLogger(__name__)
 
 BATCH: Final = 64  # operations
-_SESSION_GONE: Final = frozenset({"SESSION_UNKNOWN", "SESSION_EXPIRED"})
-# DEADLINE_EXCEEDED is the grid's own bound for a batch: whose time is longer asks again, and gets what was done meanwhile.
-_WORTH_RETRYING: Final = frozenset(
-    {"SHUTTING_DOWN", "CARD_UNAVAILABLE", "STATE_UNAVAILABLE", "DEADLINE_EXCEEDED", *OVERLOAD}
-)
+# Among them DEADLINE_EXCEEDED, the grid's own bound for a batch: a caller with more time asks again, and gets what was done meanwhile.
+_WORTH_RETRYING: Final = (Healing.TIME, Healing.ROOM)
 _MAX_LOGINS = 3  # in one call: a grid that forgets sessions faster than that is beyond healing
 
 
@@ -70,8 +69,10 @@ class _Batch:
 
     def take(self, answer: pb.ExecuteStreamResponse) -> None:
         self.containers += answer.containers
-        self.to_retry = [failure for failure in answer.failures if failure.reason in _WORTH_RETRYING]
-        self.failures += [failure for failure in answer.failures if failure.reason not in _WORTH_RETRYING]
+        self.to_retry = []
+        for failure in answer.failures:
+            is_transient = from_failure(failure, Domain.GRID).healing in _WORTH_RETRYING
+            (self.to_retry if is_transient else self.failures).append(failure)
         ids = {failure.request_id for failure in self.to_retry}
         self.todo = [operation for operation in self.todo if operation.request_id in ids]
 
@@ -211,10 +212,10 @@ class VmSession:
             batch.to_retry = []
             self._discard(stream)
             self._check_open()
-            if error.reason in _SESSION_GONE and batch.logins < _MAX_LOGINS:
+            if error.healing is Healing.LOGIN and batch.logins < _MAX_LOGINS:
                 batch.logins += 1
                 await self._renew(generation, deadline)
-            elif error.reason in _WORTH_RETRYING:
+            elif error.healing in _WORTH_RETRYING:
                 await deadline.pause_or_refuse(error)
             else:
                 raise

@@ -11,7 +11,9 @@ import grpc
 
 from secfunet.agent.v1 import local_pb2, local_pb2_grpc
 from secfunet.gose.v1 import operation_pb2
-from vm_agent.errors import AgentError, facts_of
+from secfunet.rpc.facts import Facts, from_error
+from secfunet.rpc.reasons import Domain, Reason
+from vm_agent.errors import AgentError
 
 Answer = TypeVar("Answer")
 
@@ -19,26 +21,27 @@ Answer = TypeVar("Answer")
 class NoAgentError(AgentError):
     """Nobody serves at the socket."""
 
-    code = grpc.StatusCode.UNAVAILABLE
-    reason = "NO_AGENT"
+    code = Reason.NO_AGENT.code
+    reason = Reason.NO_AGENT
 
 
 class NotAllowedError(AgentError):
     """This user may not open the socket."""
 
-    code = grpc.StatusCode.PERMISSION_DENIED
-    reason = "SOCKET_PERMISSION"
+    code = Reason.SOCKET_PERMISSION.code
+    reason = Reason.SOCKET_PERMISSION
 
 
 class AgentCallError(AgentError):
-    """The agent refused or failed; ``code``, ``reason`` and ``retry_after`` are what it said."""
+    """The agent refused or failed; code, domain, reason and retry time are what it said."""
 
-    def __init__(self, code: grpc.StatusCode, reason: str, message: str, retry_after: float) -> None:
-        wait = f" (try again in {retry_after:g} s)" if retry_after else ""
-        super().__init__(f"{message or code.name}{wait}")
-        self.code = code
-        self.reason = reason
-        self.retry_after = retry_after
+    def __init__(self, facts: Facts) -> None:
+        wait = f" (try again in {facts.retry_after:g} s)" if facts.retry_after else ""
+        super().__init__(f"{facts.message or facts.code.name}{wait}")
+        self.code = facts.code
+        self.domain = facts.domain
+        self.reason = facts.reason
+        self.retry_after = facts.retry_after
 
 
 class LocalClient:
@@ -112,9 +115,10 @@ def check_reachable(path: Path) -> None:
 
 def _call_error(error: grpc.RpcError) -> AgentCallError:
     rpc: Any = error  # every call error of grpc is also a grpc.Call
-    metadata = rpc.trailing_metadata() or ()
-    facts = facts_of(next((bytes(value) for key, value in metadata if key == "grpc-status-details-bin"), None))
-    message = rpc.details() or ""
-    if rpc.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not facts.reason:
-        message = "the agent gave no answer in time"
-    return AgentCallError(rpc.code(), facts.reason or rpc.code().name, message, facts.retry_after)
+    facts = from_error(error, *Domain)
+    if facts is not None:
+        return AgentCallError(facts)
+    code: grpc.StatusCode = rpc.code()
+    late = code is grpc.StatusCode.DEADLINE_EXCEEDED
+    message = "the agent gave no answer in time" if late else rpc.details() or ""
+    return AgentCallError(Facts(code, Domain.AGENT, code.name, message))

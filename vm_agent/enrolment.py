@@ -23,6 +23,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc
+from secfunet.rpc.reasons import Reason
 from secfunet.service.files import UnsafeFileError, read_secret, write_atomically
 from vm_agent.errors import AgentError, EnrolmentRefusedError, JoinError, NotEnrolledError, from_rpc_error
 from vm_agent.identity import VmIdentity, parse_identity
@@ -241,7 +242,7 @@ async def enrol(
         return enrolment, None  # a VM without an identity is enrolled all the same; WatchIdentity tells it later
 
 
-_PASSING = frozenset({"DOMAIN_NOT_RUNNING"})
+_PASSING = frozenset({Reason.DOMAIN_NOT_RUNNING})
 """Reasons that say nothing of the secret: it was not looked at. A domain that is paused, or whose migration just failed, goes on later."""
 
 _FINAL = frozenset(

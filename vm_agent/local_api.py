@@ -19,7 +19,8 @@ import grpc.aio
 from secfunet.agent.v1 import local_pb2, local_pb2_grpc
 from secfunet.gose.v1 import operation_pb2
 from secfunet.operation import OperationError, validate_operation
-from vm_agent.errors import AgentError, OverloadedError, RequestError, status_details
+from secfunet.rpc.facts import abort
+from vm_agent.errors import AgentError, OverloadedError, RequestError
 from vm_agent.identity import VmIdentity
 from vm_agent.local_socket import caller_uid, share_of
 from vm_agent.options import LimitOptions
@@ -151,13 +152,7 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
         try:
             output = await self._execute(operation, self._limits.default_timeout, uid)
         except AgentError as error:
-            failure = operation_pb2.OperationFailure(
-                code=error.code.value[0],
-                reason=error.reason,
-                message=str(error),
-                retry_after_ms=int(error.retry_after * 1000),
-            )
-            return local_pb2.OperateResponse(id=request.id, failure=failure)
+            return local_pb2.OperateResponse(id=request.id, failure=error.facts.failure())
         return local_pb2.OperateResponse(id=request.id, output=output)
 
     async def _execute(self, operation: operation_pb2.Operation, timeout: float, uid: int | None) -> bytes:
@@ -179,6 +174,4 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
 
 async def refuse(context: Context, error: AgentError) -> NoReturn:
     """Ends the call with the error's status, reason and retry time."""
-    details = status_details(error.code, error.reason, str(error), error.retry_after)
-    context.set_trailing_metadata((("grpc-status-details-bin", details),))
-    await context.abort(error.code, str(error))
+    await abort(context, error.facts)

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ import grpc.aio
 
 from secfunet.gose.v1 import operation_pb2
 from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc
+from secfunet.rpc.correlation import CORRELATION_KEY, new_correlation
 from vm_agent.batching import Batcher, Ticket
 from vm_agent.enrolment import Enrolment, channel_options
 from vm_agent.errors import (
@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 CALL_TIMEOUT = 10.0  # seconds, for calls that no local program waits for
 DRAIN_TIME = 60.0  # seconds that a replaced channel may still answer
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between attempts to reach the middleware
-CORRELATION_KEY = "secfunet-correlation-id"
 
 Operation = operation_pb2.Operation
 
@@ -146,7 +145,7 @@ class MiddlewareConnection:
 
     def operate(self) -> OperateStream:
         """A new stream for batches."""
-        return OperateStream(self._stub.Operate(metadata=((CORRELATION_KEY, secrets.token_hex(8)),)))
+        return OperateStream(self._stub.Operate(metadata=((CORRELATION_KEY, new_correlation()),)))
 
     async def close(self, grace: float | None = None) -> None:
         """Closes the channel; calls under way have ``grace`` seconds."""

@@ -15,8 +15,10 @@ from secfunet.container import ContainerError, ContainerProfile, verify_containe
 from secfunet.gose.v1 import operation_pb2
 from secfunet.middleware.v1 import agent_pb2
 from secfunet.operation import MAX_AGE, check_result, parse_result_set
+from secfunet.rpc.facts import from_failure
+from secfunet.rpc.reasons import Domain
 from vm_agent.batching import Ticket
-from vm_agent.errors import AgentError, AnswerRefusedError, OperationFailedError, status_code
+from vm_agent.errors import AgentError, AnswerRefusedError, OperationFailedError
 from vm_agent.identity import VmIdentity
 from vm_agent.options import ProfileName
 
@@ -107,6 +109,4 @@ class ResultChecker:
 
 
 def _failed(untrusted: operation_pb2.OperationFailure) -> OperationFailedError:
-    code = status_code(untrusted.code)
-    retry_after = min(max(untrusted.retry_after_ms, 0), 3_600_000) / 1000
-    return OperationFailedError(code, untrusted.reason[:64] or code.name, untrusted.message[:512], retry_after)
+    return OperationFailedError(from_failure(untrusted, Domain.MIDDLEWARE))

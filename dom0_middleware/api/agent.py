@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 from dom0_middleware.api.enrolment import identity_as_known, require_renewal_rate
 from dom0_middleware.api.errors import facts_of
-from dom0_middleware.api.guard import MAX_TIMEOUT, Context, timeout_of
+from dom0_middleware.api.guard import MAX_TIMEOUT, timeout_of
 from dom0_middleware.audit import Action, DomainRecord
 from dom0_middleware.call import Call, current_call
 from dom0_middleware.enrolment import key_hash
@@ -21,6 +21,7 @@ from dom0_middleware.operations import ID_SIZE, MAX_BATCH, Operations
 from secfunet.gose.v1 import operation_pb2
 from secfunet.middleware.v1 import agent_pb2 as pb
 from secfunet.middleware.v1 import agent_pb2_grpc
+from secfunet.rpc.guard import Context
 from secfunet.service.audit import AuditLog
 
 BATCHES_IN_FLIGHT = 16  # of one stream; more wait unread
@@ -152,7 +153,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         """For what runs on under a certificate that the guard saw long ago."""
         try:
             if call.certificate is None:
-                raise Refused(Reason.CERTIFICATE_MISSING, "this call needs a certificate")
+                raise Refused(Reason.CERTIFICATE_REQUIRED, "this call needs a certificate")
             self._guest.require_current(call.certificate)
         except Refused as error:
             self._audit.record(

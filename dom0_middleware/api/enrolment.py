@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from dom0_middleware.api.guard import Context, timeout_of
+from dom0_middleware.api.guard import timeout_of
 from dom0_middleware.audit import Action, DomainRecord
 from dom0_middleware.call import current_call
 from dom0_middleware.enrolment import JoinSecrets, key_hash
@@ -24,6 +24,7 @@ from dom0_middleware.key_checks import KeyChecks
 from secfunet.errors import SecFuNetError
 from secfunet.middleware.v1 import agent_pb2 as pb
 from secfunet.middleware.v1 import agent_pb2_grpc
+from secfunet.rpc.guard import Context
 from secfunet.service.audit import AuditLog, Decision
 
 # How long enrolment waits for the grid, which the certificate itself does not need.

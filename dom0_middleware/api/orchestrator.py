@@ -7,7 +7,7 @@ import uuid as uuids
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 
-from dom0_middleware.api.guard import Context, peer_certificate, timeout_of
+from dom0_middleware.api.guard import peer_certificate, timeout_of
 from dom0_middleware.audit import Action, DomainRecord
 from dom0_middleware.call import Call, current_call
 from dom0_middleware.errors import MiddlewareError, Reason, Refused, Unavailable
@@ -17,11 +17,12 @@ from dom0_middleware.vm_definition import parse_uuid
 from dom0_middleware.vms import Vms
 from secfunet.middleware.v1 import orchestrator_pb2 as pb
 from secfunet.middleware.v1 import orchestrator_pb2_grpc
+from secfunet.rpc.guard import Context
 from secfunet.service.audit import AuditLog
 
 
 def admit_orchestrator(allowed: Callable[[], frozenset[str]]) -> Callable[[Context, Call], Call]:
-    """For ``Guard``: raises Refused (CERTIFICATE_MISSING, ORCHESTRATOR_NOT_ALLOWED). ``allowed``: the names, asked at each call."""
+    """For ``Callers``: raises Refused (CERTIFICATE_REQUIRED, ORCHESTRATOR_NOT_ALLOWED). ``allowed``: the names, asked at each call."""
 
     def admit(context: Context, call: Call) -> Call:
         name = orchestrator_name(peer_certificate(context))

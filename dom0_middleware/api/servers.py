@@ -11,8 +11,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 
 from dom0_middleware.api.agent import AgentService
 from dom0_middleware.api.enrolment import EnrolmentService
-from dom0_middleware.api.errors import reason_of
-from dom0_middleware.api.guard import Context, Guard, peer_certificate
+from dom0_middleware.api.errors import facts_of
+from dom0_middleware.api.guard import Callers, peer_certificate
 from dom0_middleware.call import Call
 from dom0_middleware.channels.port import ChannelAddresses
 from dom0_middleware.enrolment import JoinSecrets
@@ -26,6 +26,7 @@ from dom0_middleware.operations import Operations
 from dom0_middleware.policy import Policy
 from dom0_middleware.sessions import VmSessions
 from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc
+from secfunet.rpc.guard import Context, Guard
 from secfunet.service.audit import AuditLog
 
 MAX_MESSAGE = 256 * 1024  # bytes: 64 operations are some 40 KiB
@@ -142,7 +143,7 @@ class GuestServerPairs:
             return call
 
         server = make_server(
-            Guard(admit, audit=self._audit, metrics=self._metrics, guest=guest),
+            Callers(admit, audit=self._audit, metrics=self._metrics, guest=guest).guard(),
             max_message=MAX_ENROL_MESSAGE,
             concurrent_calls=4,
         )
@@ -178,7 +179,7 @@ class GuestServerPairs:
             return Call(call.method, call.correlation, certificate)
 
         server = make_server(
-            Guard(admit, audit=self._audit, metrics=self._metrics, guest=guest),
+            Callers(admit, audit=self._audit, metrics=self._metrics, guest=guest).guard(),
             max_message=MAX_MESSAGE,
             concurrent_calls=self._concurrent_calls,
         )
@@ -191,7 +192,7 @@ class GuestServerPairs:
                 audit=self._audit,
                 metrics=self._metrics,
                 limit=self._operations_in_flight,
-                reason_of=reason_of,
+                facts_of=facts_of,
             ),
             identities=self._identities,
             authority=self._authority,

@@ -21,9 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from gose.answers import AnswerStore, Question, scope_of
 from gose.errors import Reason, Refusal
 from gose.metrics import Metrics
-from gose.overload import is_overload
 from gose.service_provider.card_errors import refusal_of
-from gose.service_provider.status import failure_of
 from gose.sessions import Session
 from gose.settings import Limits
 from gose.slots.connect import ReadyCard
@@ -167,7 +165,7 @@ class Executor:
         return BatchAnswer(
             # Several operations share a container; a dict keeps the order and each one once.
             list(dict.fromkeys(answers.values())),
-            [failure_of(request_id, refusal) for request_id, refusal in refusals.items()],
+            [refusal.facts.failure(request_id) for request_id, refusal in refusals.items()],
         )
 
     def _check_batch(self, operations: Sequence[operation_pb2.Operation]) -> None:
@@ -369,7 +367,7 @@ class Executor:
             refusal = refusals.get(operation.request_id)
             kind = operation.WhichOneof("kind") or "none"
             self._metrics.operations.labels(kind, "OK" if refusal is None else refusal.reason.value).inc()
-        if refusals and not answers and all(map(is_overload, refusals.values())):
+        if refusals and not answers and all(refusal.reason.overload for refusal in refusals.values()):
             refused = self._overload.count(Reason.SLOT_BUSY, len(refusals))
             if refused:
                 log.warning(

@@ -1,9 +1,8 @@
 """Who calls: decided before every gRPC handler, unary or streaming, by the certificate of the connection and the session.
 
-grpc.aio shows an interceptor no more than method and metadata; the certificate is in the context that the handler gets. So the
-interceptor wraps every handler that there is, those that are added later too; only health is answered without a session.
 Rules, in their order: the connection has a client certificate; its hypervisor has not too many calls in work; the call names one session;
-the session may be used over this connection, now; a unary call has a deadline.
+the session may be used over this connection, now; a unary call has a deadline. Health needs no session: in place of it the hypervisor has
+to be in good standing, and one look is all there is, no watching.
 """
 
 from __future__ import annotations
@@ -13,33 +12,31 @@ import binascii
 import contextlib
 import contextvars
 import logging
-import secrets
 import sqlite3
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
 
 from gose.errors import Reason, Refusal
 from gose.metrics import Metrics
-from gose.overload import is_overload
-from gose.service_provider.status import abort
 from gose.sessions import Session, SessionStore
 from gose.state import state_unavailable
 from secfunet.identity import thumbprint
+from secfunet.rpc.correlation import CORRELATION_KEY, clean_correlation
+from secfunet.rpc.facts import abort
+from secfunet.rpc.guard import Guard, Method
 from secfunet.service.flood_log import FloodLog
 
 log = logging.getLogger(__name__)
 
 SESSION_KEY = "secfunet-session"
-CORRELATION_KEY = "secfunet-correlation-id"
 CALLS_RETRY_AFTER = 0.5  # seconds
 _HEALTH = "/grpc.health.v1.Health/"
-_MAX_CORRELATION = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,36 +56,44 @@ def current_caller() -> Caller:
     return _caller.get()
 
 
-class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, unused-ignore] # generic only in some stub versions
-    """Wraps each handler once; see the module's docstring."""
+class HypervisorStanding(Protocol):
+    """What of ``RegistryStanding`` is asked here."""
 
-    def __init__(self, sessions: SessionStore, metrics: Metrics, *, calls_per_hypervisor: int) -> None:
+    def hypervisor(self, hvid: str) -> object: ...  # raises Refusal HYPERVISOR_REFUSED
+
+
+class Callers:
+    """What the grid's ``Guard`` asks of each call; see the module's docstring."""
+
+    def __init__(
+        self, sessions: SessionStore, standing: HypervisorStanding, metrics: Metrics, *, calls_per_hypervisor: int
+    ) -> None:
         self._sessions = sessions
+        self._standing = standing
         self._metrics = metrics
         self._calls_per_hypervisor = calls_per_hypervisor
         self._calls: Counter[str] = Counter()
         self._overload = FloodLog()
-        self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """See grpc.aio.ServerInterceptor."""
-        method = handler_call_details.method
-        wrapped = self._wrapped.get(method)
-        if wrapped is None:
-            handler = await continuation(handler_call_details)
-            if handler is None or method.startswith(_HEALTH):
-                return handler
-            wrapped = self._wrapped[method] = self._wrap(handler, method)
-        return wrapped
+    def guard(self) -> Guard:
+        """The interceptor."""
+        return Guard(self.admit, self.refuse)
 
     @property
     def calls(self) -> int:
         """How many are in work."""
         return self._calls.total()
+
+    @contextlib.contextmanager
+    def admit(self, context: grpc.aio.ServicerContext[Any, Any], method: Method) -> Iterator[None]:
+        """The call, while it lasts. Raises Refusal."""
+        hvid = peer_thumbprint(context)
+        with self._place(hvid):
+            if method.path.startswith(_HEALTH):
+                self._standing.hypervisor(hvid)
+            else:
+                _caller.set(self._caller_of(context, hvid, needs_deadline=method.is_unary))
+            yield
 
     @contextlib.contextmanager
     def _place(self, hvid: str) -> Iterator[None]:
@@ -105,7 +110,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, unused-ignore
             if not self._calls[hvid]:
                 del self._calls[hvid]
 
-    def admit(self, context: grpc.aio.ServicerContext[Any, Any], hvid: str, *, needs_deadline: bool) -> Caller:
+    def _caller_of(self, context: grpc.aio.ServicerContext[Any, Any], hvid: str, *, needs_deadline: bool) -> Caller:
         """Raises Refusal."""
         secret = correlation = ""
         secrets_given = 0
@@ -123,46 +128,21 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, unused-ignore
             raise Refusal(Reason.DEADLINE_REQUIRED, "a call must have a deadline")
         return Caller(session, hvid, clean_correlation(correlation))
 
-    def _wrap(self, handler: grpc.RpcMethodHandler[Any, Any], method: str) -> grpc.RpcMethodHandler[Any, Any]:
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                self._guarded(handler.unary_unary, method, needs_deadline=True),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        if handler.stream_stream is not None:
-            return grpc.stream_stream_rpc_method_handler(
-                self._guarded(handler.stream_stream, method, needs_deadline=False),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        raise TypeError(f"{method} is of a kind that the guard does not know: it would go unguarded")
-
-    def _guarded(
-        self, behaviour: Callable[[Any, Any], Any], method: str, *, needs_deadline: bool
-    ) -> Callable[[Any, Any], Awaitable[Any]]:
-        async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            try:
-                hvid = peer_thumbprint(context)
-                with self._place(hvid):
-                    _caller.set(self.admit(context, hvid, needs_deadline=needs_deadline))
-                    return await behaviour(request, context)
-            except Refusal as refusal:
-                self._note(refusal, method, context)
-                await abort(context, refusal)
-            except grpc.aio.AbortError:
-                raise
-            except sqlite3.Error as error:
-                await abort(context, state_unavailable(error))
-            except Exception:
-                log.exception("a handler failed", extra={"method": method})
-                await abort(context, Refusal(Reason.INTERNAL, "the grid has a fault; see its log"))
-
-        return guarded
+    async def refuse(
+        self, context: grpc.aio.ServicerContext[Any, Any], method: Method, error: Exception, *, admitted: bool
+    ) -> None:
+        """Ends the call for ``error``, whatever it is."""
+        if isinstance(error, Refusal):
+            self._note(error, method.path, context)
+            await abort(context, error.facts)
+        if isinstance(error, sqlite3.Error):
+            await abort(context, state_unavailable(error).facts)
+        log.error("a handler failed", exc_info=error, extra={"method": method.path})
+        await abort(context, Refusal(Reason.INTERNAL, "the grid has a fault; see its log").facts)
 
     def _note(self, refusal: Refusal, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self._metrics.refusals.labels(refusal.reason.value).inc()
-        refused = self._overload.count(refusal.reason) if is_overload(refusal) else 1
+        refused = self._overload.count(refusal.reason) if refusal.reason.overload else 1
         if not refused:
             return
         caller = _caller.get(None)
@@ -204,10 +184,3 @@ def _thumbprint_of_pem(pem: bytes) -> str | None:
         return thumbprint(base64.b64decode(b"".join(lines[1:-1]), validate=True))
     except binascii.Error:
         return None
-
-
-def clean_correlation(untrusted: str) -> str:
-    """The caller's correlation id if it is printable and short, else a fresh one (16 hexadecimal digits)."""
-    if 0 < len(untrusted) <= _MAX_CORRELATION and untrusted.isascii() and untrusted.replace("-", "").isalnum():
-        return untrusted
-    return secrets.token_hex(8)

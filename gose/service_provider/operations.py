@@ -13,12 +13,14 @@ import grpc.aio
 from gose.errors import Reason, Refusal
 from gose.metrics import Metrics
 from gose.service_provider.execution import BatchAnswer, Executor
-from gose.service_provider.guard import Caller, clean_correlation, current_caller
-from gose.service_provider.status import failure_of
+from gose.service_provider.guard import Caller, current_caller
 from gose.sessions import SessionStore
 from gose.settings import Limits
 from secfunet.gose.v1 import service_provider_pb2 as pb
 from secfunet.gose.v1 import service_provider_pb2_grpc as pb_grpc
+from secfunet.rpc.correlation import clean_correlation
+from secfunet.rpc.facts import from_failure
+from secfunet.rpc.reasons import Domain, find_reason
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -189,7 +191,7 @@ class _Stream:
             except Refusal as refusal:
                 # A batch that cannot be read as one: its operations fail, the stream goes on.
                 ids = [operation.request_id[:64] for operation in request.operations[: self._limits.batch_operations]]
-                answer = BatchAnswer(failures=[failure_of(request_id, refusal) for request_id in ids or [b""]])
+                answer = BatchAnswer(failures=[refusal.facts.failure(request_id) for request_id in ids or [b""]])
             response = pb.ExecuteStreamResponse(
                 batch_id=request.batch_id, containers=answer.containers, failures=answer.failures
             )
@@ -206,7 +208,7 @@ class _Stream:
 
 def _raise_if_nothing_was_done(answer: BatchAnswer) -> None:
     reasons = {failure.reason for failure in answer.failures}
-    if len(reasons) == 1 and (reason := Reason(next(iter(reasons)))) in _WHOLE_BATCH:
+    reason = find_reason(next(iter(reasons))) if len(reasons) == 1 else None
+    if reason is not None and reason in _WHOLE_BATCH:
         first = answer.failures[0]
-        retry_after = first.retry_after_ms / 1000 if first.retry_after_ms else None
-        raise Refusal(reason, first.message, retry_after=retry_after)
+        raise Refusal(reason, first.message, retry_after=from_failure(first, Domain.GRID).retry_after)

@@ -12,8 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from dom0_middleware.api.errors import CODES, facts_of
-from dom0_middleware.errors import Reason
+from dom0_middleware.api.errors import facts_of
 from secfunet.identity import pem_of
 from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc, orchestrator_pb2
 from tests.dom0_middleware.world import (
@@ -290,7 +289,7 @@ async def test_a_message_beyond_the_bound_is_refused(world: World) -> None:
 async def test_the_correlation_id_of_the_caller_is_kept_if_it_is_one(world: World) -> None:
     guest = await world.enrolled()
     async with guest.agent() as stub:
-        for sent in ("0123456789abcdef", "not hexadecimal!", "0123456789ABCDEF", "0" * 17):
+        for sent in ("0123456789abcdef", "deploy-42", "not an id!", "0" * 65):
             operation = sign_operation()
             await stub.Sign(
                 agent_pb2.SignRequest(request_id=operation.request_id, sign=operation.sign),
@@ -299,13 +298,12 @@ async def test_the_correlation_id_of_the_caller_is_kept_if_it_is_one(world: Worl
             )
     ids = [str(record["correlation"]) for record in world.audit() if record["action"] == "operation"]
     assert set(ids) <= set(world.grid.correlations)
-    assert ids[0] == "0123456789abcdef"
-    assert all(len(one) == 16 for one in ids)
+    assert ids[:2] == ["0123456789abcdef", "deploy-42"]
+    assert all(len(one) == 16 for one in ids[2:])
     assert len(set(ids)) == 4
 
 
-def test_every_reason_has_a_code_and_a_fault_tells_nothing() -> None:
-    assert set(CODES) == set(Reason)
+def test_a_fault_tells_nothing() -> None:
     told = facts_of(RuntimeError("secret things"))
     assert told.code is grpc.StatusCode.INTERNAL
     assert "secret" not in told.message

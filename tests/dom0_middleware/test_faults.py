@@ -28,7 +28,7 @@ from tests.dom0_middleware.world import TIMEOUT, World, certificate, eventually,
 
 pb = orchestrator_pb2
 UNAVAILABLE = Unavailable(Reason.HYPERVISOR_UNAVAILABLE, "injected", retry_after=1.0)
-REFUSED = Refused(Reason.HYPERVISOR_REFUSED, "injected")
+REFUSED = Refused(Reason.LIBVIRT_REFUSED, "injected")
 
 
 class FaultyHypervisor:

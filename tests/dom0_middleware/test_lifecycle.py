@@ -243,7 +243,7 @@ async def test_a_running_vm_takes_a_new_token_without_losing_anything(world: Wor
     operation = sign_operation()
     request = agent_pb2.SignRequest(request_id=operation.request_id, sign=operation.sign)
     async with guest.agent() as stub, world.orchestrator() as orchestrator:
-        assert (await refusal(stub.Sign(request, timeout=TIMEOUT)))[1] == "OPERATION_NOT_AUTHORISED"
+        assert (await refusal(stub.Sign(request, timeout=TIMEOUT)))[1] == "OPERATION_NOT_ALLOWED"
         again = pb.StartVmRequest(uuid=guest.uuid, vm_auth_token=token("web", valid=7200))
         answer = await orchestrator.StartVm(again, timeout=TIMEOUT)
         assert answer.guest_channel == str(guest.folder)

@@ -109,12 +109,12 @@ async def test_a_failed_migration_leaves_the_vm_working(hosts: TwoHosts) -> None
     async with hosts.agent(uuid) as agent:
         assert await signs(agent, a)
         await b.expect(await a.definition(uuid), b.token())
-        a.hypervisor.failure = Refused(Reason.HYPERVISOR_REFUSED, "the network is down")
+        a.hypervisor.failure = Refused(Reason.LIBVIRT_REFUSED, "the network is down")
         async with a.world.orchestrator() as stub:
             request = pb.MigrateVmRequest(uuid=uuid, destination="b")
             with pytest.raises(grpc.aio.AioRpcError, match="goes on here") as error:
                 await stub.MigrateVm(request, timeout=TIMEOUT)
-        assert facts(error.value)[1] == "HYPERVISOR_REFUSED"
+        assert facts(error.value)[1] == "LIBVIRT_REFUSED"
         assert await signs(agent, a)
         # It may be tried again.
         await a.migrate(uuid, "b")
@@ -345,7 +345,7 @@ async def test_the_sources_daemon_ends_in_the_middle(
     await a.world.stop()
     opened = len(a.channel.opened)
     if outcome == "it failed":
-        a.hypervisor.failure = Refused(Reason.HYPERVISOR_REFUSED, "no more memory there")
+        a.hypervisor.failure = Refused(Reason.LIBVIRT_REFUSED, "no more memory there")
     if outcome != "it goes on":
         a.hypervisor.gate.set()
         await eventually(lambda: not a.hypervisor._moves)
@@ -383,7 +383,7 @@ async def test_the_sources_dom0_ends_in_the_middle(hosts: TwoHosts, monkeypatch:
 async def test_the_sources_libvirt_ends_in_the_middle(hosts: TwoHosts) -> None:
     a = hosts.a
     uuid = await in_the_middle(hosts)
-    a.hypervisor.failure = Refused(Reason.HYPERVISOR_REFUSED, "connection reset")
+    a.hypervisor.failure = Refused(Reason.LIBVIRT_REFUSED, "connection reset")
     a.hypervisor.lose()
     a.hypervisor.gate.set()
     await eventually(lambda: not a.hypervisor._moves)

@@ -12,7 +12,7 @@ import grpc.aio
 import pytest
 
 from dom0_middleware.api.agent import BATCHES_IN_FLIGHT
-from dom0_middleware.api.errors import reason_of
+from dom0_middleware.api.errors import facts_of
 from dom0_middleware.call import Call
 from dom0_middleware.guest_authority import agent_certificate
 from dom0_middleware.hypervisor import DomainState
@@ -247,9 +247,9 @@ async def test_a_rate_is_refused_with_a_time_to_wait(world: World) -> None:
 async def test_the_token_decides_too(world: World) -> None:
     guest = await world.enrolled("web", vm_auth_token=token("web", operations=frozenset({"decrypt"})))
     code, reason, _ = await sign_refused(guest, sign_operation())
-    assert (code, reason) == (grpc.StatusCode.PERMISSION_DENIED, "OPERATION_NOT_AUTHORISED")
+    assert (code, reason) == (grpc.StatusCode.PERMISSION_DENIED, "OPERATION_NOT_ALLOWED")
     assert world.grid.executed == []
-    assert decisions(world) == [("refused", "OPERATION_NOT_AUTHORISED")]
+    assert decisions(world) == [("refused", "OPERATION_NOT_ALLOWED")]
 
 
 async def test_without_a_token_nothing_works(world: World) -> None:
@@ -386,7 +386,7 @@ async def test_what_ends_while_the_login_is_made_is_not_done(world: World, what:
         audit=service.audit,
         metrics=service.metrics,
         limit=10,
-        reason_of=reason_of,
+        facts_of=facts_of,
     )
     call = Call("/test", "0" * 16, agent_certificate(pem_of(shown.certificate)))
     world.grid.login_gate.clear()

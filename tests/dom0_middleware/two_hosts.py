@@ -153,7 +153,7 @@ class HostDouble:
                 del target.domains[uuid]
         failure, self.failure = self.failure, None
         if failure is None and target is None:
-            failure = Refused(Reason.HYPERVISOR_REFUSED, "no such host")
+            failure = Refused(Reason.LIBVIRT_REFUSED, "no such host")
         if failure is not None or target is None:
             raise failure or AssertionError
         target.arrive(domain.spec)
@@ -163,7 +163,7 @@ class HostDouble:
     def arrive(self, spec: DomainSpec) -> None:
         """A domain comes from another host, ours or not."""
         if any(spec.name == one.spec.name for one in self.domains.values()):
-            raise Refused(Reason.HYPERVISOR_REFUSED, "Domain with that name already exists")
+            raise Refused(Reason.LIBVIRT_REFUSED, "Domain with that name already exists")
         self.domains[spec.uuid] = Domain(spec)
         self._run(spec.uuid, DomainState.RUNNING)
         self._tell(spec.uuid, DomainEventKind.STARTED)

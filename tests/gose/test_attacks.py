@@ -19,6 +19,7 @@ import pytest
 import pytest_asyncio
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gose.server import GridService
 from secfunet.gose.v1 import service_provider_pb2
@@ -83,6 +84,18 @@ async def test_a_server_certificate_opens_no_client_connection(grid: TestGrid, s
     assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
+async def test_health_is_for_hypervisors_in_good_standing(grid: TestGrid, service: GridService) -> None:
+    """Neither a VM's certificate nor one that is in no registry gets an answer, and nothing of them stays open."""
+    request = health_pb2.HealthCheckRequest()
+    expected = (grpc.StatusCode.PERMISSION_DENIED, "HYPERVISOR_REFUSED")
+    for role in (Role.VM, Role.HYPERVISOR):
+        async with channel_of(grid, role, "stranger") as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            assert await refused(stub.Check(request, timeout=5)) == expected
+            assert {await refused(stub.Watch(request, timeout=5).read()) for _ in range(50)} == {expected}
+    assert service.callers.calls == 0
+
+
 async def test_a_revoked_hypervisor_finds_every_door_shut(grid: TestGrid, service: GridService) -> None:
     grid.hypervisor("hv-revoked")
     granted = await grid.session("vm-2", "hv-revoked")
@@ -98,6 +111,8 @@ async def test_a_revoked_hypervisor_finds_every_door_shut(grid: TestGrid, servic
         assert (answer.status, answer.reason) == (403, "HYPERVISOR_REFUSED")
         stub = grid.stub(channel)
         expected = (grpc.StatusCode.PERMISSION_DENIED, "HYPERVISOR_REFUSED")
+        health = health_pb2_grpc.HealthStub(channel)
+        assert await refused(health.Check(health_pb2.HealthCheckRequest(), timeout=5)) == expected
         assert await refused(stub.Execute(execute(sign_operation()), timeout=5, metadata=under(granted))) == expected
         # The session is gone, not only refused.
         assert (await refused(stub.Execute(execute(sign_operation()), timeout=5, metadata=under(granted))))[1] == (

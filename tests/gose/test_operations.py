@@ -205,6 +205,35 @@ async def test_health_needs_no_session(grid: TestGrid, service: GridService) -> 
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
+async def test_health_is_not_watched(grid: TestGrid, service: GridService) -> None:
+    async with grid.channel("hv-a") as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await watch.read()
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert service.callers.calls == 0
+
+
+async def test_health_counts_in_the_hypervisors_share(
+    grid: TestGrid, service: GridService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await grid.session("vm-1", "hv-a")
+    monkeypatch.setattr(service.callers, "_calls_per_hypervisor", 1)
+    request = health_pb2.HealthCheckRequest()
+    async with grid.channel("hv-a") as channel, grid.channel("hv-b") as other:
+        stream = grid.stub(channel).ExecuteStream(metadata=under(session))
+        await stream.write(service_provider_pb2.ExecuteStreamRequest(batch_id=1, operations=[sign_operation()]))
+        await stream.read()
+        health = health_pb2_grpc.HealthStub(channel)
+        expected = (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS")
+        assert await refused(health.Check(request, timeout=5)) == expected
+        assert await refused(health.Watch(request, timeout=5).read()) == expected
+        assert (await health_pb2_grpc.HealthStub(other).Check(request, timeout=5)).status
+        await stream.done_writing()
+        assert await stream.read() is grpc.aio.EOF
+        assert (await health.Check(request, timeout=5)).status
+
+
 async def test_failures_are_of_their_operation_only(grid: TestGrid, service: GridService) -> None:
     session = await grid.session("vm-1", "hv-a", operations=("sign",))
     good = sign_operation()

@@ -41,7 +41,7 @@ def sizes(service: GridService) -> dict[str, int]:
     return {
         "queue": max(len(bank.queue) for bank in service.rack.banks()),
         "flights": service.executor.in_work,
-        "calls": service.guard.calls,
+        "calls": service.callers.calls,
         "sessions": len(service.sessions),
     }
 

@@ -9,6 +9,7 @@ from itertools import count
 import grpc
 import pytest
 
+from secfunet.rpc.facts import Facts
 from tests.vm_agent.conftest import eventually
 from vm_agent.batching import Batcher, Ticket
 from vm_agent.errors import AgentError, DeadlineError, OperationFailedError, OverloadedError, UnavailableError
@@ -141,7 +142,7 @@ async def test_a_refused_stream_fails_its_callers_and_only_them() -> None:
     await eventually(lambda: bool(streams.opened) and bool(streams.opened[0].sent))
     streams.automatic = True
     streams.opened[0].answers.put_nowait(
-        OperationFailedError(grpc.StatusCode.PERMISSION_DENIED, "NOT_PERMITTED", "no", 0)
+        OperationFailedError(Facts(grpc.StatusCode.PERMISSION_DENIED, "middleware.secfunet", "NOT_PERMITTED", "no"))
     )
     with pytest.raises(OperationFailedError) as refused:
         await caller
@@ -248,7 +249,9 @@ async def test_what_an_old_stream_is_refused_goes_over_the_new_one() -> None:
     batcher.renew()
     streams.automatic = True
     streams.opened[0].answers.put_nowait(
-        OperationFailedError(grpc.StatusCode.UNAUTHENTICATED, "CERTIFICATE_SUPERSEDED", "", 0)
+        OperationFailedError(
+            Facts(grpc.StatusCode.UNAUTHENTICATED, "middleware.secfunet", "CERTIFICATE_SUPERSEDED", "")
+        )
     )
     assert await caller == b"done moved"
     await batcher.close()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from secfunet.middleware.v1 import agent_pb2
 from tests.vm_agent.double import DER, PEM, make_certificate
 from vm_agent.enrolment import Enrolment, EnrolmentAttempt, EnrolmentStore, check_certificate
-from vm_agent.errors import EnrolmentRefusedError, IdentityUnusableError, JoinError, NotEnrolledError, facts_of
+from vm_agent.errors import EnrolmentRefusedError, IdentityUnusableError, JoinError, NotEnrolledError
 from vm_agent.identity import parse_identity
 from vm_agent.join import erase_join, parse_join, read_join
 from vm_agent.keys import AgentKey
@@ -248,10 +248,3 @@ def test_any_identity_is_refused_or_parsed(vm: bytes, authority: bytes, hypervis
     untrusted = agent_pb2.Identity(vm_certificate=vm, container_authority=authority, hypervisor_certificate=hypervisor)
     with pytest.raises(IdentityUnusableError):
         parse_identity(untrusted)
-
-
-@given(st.binary(max_size=300))
-def test_any_status_details_are_read(untrusted: bytes) -> None:
-    facts = facts_of(untrusted)
-    assert len(facts.reason) <= 64
-    assert 0 <= facts.retry_after <= 3600

@@ -30,11 +30,13 @@ from secfunet.agent.v1 import local_pb2, local_pb2_grpc
 from secfunet.gose.v1 import operation_pb2
 from secfunet.identity import thumbprint
 from secfunet.middleware.v1 import agent_pb2
+from secfunet.rpc.facts import from_error
+from secfunet.rpc.reasons import Domain
 from secfunet.service.files import write_atomically
 from tests.vm_agent.conftest import eventually
 from tests.vm_agent.double import Grid, MiddlewareDouble
 from vm_agent.enrolment import EnrolmentStore
-from vm_agent.errors import NotEnrolledError, facts_of
+from vm_agent.errors import NotEnrolledError
 from vm_agent.local_socket import DoorError, _Half
 from vm_agent.options import AgentOptions
 from vm_agent.server import AgentService
@@ -55,10 +57,8 @@ async def running(options: AgentOptions) -> AsyncIterator[tuple[AgentService, lo
 
 
 def reason_of(error: grpc.aio.AioRpcError) -> str:
-    for key, value in error.trailing_metadata() or ():
-        if key == "grpc-status-details-bin" and isinstance(value, bytes):
-            return facts_of(value).reason
-    return ""
+    facts = from_error(error, *Domain)
+    return facts.reason if facts is not None else ""
 
 
 async def test_enrols_signs_and_erases_the_join_secret(
