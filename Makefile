@@ -7,7 +7,7 @@ XEN_WORKERS ?= $(shell awk '/MemAvailable/ { print ($$2 > 11e6) ? 2 : 1 }' /proc
 LOCKED := $(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header pyproject.toml
 DEMO_EXTRAS := agent build card dom0 gose
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak test-peers test-xen check format bench bench-xen lock clean deb release testbed testbed-up testbed-down testbed-clean
+.PHONY: help setup demo test soak test-peers test-xen check fuzz format bench bench-xen lock clean deb release testbed testbed-up testbed-down testbed-clean
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ check: setup ## format, lint, types, import contract, protos, shell, playbooks
 	$(BIN)/buf lint
 	$(BIN)/shellcheck scripts/setup scripts/debian-packages .ci/run
 	cd ansible && PATH="$(abspath $(BIN)):$$PATH" ansible-lint --config-file ../.ansible-lint --offline --strict --nocolor
+
+fuzz: setup ## look for inputs that a parser fails on (TIME=60 seconds for each target; TARGETS="apdu openid")
+	@$(BIN)/python -m fuzz run --time $(or $(TIME),60) $(TARGETS)
 
 format: setup ## format the code
 	$(BIN)/ruff check --fix-only --quiet .

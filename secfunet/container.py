@@ -186,9 +186,9 @@ class VerifiedContainer:
         """The plaintext. Raises ContainerError."""
         if len(content_key) != CONTENT_KEY_SIZE:
             raise ContainerError
-        decryptor = Cipher(algorithms.AES256(content_key), modes.CBC(self.body[:BLOCK])).decryptor()
         unpadder = PKCS7(8 * BLOCK).unpadder()
         try:
+            decryptor = Cipher(algorithms.AES256(content_key), modes.CBC(self.body[:BLOCK])).decryptor()
             padded = decryptor.update(self.body[BLOCK:]) + decryptor.finalize()
             return unpadder.update(padded) + unpadder.finalize()
         except ValueError:
