@@ -13,6 +13,9 @@ Rules, in the order of the code:
    next stream, as long as its caller waits. Streams are opened again at growing intervals.
 5. A batch whose callers all ran out of time gives its place back; if the stream said nothing at all meanwhile, it counts as lost.
 6. ``renew`` opens a new stream for what comes next; the old one is left to answer what it was asked, then closed.
+7. ``hand_over`` ends all streams: what has no answer is sent again at once, to whom the next stream leads. The queue belongs to the
+   callers, not to a connection or a certificate.
+8. An operation that is answered with UnavailableError was not executed: it waits on, and the stream counts as lost.
 
 No gRPC here: a stream is a ``BatchStream``, an answer is whatever ``receive`` makes of it.
 """
@@ -192,8 +195,17 @@ class Batcher(Generic[Request, Answer]):
             task.add_done_callback(self._finishing.discard)
         self._work.set()
 
+    def hand_over(self) -> None:
+        """Streams lead elsewhere from now on: what has no answer yet is sent again over the next one, within its callers' time."""
+        self._lane = None
+        for lane in list(self._lanes):
+            self._drop(lane, UnavailableError("the stream was replaced"))
+        self._failures = 0
+        self._retry_now.set()
+        self._work.set()
+
     async def close(self) -> None:
-        """Ends all streams; whoever waits gets UnavailableError."""
+        """The end of the agent: ends all streams; whoever waits gets UnavailableError."""
         self._closed = True
         error = UnavailableError("the agent is stopping")
         tasks = [lane.reader for lane in self._lanes if lane.reader is not None]
@@ -304,8 +316,11 @@ class Batcher(Generic[Request, Answer]):
             while True:
                 batch_id, answer = await lane.stream.receive()
                 lane.heard_at = self._loop.time()
+                not_now = self._answered(lane, batch_id, answer)
+                if not_now is not None:
+                    self._drop(lane, not_now)
+                    return
                 self._problem, self._failures = None, 0
-                self._answered(lane, batch_id, answer)
                 if lane.draining and not lane.batches:
                     self._drop(lane, UnavailableError("the stream was replaced"))
                     return
@@ -314,26 +329,42 @@ class Batcher(Generic[Request, Answer]):
         finally:
             self._drop(lane, UnavailableError("the stream ended"))
 
-    def _answered(self, lane: _Lane[Request, Answer], batch_id: int, answer: Answer) -> None:
+    def _answered(self, lane: _Lane[Request, Answer], batch_id: int, answer: Answer) -> UnavailableError | None:
+        """What keeps operations of the batch, which wait on, from being executed now; None if nothing does."""
         batch = lane.batches.pop(batch_id, None)
         if batch is None:  # a second answer, or one that came too late
             self.counters.unexpected_answers += 1
             log.debug("answer to an unknown batch", extra={"batch": batch_id})
-            return
+            return None
         if batch.timer is not None:
             batch.timer.cancel()
         self._callers, self._answered_at = self._waiting, self._loop.time()
         self._work.set()
         live = [waiting for waiting in batch.waiting if not waiting.outcome.done()]
         if not live:
-            return
+            return None
         outcomes = self._settle([waiting.ticket for waiting in live], answer)
+        not_now: UnavailableError | None = None
+        again = []
         for waiting in live:
             outcome = outcomes[waiting.ticket.request_id]
-            if isinstance(outcome, AgentError):
+            if isinstance(outcome, UnavailableError):
+                not_now = outcome
+                again.append(waiting)
+            elif isinstance(outcome, AgentError):
                 waiting.outcome.set_exception(outcome)
             else:
                 waiting.outcome.set_result(outcome)
+        self._wait_on(again)
+        return not_now
+
+    def _wait_on(self, unanswered: Sequence[_Waiting[Request]]) -> None:
+        """Back to the front of the queue, in their order."""
+        for waiting in reversed(unanswered):
+            if not waiting.outcome.done():
+                self.counters.resent += 1
+                self._queue[waiting.ticket.request_id] = waiting
+                self._queue.move_to_end(waiting.ticket.request_id, last=False)
 
     def _expire(self, lane: _Lane[Request, Answer], batch_id: int) -> None:
         batch = lane.batches.pop(batch_id, None)
@@ -364,11 +395,7 @@ class Batcher(Generic[Request, Answer]):
         if (
             isinstance(error, UnavailableError) or replaced
         ):  # an old stream's certificate may be refused while the new one's is good
-            for waiting in reversed(unanswered):
-                if not waiting.outcome.done():
-                    self.counters.resent += 1
-                    self._queue[waiting.ticket.request_id] = waiting
-                    self._queue.move_to_end(waiting.ticket.request_id, last=False)
+            self._wait_on(unanswered)
         else:
             self._fail(unanswered, error)
         self._work.set()
@@ -387,5 +414,7 @@ class Batcher(Generic[Request, Answer]):
 
     def _too_late(self) -> AgentError:
         if self._problem is not None and self._lane is None:
-            return UnavailableError(f"no answer in time: {self._problem}")
+            late = UnavailableError(f"no answer in time: {self._problem}")
+            late.domain, late.reason = self._problem.domain, self._problem.reason
+            return late
         return DeadlineError("no answer within the caller's time")

@@ -25,7 +25,14 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc
 from secfunet.rpc.reasons import Reason
 from secfunet.service.files import UnsafeFileError, read_secret, write_atomically
-from vm_agent.errors import AgentError, EnrolmentRefusedError, JoinError, NotEnrolledError, from_rpc_error
+from vm_agent.errors import (
+    AgentError,
+    EnrolmentRefusedError,
+    JoinError,
+    NotEnrolledError,
+    UnavailableError,
+    from_rpc_error,
+)
 from vm_agent.identity import VmIdentity, parse_identity
 from vm_agent.join import JoinInformation, join_of
 from vm_agent.keys import AgentKey
@@ -57,6 +64,7 @@ class Enrolment:
     agent: str  # an address: see ``transport``
     server_name: str
     join_digest: str  # which invitation it came from
+    enrol: str = ""  # an address, where a certificate that has ended is renewed; "" in what earlier versions kept
 
     @property
     def expires_at(self) -> float:
@@ -90,6 +98,7 @@ class Enrolment:
             "certificate": self.certificate.public_bytes(Encoding.PEM).decode(),
             "guest_authority": base64.b64encode(self.guest_authority).decode(),
             "agent": self.agent,
+            "enrol": self.enrol,
             "server_name": self.server_name,
             "join_digest": self.join_digest,
         }
@@ -103,6 +112,9 @@ class Enrolment:
             values = {name: kept[name] for name in ("uuid", "agent", "server_name", "join_digest")}
             if not all(isinstance(value, str) for value in values.values()):
                 raise ValueError("not a string")
+            enrol = kept.get("enrol", "")
+            if not isinstance(enrol, str):
+                raise ValueError("not a string")
             key = AgentKey.from_pem(kept["key"].encode())
             certificate = x509.load_pem_x509_certificate(kept["certificate"].encode())
             authority = base64.b64decode(kept["guest_authority"], validate=True)
@@ -110,7 +122,7 @@ class Enrolment:
             raise NotEnrolledError("the kept enrolment cannot be read") from None
         if not key.fits(certificate):
             raise NotEnrolledError("the kept certificate is not for the kept key")
-        return cls(key=key, certificate=certificate, guest_authority=authority, **values)
+        return cls(key=key, certificate=certificate, guest_authority=authority, enrol=enrol, **values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +245,7 @@ async def enrol(
         certificate=certificate,
         guest_authority=join.guest_authority,
         agent=join.agent,
+        enrol=join.enrol,
         server_name=join.server_name,
         join_digest=join.digest,
     )
@@ -242,7 +255,41 @@ async def enrol(
         return enrolment, None  # a VM without an identity is enrolled all the same; WatchIdentity tells it later
 
 
-_PASSING = frozenset({Reason.DOMAIN_NOT_RUNNING})
+async def renew_ended(enrolment: Enrolment, *, target: str, now: float, timeout: float) -> Enrolment:
+    """The enrolment with a fresh certificate, although the one that it has may have ended, or counts as ended in dom0.
+
+    ``target``: what ``enrolment.enrol`` is for gRPC. Raises EnrolmentRefusedError (dom0 does not renew it any more: only a new join secret
+    helps) or another AgentError (try again).
+    """
+    credentials = grpc.ssl_channel_credentials(root_certificates=_pem(enrolment.guest_authority))
+    async with grpc.aio.secure_channel(target, credentials, channel_options(enrolment.server_name, target)) as channel:
+        request = agent_pb2.RenewEndedRequest(
+            public_key=enrolment.key.public_der(), certificate_signing_request=enrolment.key.signing_request()
+        )
+        try:
+            response = await agent_pb2_grpc.EnrolmentServiceStub(channel).RenewEnded(request, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            failed = from_rpc_error(error)
+            if failed.code in _FINAL and failed.reason not in _PASSING:
+                raise EnrolmentRefusedError(
+                    f"the Secure Middleware does not renew the certificate: {failed}"
+                ) from error
+            raise failed from error
+    try:
+        return enrolment.renewed(response.certificate, now)
+    except EnrolmentRefusedError as error:
+        # Not dom0's last word: the clock of this VM may be wrong, and set right later.
+        raise UnavailableError(str(error)) from error
+
+
+def certificate_ended(cause: AgentError) -> NotEnrolledError:
+    """What programs are told, and a person has to do."""
+    return NotEnrolledError(
+        f"the agent's certificate has ended, and only a new join secret helps ('secure-middleware vm invite' in dom0): {cause}"
+    )
+
+
+_PASSING = frozenset({Reason.DOMAIN_NOT_RUNNING, Reason.RATE_LIMITED})
 """Reasons that say nothing of the secret: it was not looked at. A domain that is paused, or whose migration just failed, goes on later."""
 
 _FINAL = frozenset(

@@ -63,7 +63,7 @@ class UnavailableError(AgentError):
     """The middleware cannot be reached, or lost the connection: the same request may be sent again."""
 
     code = Reason.MIDDLEWARE_UNAVAILABLE.code
-    reason = Reason.MIDDLEWARE_UNAVAILABLE
+    reason: str = Reason.MIDDLEWARE_UNAVAILABLE
     retry_after = 1.0
 
 
@@ -108,6 +108,22 @@ class OperationFailedError(AgentError):
         self.domain = facts.domain
         self.reason = facts.reason
         self.retry_after = facts.retry_after
+
+
+PASSING = frozenset(
+    {Reason.CERTIFICATE_EXPIRED, Reason.CERTIFICATE_NOT_CURRENT, Reason.DOMAIN_NOT_RUNNING, Reason.SESSION_ENDED}
+)
+"""Reasons that are about the agent's place in dom0 now, not about the operation: with the next certificate, run or session the same request
+succeeds, and it may be sent again."""
+
+
+def sent_again(error: AgentError) -> AgentError:
+    """``error``, as one after which the same request is sent again if its reason passes."""
+    if not isinstance(error, OperationFailedError) or error.reason not in PASSING:
+        return error
+    passing = UnavailableError(str(error))
+    passing.domain, passing.reason = error.domain, error.reason
+    return passing
 
 
 _RETRYABLE = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL})

@@ -46,6 +46,12 @@ class AgentKey:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
 
+    def public_der(self) -> bytes:
+        """SubjectPublicKeyInfo (RFC 5280, 4.1.2.7), DER."""
+        return self._key.public_key().public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+
     def signing_request(self) -> bytes:
         """PKCS#10 (RFC 2986), DER. Its subject says nothing: dom0 knows who calls."""
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "vm-agent")])

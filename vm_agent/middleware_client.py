@@ -2,7 +2,7 @@
 
 ``MiddlewareConnection`` is one channel with one certificate. ``MiddlewareClient`` keeps one connection, watches the identity over it,
 renews the certificate at two thirds of its life (a renewed certificate means a new channel; the old one answers what it was asked, then
-closes), and carries operations over it in batches.
+closes), also after its end, and opens the streams that operations travel over. What waits for an answer is not here: it outlives a client.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -21,15 +20,17 @@ import grpc.aio
 from secfunet.gose.v1 import operation_pb2
 from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc
 from secfunet.rpc.correlation import CORRELATION_KEY, new_correlation
-from vm_agent.batching import Batcher, Ticket
-from vm_agent.enrolment import Enrolment, channel_options
+from secfunet.rpc.reasons import Reason
+from vm_agent.enrolment import Enrolment, certificate_ended, channel_options, renew_ended
 from vm_agent.errors import (
+    UNREACHABLE,
     AgentError,
+    EnrolmentRefusedError,
     IdentityUnusableError,
-    NotEnrolledError,
     OperationFailedError,
     UnavailableError,
     from_rpc_error,
+    sent_again,
 )
 from vm_agent.identity import VmIdentity, parse_identity
 from vm_agent.options import AgentOptions
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CALL_TIMEOUT = 10.0  # seconds, for calls that no local program waits for
+DOUBT_TIME = 10.0  # seconds without dom0 after which the certificate may have ended there: it is renewed as if it had
 DRAIN_TIME = 60.0  # seconds that a replaced channel may still answer
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between attempts to reach the middleware
 
@@ -80,7 +82,7 @@ class OperateStream:
         try:
             yield
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+            raise sent_again(from_rpc_error(error)) from error
         except asyncio.InvalidStateError as error:
             raise UnavailableError("the stream to the Secure Middleware is over") from error
         except asyncio.CancelledError:
@@ -155,7 +157,8 @@ class MiddlewareConnection:
 class MiddlewareClient:
     """The agent as a client of the middleware, for one enrolment and its renewals; an async context manager.
 
-    ``target``: what ``enrolment.agent`` is for gRPC. ``save`` keeps each renewed enrolment.
+    ``target``: what ``enrolment.agent`` is for gRPC, ``enrol_target`` what ``enrolment.enrol`` is ("": there is none). ``save`` keeps each
+    renewed enrolment, ``renewed`` is told of it: streams are to be opened anew.
     ``problem``: None, or why operations would fail now.
     """
 
@@ -165,25 +168,30 @@ class MiddlewareClient:
         options: AgentOptions,
         *,
         target: str,
+        enrol_target: str,
         save: Callable[[Enrolment], None],
+        renewed: Callable[[], None],
         identity: VmIdentity | None = None,
         clock: Callable[[], float] = time.time,
-        randbytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
-        self._options = options
         self._save = save
+        self._renewed = renewed
         self._clock = clock
-        self._randbytes = randbytes
         self._target = target
+        self._enrol_target = enrol_target
         self._connection = MiddlewareConnection(enrolment, target)
         self._checker = ResultChecker(
             options.container_profile, clock=clock, max_age=options.limits.answer_age, identity=identity
         )
-        self._batcher: Batcher[Operation, agent_pb2.OperateResponse] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._closing: set[asyncio.Task[None]] = set()
         self._connected = asyncio.Event()
         self._ended = asyncio.Event()
+        self._replaced = asyncio.Event()  # set when there is a new connection
+        self._doubtful = (
+            asyncio.Event()
+        )  # set when the certificate may have ended in dom0, whatever the clock here says
+        self._away_since: float | None = None  # monotonic
         self.first_word = asyncio.Event()  # set when the middleware told an identity, or could not be reached
         self.changed = asyncio.Event()  # set whenever ``connected`` may have changed
         self.problem: AgentError | None = UnavailableError("the Secure Middleware has not been reached yet")
@@ -202,24 +210,10 @@ class MiddlewareClient:
         return self._connected.is_set()
 
     @property
-    def batcher(self) -> Batcher[Operation, agent_pb2.OperateResponse]:
-        if self._batcher is None:
-            raise NotEnrolledError("the agent is not connected yet")
-        return self._batcher
-
-    @property
     def checker(self) -> ResultChecker:
         return self._checker
 
     async def __aenter__(self) -> MiddlewareClient:
-        limits = self._options.limits
-        self._batcher = Batcher(
-            self._open_stream,
-            self._checker.settle,
-            max_batch=limits.batch,
-            max_in_flight=limits.batches_in_flight,
-            max_waiting=limits.waiting,
-        )
         self._tasks = [
             asyncio.create_task(self._watch(), name="vm-agent-identity"),
             asyncio.create_task(self._renew(), name="vm-agent-renewal"),
@@ -230,34 +224,21 @@ class MiddlewareClient:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._batcher is not None:
-            await self._batcher.close()
+        self._lost()
         for task in self._closing:
             task.cancel()
         await asyncio.gather(*self._closing, return_exceptions=True)
         await self._connection.close()
 
     async def ended(self) -> None:
-        """Returns when the certificate has ended and could not be renewed: only new join information helps then."""
+        """Returns when the certificate has ended and dom0 does not renew it: only new join information helps then."""
         await self._ended.wait()
 
-    async def operate(self, operation: Operation, *, timeout: float) -> bytes:
-        """The output of one operation, out of a container that was verified. ``request_id`` is given here.
-
-        Raises AnswerRefusedError, OperationFailedError, DeadlineError, OverloadedError, UnavailableError or IdentityUnusableError.
-        """
-        if self._ended.is_set() and self.problem is not None:
-            raise self.problem
-        operation.request_id = self._randbytes(16)
-        output = await self.batcher.submit(Ticket(operation.request_id, operation), timeout=timeout)
-        if not isinstance(output, bytes):
-            raise TypeError("an output is bytes")
-        return output
-
-    async def _open_stream(self) -> OperateStream:
+    async def open_stream(self) -> OperateStream:
+        """A stream for operations. Raises UnavailableError (ask again), IdentityUnusableError or OperationFailedError."""
         if self._checker.identity is None:
             if isinstance(self.problem, IdentityUnusableError | OperationFailedError):
-                raise self.problem
+                raise sent_again(self.problem)
             try:
                 async with asyncio.timeout(LONGEST_PAUSE):
                     await self._connected.wait()
@@ -281,13 +262,26 @@ class MiddlewareClient:
             if connection is not self._connection:
                 continue  # it was replaced: watch the new one at once
             self._lost()
+            self._doubt(problem)
             if not isinstance(self.problem, type(problem)):
                 facts = {"reason": problem.reason, "detail": problem.detail}
                 log.warning("the Secure Middleware is away: %s", problem, extra=facts)
             self.problem = problem
             self.first_word.set()
-            await asyncio.sleep(pause)
+            self._replaced.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._replaced.wait()
             pause = min(pause * 2, LONGEST_PAUSE)
+
+    def _doubt(self, problem: AgentError) -> None:
+        """A certificate that ended by dom0's clock is not let in, and TLS does not say why."""
+        now = time.monotonic()
+        self._away_since = self._away_since or now
+        unexplained = str(problem) == UNREACHABLE and now - self._away_since >= DOUBT_TIME
+        if problem.reason == Reason.CERTIFICATE_EXPIRED or unexplained:
+            self._away_since = now
+            self._doubtful.set()
 
     def _heard(self, untrusted: agent_pb2.Identity) -> None:
         try:
@@ -302,6 +296,8 @@ class MiddlewareClient:
             log.info("identity", extra={"vmid": identity.vmid, "hvid": identity.hvid})
         self._checker.identity = identity
         self.problem = None
+        self._away_since = None
+        self._doubtful.clear()
         self.first_word.set()
         self._connected.set()
         self.changed.set()
@@ -320,36 +316,55 @@ class MiddlewareClient:
         self.changed.set()
 
     async def _renew(self) -> None:
-        """Renews the certificate at two thirds of its life, and tries again until its end."""
-        pause = FIRST_PAUSE
+        """Renews the certificate at two thirds of its life, and tries again, also after its end, until dom0 says that it is over."""
+        pause, told = FIRST_PAUSE, ""
         while True:
             now = self._clock()
-            if now >= self.enrolment.expires_at:
-                self.problem = NotEnrolledError(
-                    "the agent's certificate has ended and was not renewed: dom0 must hand this domain a new join secret"
-                )
-                log.error("%s", self.problem, extra={"reason": self.problem.reason})
-                self._lost()
-                self._ended.set()
-                return
-            if now < self.enrolment.renew_at:
+            has_ended = now >= self.enrolment.expires_at
+            if now < self.enrolment.renew_at and not self._doubtful.is_set():
                 # In short steps: the wall clock may be set, and a suspended VM does not count its sleep.
-                await asyncio.sleep(min(self.enrolment.renew_at - now, 30.0))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(self.enrolment.renew_at - now, 30.0)):
+                        await self._doubtful.wait()
                 continue
             try:
-                self._replace(await self._connection.renew(now))
-                pause = FIRST_PAUSE
+                if has_ended or self._doubtful.is_set():
+                    self._doubtful.clear()
+                    self._replace(await self._renew_ended(now))
+                else:
+                    self._replace(await self._connection.renew(now))
+                pause, told = FIRST_PAUSE, ""
             except AgentError as error:
-                facts = {"reason": error.reason, "detail": error.detail}
-                log.warning("the certificate was not renewed: %s", error, extra=facts)
-                await asyncio.sleep(min(pause, max(self.enrolment.expires_at - self._clock(), 0.05)))
+                if isinstance(error, EnrolmentRefusedError) and has_ended:
+                    self._end(error)
+                    return
+                if str(error) != told:
+                    told = str(error)
+                    facts = {"reason": error.reason, "detail": error.detail}
+                    log.warning("the certificate was not renewed: %s", error, extra=facts)
+                rest = self.enrolment.expires_at - self._clock()
+                await asyncio.sleep(min(pause, rest) if rest > 0 else min(pause, LONGEST_PAUSE))
                 pause = min(pause * 2, 30.0)
+
+    async def _renew_ended(self, now: float) -> Enrolment:
+        if not self._enrol_target:
+            raise EnrolmentRefusedError(
+                "what is kept of the enrolment does not say where to renew an ended certificate"
+            )
+        return await renew_ended(self.enrolment, target=self._enrol_target, now=now, timeout=CALL_TIMEOUT)
+
+    def _end(self, error: AgentError) -> None:
+        self.problem = certificate_ended(error)
+        log.error("%s", self.problem, extra={"reason": self.problem.reason})
+        self._lost()
+        self._ended.set()
 
     def _replace(self, enrolment: Enrolment) -> None:
         self._save(enrolment)
         old, self._connection = self._connection, MiddlewareConnection(enrolment, self._target)
         log.info("certificate renewed", extra={"expires_at": enrolment.expires_at})
-        self.batcher.renew()
+        self._renewed()
+        self._replaced.set()
         old.stop_watching()
         task = asyncio.create_task(old.close(DRAIN_TIME), name="vm-agent-drain")
         self._closing.add(task)

@@ -18,7 +18,7 @@ from secfunet.operation import MAX_AGE, check_result, parse_result_set
 from secfunet.rpc.facts import from_failure
 from secfunet.rpc.reasons import Domain
 from vm_agent.batching import Ticket
-from vm_agent.errors import AgentError, AnswerRefusedError, OperationFailedError
+from vm_agent.errors import AgentError, AnswerRefusedError, OperationFailedError, sent_again
 from vm_agent.identity import VmIdentity
 from vm_agent.options import ProfileName
 
@@ -108,5 +108,5 @@ class ResultChecker:
         return None
 
 
-def _failed(untrusted: operation_pb2.OperationFailure) -> OperationFailedError:
-    return OperationFailedError(from_failure(untrusted, Domain.MIDDLEWARE))
+def _failed(untrusted: operation_pb2.OperationFailure) -> AgentError:
+    return sent_again(OperationFailedError(from_failure(untrusted, Domain.MIDDLEWARE)))

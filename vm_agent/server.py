@@ -1,5 +1,7 @@
 """The daemon, put together: enrols, stays enrolled, and serves the programs of this VM.
 
+What programs wait for is in the agent's one queue (``batching``), which outlives every certificate and connection: a new enrolment, in
+this dom0 or in another one, is handed what waits.
 The local socket is there from the beginning, also while dom0 is not: a program then gets a sentence that says what is missing.
 """
 
@@ -11,7 +13,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -22,16 +24,18 @@ from grpc_health.v1.health import aio as health  # type: ignore[import-untyped] 
 from secfunet import __version__
 from secfunet.agent.v1 import local_pb2, local_pb2_grpc
 from secfunet.gose.v1 import operation_pb2
+from secfunet.middleware.v1 import agent_pb2
 from secfunet.operation import OperationError, check_key
 from secfunet.service.files import open_private, private_folder
-from vm_agent.enrolment import Enrolment, EnrolmentStore, enrol
-from vm_agent.errors import AgentError, EnrolmentRefusedError, NotEnrolledError, RequestError
+from vm_agent.batching import Batcher, Ticket
+from vm_agent.enrolment import Enrolment, EnrolmentStore, certificate_ended, enrol, renew_ended
+from vm_agent.errors import AgentError, EnrolmentRefusedError, NotEnrolledError, RequestError, UnavailableError
 from vm_agent.identity import VmIdentity
 from vm_agent.join import JoinInformation
 from vm_agent.join_source import join_source
 from vm_agent.local_api import LocalApi
 from vm_agent.local_socket import DoorError, LocalDoor
-from vm_agent.middleware_client import MiddlewareClient
+from vm_agent.middleware_client import MiddlewareClient, OperateStream
 from vm_agent.options import AgentOptions
 from vm_agent.transport import Transport
 
@@ -60,10 +64,15 @@ class AgentService:
         self._transport = Transport(options.state)
         self._stack = AsyncExitStack()
         self._client: MiddlewareClient | None = None
+        self._serving = asyncio.Event()  # set while ``_client`` can be asked for streams
+        self._batcher: Batcher[operation_pb2.Operation, agent_pb2.OperateResponse] | None = None
         self._problem: AgentError = NotEnrolledError("the agent has not enrolled yet")
         self._is_enrolling = False
         self._kept = ""  # digest of the join information that the kept enrolment came from
         self._refused: tuple[str, AgentError] | None = None  # digest of join information that will never do, and why
+        self._not_renewed: tuple[str, AgentError] | None = (
+            None  # the same, of an enrolment whose certificate is not renewed any more
+        )
         self._health = health.HealthServicer()
         self._door: LocalDoor | None = None
         self._settled = asyncio.Event()
@@ -87,6 +96,15 @@ class AgentService:
             stack.push_async_callback(server.stop, None)  # where what comes below cannot be made
             # Left in the opposite order: no new callers, then those inside get their answers, then the way to dom0 is closed.
             await stack.enter_async_context(self._transport)
+            limits = self._options.limits
+            self._batcher = Batcher(
+                self._open_stream,
+                self._settle,
+                max_batch=limits.batch,
+                max_in_flight=limits.batches_in_flight,
+                max_waiting=limits.waiting,
+            )
+            stack.push_async_callback(self._batcher.close)
             life = asyncio.create_task(self._live(), name="vm-agent-life")
             stack.push_async_callback(_cancelled, life)
             self._door = await stack.enter_async_context(LocalDoor(self._options, inner))
@@ -117,7 +135,7 @@ class AgentService:
             return local_pb2.GetStatusResponse(version=__version__, problem=str(self._problem))
         return local_pb2.GetStatusResponse(
             version=__version__,
-            enrolled=True,
+            enrolled=client.enrolment.expires_at > self._clock(),
             connected=client.connected,
             certificate_expires_at=int(client.enrolment.expires_at),
             problem=str(client.problem) if client.problem is not None else "",
@@ -125,9 +143,10 @@ class AgentService:
         )
 
     async def operate(self, operation: operation_pb2.Operation, *, timeout: float) -> bytes:
-        """One operation with the VM's key; see ``MiddlewareClient.operate``.
+        """The output of one operation, out of a container that was verified. ``request_id`` is given here, and stays.
 
-        Raises NotEnrolledError while there is no certificate, RequestError if the operation does not fit the VM's key.
+        Raises NotEnrolledError while there is no certificate, RequestError if the operation does not fit the VM's key; AnswerRefusedError,
+        OperationFailedError, DeadlineError, OverloadedError, UnavailableError or IdentityUnusableError.
         """
         begin = time.monotonic()
         client = self._client
@@ -141,7 +160,33 @@ class AgentService:
                 check_key(operation, client.identity.vm_key)
             except OperationError as error:
                 raise RequestError(str(error)) from error
-        return await client.operate(operation, timeout=timeout - (time.monotonic() - begin))
+        if self._batcher is None:
+            raise self._problem
+        operation.request_id = os.urandom(16)
+        output = await self._batcher.submit(
+            Ticket(operation.request_id, operation), timeout=timeout - (time.monotonic() - begin)
+        )
+        if not isinstance(output, bytes):
+            raise TypeError("an output is bytes")
+        return output
+
+    async def _open_stream(self) -> OperateStream:
+        """Of the present client; the next one is waited for, as long as the batcher waits for a stream."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LONGEST_PAUSE):
+                await self._serving.wait()
+        client = self._client
+        if client is None or not self._serving.is_set():
+            raise UnavailableError(str(self._problem))
+        return await client.open_stream()
+
+    def _settle(
+        self, tickets: Sequence[Ticket[operation_pb2.Operation]], untrusted: agent_pb2.OperateResponse
+    ) -> dict[bytes, object | AgentError]:
+        if self._client is None:
+            waits = UnavailableError(str(self._problem))
+            return {ticket.request_id: waits for ticket in tickets}
+        return self._client.checker.settle(tickets, untrusted)
 
     async def settled(self, timeout: float) -> None:
         """Returns when it is known whether this agent is enrolled and who the VM is, or after ``timeout`` seconds.
@@ -172,9 +217,6 @@ class AgentService:
             pause = FIRST_PAUSE
             while found is not None:
                 found = await self._serve_enrolled(*found)
-            self._problem = NotEnrolledError(
-                "the agent's certificate has ended: dom0 must hand this domain a new join secret (start the domain again)"
-            )
 
     async def _serve_enrolled(self, enrolment: Enrolment, identity: VmIdentity | None) -> Found | None:
         """Serves with it until it ends, or until a newer one is there, which is returned."""
@@ -182,13 +224,18 @@ class AgentService:
             enrolment,
             self._options,
             target=await self._transport.target(enrolment.agent),
+            enrol_target=await self._transport.target(enrolment.enrol) if enrolment.enrol else "",
             save=self._save_renewed,
+            renewed=self._streams_replaced,
             identity=identity,
             clock=self._clock,
         )
         async with client:
             self._client = client
+            self._serving.set()
+            self._streams_handed_over()
             self._settled.set()
+            found: Found | None = None
             ended = asyncio.create_task(client.ended())
             again = asyncio.create_task(self._enrolled_again(enrolment))
             told = asyncio.create_task(self._follow(client))
@@ -196,12 +243,26 @@ class AgentService:
                 await asyncio.wait((ended, again), return_when=asyncio.FIRST_COMPLETED)
                 if self._is_enrolling:
                     await asyncio.wait((again,), timeout=ENROL_TIMEOUT)  # its secret may be spent already
+                found = again.result() if again.done() and not again.cancelled() else None
             finally:
-                self._client = None
+                # What is asked meanwhile waits for the next client, if there is one already.
+                self._serving.clear()
+                self._streams_handed_over()
+                if found is None:
+                    self._problem = client.problem or self._problem
+                    self._client = None
                 for task in (ended, again, told):
                     task.cancel()
         await self._tell_health(False)
-        return again.result() if again.done() and not again.cancelled() else None
+        return found
+
+    def _streams_replaced(self) -> None:
+        if self._batcher is not None:
+            self._batcher.renew()
+
+    def _streams_handed_over(self) -> None:
+        if self._batcher is not None:
+            self._batcher.hand_over()
 
     async def _follow(self, client: MiddlewareClient) -> None:
         while True:
@@ -258,10 +319,6 @@ class AgentService:
             kept = self._store.load()
         except NotEnrolledError as error:
             problem = error
-        if kept is not None and kept.expires_at <= self._clock():
-            problem = NotEnrolledError(
-                "the agent's certificate has ended: dom0 must hand this domain a new join secret (start the domain again)"
-            )
         try:
             join = await self._invitation()
             if join is not None and self._refused is not None and self._was_refused(join):
@@ -270,11 +327,30 @@ class AgentService:
                 return await self._accept(join)
         except AgentError as error:
             problem = error
-        if kept is None or kept.expires_at <= self._clock():
+        if kept is None:
             raise problem
         self._kept = kept.join_digest
+        if kept.expires_at <= self._clock():
+            return await self._renewed_after_its_end(kept), None
         log.info("enrolled before", extra={"uuid": kept.uuid, "expires_at": kept.expires_at})
         return kept, None
+
+    async def _renewed_after_its_end(self, kept: Enrolment) -> Enrolment:
+        """Raises an AgentError; once dom0 has said that it does not renew it, NotEnrolledError without asking again."""
+        if self._not_renewed is not None and self._not_renewed[0] == kept.join_digest:
+            raise self._not_renewed[1]
+        try:
+            if not kept.enrol:
+                raise EnrolmentRefusedError("what was kept does not say where")
+            target = await self._transport.target(kept.enrol)
+            renewed = await renew_ended(kept, target=target, now=self._clock(), timeout=ENROL_TIMEOUT)
+        except EnrolmentRefusedError as error:
+            ended = certificate_ended(error)
+            self._not_renewed = kept.join_digest, ended
+            raise ended from error
+        self._save(renewed)
+        log.info("the certificate had ended, and was renewed", extra={"expires_at": renewed.expires_at})
+        return renewed
 
     async def _accept(self, join: JoinInformation) -> Found:
         self._is_enrolling = True
@@ -309,12 +385,12 @@ class AgentService:
 
         def read() -> Reading:
             client = self._client
-            counters = client.batcher.counters if client is not None else None
+            counters = self._batcher.counters if self._batcher is not None else None
             return Reading(
                 connected=client is not None and client.connected,
                 certificate_expires_at=client.enrolment.expires_at if client is not None else 0.0,
                 connections=self._door.connections if self._door is not None else 0,
-                waiting=client.batcher.waiting if client is not None else 0,
+                waiting=self._batcher.waiting if self._batcher is not None else 0,
                 operations=counters.operations if counters is not None else 0,
                 batches=counters.batches if counters is not None else 0,
                 resent=counters.resent if counters is not None else 0,

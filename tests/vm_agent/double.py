@@ -167,6 +167,9 @@ class MiddlewareDouble(agent_pb2_grpc.EnrolmentServiceServicer, agent_pb2_grpc.A
         self.serials: set[int] = set()
         self.enrolments = 0
         self.renewals = 0
+        self.late_renewals = 0
+        self.renews_ended = True
+        self.agent_key = b""  # of the last certificate
         self.batches: list[agent_pb2.OperateRequest] = []
         self.streams = 0
         self.lost = 0  # so many answers to Enrol are lost, though the secret was taken
@@ -250,6 +253,7 @@ class MiddlewareDouble(agent_pb2_grpc.EnrolmentServiceServicer, agent_pb2_grpc.A
         if self.only_newest_serial:
             self.serials.clear()
         self.serials.add(certificate.serial_number)
+        self.agent_key = _spki(csr)
         return certificate.public_bytes(DER)
 
     async def Enrol(self, request: Any, context: Any) -> agent_pb2.EnrolResponse:  # noqa: N802
@@ -276,6 +280,13 @@ class MiddlewareDouble(agent_pb2_grpc.EnrolmentServiceServicer, agent_pb2_grpc.A
             guest_authority=self.authority.public_bytes(DER),
             identity=self.identity,
         )
+
+    async def RenewEnded(self, request: Any, context: Any) -> agent_pb2.RenewEndedResponse:  # noqa: N802
+        csr = x509.load_der_x509_csr(request.certificate_signing_request)
+        if not self.renews_ended or not self.agent_key or {request.public_key, _spki(csr)} != {self.agent_key}:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no certificate of this run is for that key")
+        self.late_renewals += 1
+        return agent_pb2.RenewEndedResponse(certificate=self.certify(request.certificate_signing_request))
 
     async def RenewCertificate(self, request: Any, context: Any) -> agent_pb2.RenewCertificateResponse:  # noqa: N802
         await self._check(context)

@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import stat
+import time
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -35,6 +36,7 @@ from secfunet.rpc.reasons import Domain
 from secfunet.service.files import write_atomically
 from tests.vm_agent.conftest import eventually
 from tests.vm_agent.double import Grid, MiddlewareDouble
+from vm_agent import middleware_client
 from vm_agent.enrolment import EnrolmentStore
 from vm_agent.errors import NotEnrolledError
 from vm_agent.local_socket import DoorError, _Half
@@ -309,17 +311,123 @@ async def test_an_expired_certificate_waits_for_a_new_invitation(
     middleware: MiddlewareDouble, options: AgentOptions
 ) -> None:
     middleware.life, middleware.age = 4.0, 10.0  # long enough to connect on a machine that is busy
+    middleware.renews_ended = False
     async with running(options) as (service, stub):
         await eventually(lambda: service.status().connected)
         await middleware.stop()
         await eventually(lambda: not service.status().enrolled)
-        assert reason_of(await refused(stub)) == "NOT_ENROLLED"
-        assert "join secret" in service.status().problem
-        middleware.life = 3600.0
         await middleware.start()
+        await eventually(lambda: "join secret" in service.status().problem)
+        assert reason_of(await refused(stub)) == "NOT_ENROLLED"
+        middleware.life = 3600.0
         middleware.invite()
         await eventually(lambda: service.status().connected)
         assert (await stub.Sign(SIGN, timeout=5)).signature
+
+
+async def test_a_certificate_that_ended_while_dom0_was_away_is_renewed(
+    middleware: MiddlewareDouble, options: AgentOptions
+) -> None:
+    """A program that asked meanwhile gets its signature."""
+    middleware.life, middleware.age = 4.0, 10.0
+    async with running(options) as (service, stub):
+        await eventually(lambda: service.status().connected)
+        await middleware.stop()
+        await eventually(lambda: not service.status().enrolled)
+        asked = asyncio.ensure_future(stub.Sign(SIGN, timeout=30))
+        middleware.life = 3600.0
+        await middleware.start()
+        assert (await asked).signature
+        assert service.status().enrolled
+    assert (middleware.enrolments, middleware.late_renewals) == (1, 1)
+
+
+async def test_a_certificate_that_ended_while_the_agent_was_away_is_renewed(
+    middleware: MiddlewareDouble, options: AgentOptions
+) -> None:
+    middleware.life, middleware.age = 3.0, 10.0
+    async with running(options) as (service, _):
+        await eventually(lambda: service.status().connected)
+        await middleware.stop()
+        end = service.status().certificate_expires_at
+    await asyncio.sleep(max(end - time.time(), 0) + 1.1)
+    await middleware.start()
+    middleware.life = 3600.0
+    async with running(options) as (service, stub):
+        assert (await stub.Sign(SIGN, timeout=10)).signature
+    assert (middleware.enrolments, middleware.late_renewals) == (1, 1)
+
+
+async def test_a_clock_that_is_ahead_costs_nothing(middleware: MiddlewareDouble, options: AgentOptions) -> None:
+    """The agent believes that its certificate has ended; when its clock is set right it serves again."""
+    ahead = 0.0
+    async with AgentService(options, clock=lambda: time.time() + ahead) as service:
+        await eventually(lambda: service.status().connected)
+        ahead = 7 * 86400.0
+        assert service._client is not None
+        service._client._doubtful.set()  # in place of half a minute's sleep
+        await eventually(lambda: middleware.late_renewals >= 1)
+        assert not service.status().enrolled
+        ahead = 0.0
+        await eventually(lambda: service.status().enrolled and service.status().connected)
+    assert middleware.enrolments == 1
+
+
+async def test_a_certificate_that_dom0_takes_for_ended_is_renewed(
+    middleware: MiddlewareDouble, options: AgentOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock of the VM is behind: nothing here says that the certificate has ended, and TLS does not tell why it is refused."""
+    monkeypatch.setattr(middleware_client, "DOUBT_TIME", 0.5)
+    middleware.life, middleware.age = 4.0, 10.0
+    async with AgentService(options, clock=lambda: time.time() - 3600) as service:
+        await eventually(lambda: service.status().connected)
+        end = service.status().certificate_expires_at
+        await asyncio.sleep(max(end - time.time(), 0) + 1.1)
+        middleware.life = 3600.0
+        await middleware.stop()
+        await middleware.start()
+        await eventually(lambda: middleware.late_renewals >= 1 and service.status().connected, timeout=20)
+
+
+@pytest.mark.parametrize("old", ["silent", "refuses", "away"])
+async def test_what_waits_survives_a_new_enrolment(
+    middleware: MiddlewareDouble, options: AgentOptions, folder: Path, old: str
+) -> None:
+    """Twenty operations wait for a dom0 that does not answer; the domain is handed a new join secret by another one, which does."""
+    there_folder = folder / "t"
+    there_folder.mkdir()
+    async with running(options) as (service, stub), MiddlewareDouble(there_folder, middleware.grid) as there:
+        await eventually(lambda: service.status().connected)
+        assert (await stub.Sign(SIGN, timeout=5)).signature
+
+        async def silence(request: agent_pb2.OperateRequest) -> list[agent_pb2.OperateResponse]:
+            await asyncio.Event().wait()
+            return []
+
+        async def refusal(request: agent_pb2.OperateRequest) -> list[agent_pb2.OperateResponse]:
+            failures = [
+                operation_pb2.OperationFailure(
+                    request_id=one.request_id, code=16, reason="CERTIFICATE_NOT_CURRENT", message="of another run"
+                )
+                for one in request.operations
+            ]
+            return [agent_pb2.OperateResponse(batch_id=request.batch_id, failures=failures)]
+
+        middleware.answer = refusal if old == "refuses" else silence
+        middleware.batches.clear()
+        waiting = [asyncio.ensure_future(stub.Sign(SIGN, timeout=60)) for _ in range(20)]
+        await eventually(lambda: len(middleware.batches) >= 1 and service._batcher.waiting == 20)  # type: ignore[union-attr]
+        if old == "away":
+            await middleware.stop()
+            waiting += [asyncio.ensure_future(stub.Sign(SIGN, timeout=60)) for _ in range(5)]
+        there.invite()
+        there.join_json.rename(middleware.join_json)
+        answers = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [answer for answer in answers if isinstance(answer, BaseException)] == []
+        first = {one.request_id for batch in middleware.batches for one in batch.operations}
+        second = [one.request_id for batch in there.batches for one in batch.operations]
+        assert first <= set(second), "the same request ids"
+        assert len(second) == len(set(second)) == len(waiting)
 
 
 async def test_the_agent_goes_with_its_domain_to_another_host(
