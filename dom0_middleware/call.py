@@ -12,13 +12,15 @@ from dom0_middleware.guest_authority import AgentCertificate
 class Call:
     """``correlation``: the id (``secfunet.rpc.correlation``) that names this call in the records of agent, middleware and grid.
 
-    ``certificate``: of the agent (None while it has none yet); ``caller``: the orchestrator's name ("" for agents).
+    ``certificate``: of the agent (None while it has none yet); ``caller``: the orchestrator's name ("" for agents), ``thumbprint``:
+    of its certificate.
     """
 
     method: str
     correlation: str
     certificate: AgentCertificate | None = None
     caller: str = ""
+    thumbprint: str = ""
 
 
 current_call: ContextVar[Call] = ContextVar("current_call")

@@ -15,7 +15,6 @@ exit code  meaning
 
 from __future__ import annotations
 
-import time
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Annotated
@@ -23,10 +22,9 @@ from typing import Annotated
 import typer
 
 from dom0_middleware.cloud_init.user_data import CloudInitError
-from dom0_middleware.commands import audit, vms
+from dom0_middleware.commands import audit, orchestrators, vms
 from dom0_middleware.commands.options import DEFAULT_CONFIG, BadInput, Config
 from dom0_middleware.errors import MiddlewareError, SettingUnusable, Unavailable
-from dom0_middleware.orchestrator_authority import OrchestratorAuthority
 from dom0_middleware.orchestrator_client import CallInvalid, CallRefused, DaemonUnavailable
 from dom0_middleware.policy import PolicyFile
 from dom0_middleware.settings import MiddlewareSettings
@@ -44,10 +42,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-orchestrator_app = typer.Typer(help="Who may command the daemon.", no_args_is_help=True)
 policy_app = typer.Typer(help="The policy.", no_args_is_help=True)
 app.add_typer(vms.app, name="vm")
-app.add_typer(orchestrator_app, name="orchestrator")
+app.add_typer(orchestrators.app, name="orchestrator")
 app.add_typer(audit.app, name="audit")
 app.add_typer(policy_app, name="policy")
 
@@ -93,16 +90,6 @@ def serve(config: Config = DEFAULT_CONFIG) -> None:
 
 
 app.command("readers")(show_readers)
-
-
-@orchestrator_app.command("add")
-def orchestrator_add(name: Annotated[str, typer.Argument(metavar="NAME")], config: Config = DEFAULT_CONFIG) -> None:
-    """Make a key and a certificate for NAME."""
-    settings = load_settings(MiddlewareSettings, config)
-    path = OrchestratorAuthority.load(settings.state, clock=time.time).add(name)
-    typer.echo(f"made {path} and its key beside it")
-    if name not in settings.orchestrators.allowed:
-        typer.echo(f"note: '{name}' is not in orchestrators.allowed of {config}: its calls are refused", err=True)
 
 
 @policy_app.command("check")

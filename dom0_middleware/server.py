@@ -16,7 +16,7 @@ import grpc
 import prometheus_client
 
 from dom0_middleware.api.guard import Callers
-from dom0_middleware.api.orchestrator import OrchestratorService, admit_orchestrator
+from dom0_middleware.api.orchestrator import OrchestratorDoor, OrchestratorService
 from dom0_middleware.api.servers import MAX_MESSAGE, GuestServerPairs, add_health, add_reflection, bind, make_server
 from dom0_middleware.audit import Action, DomainRecord, open_audit_log
 from dom0_middleware.authority import SERVER_NAME
@@ -31,7 +31,7 @@ from dom0_middleware.hypervisor import Hypervisor
 from dom0_middleware.identity import HypervisorIdentity, Identities
 from dom0_middleware.libvirt_hypervisor import LibvirtHypervisor
 from dom0_middleware.metrics import Metrics
-from dom0_middleware.orchestrator_authority import OrchestratorAuthority
+from dom0_middleware.orchestrator_authority import OrchestratorAuthority, Orchestrators
 from dom0_middleware.policy import Policy
 from dom0_middleware.runs import Runs
 from dom0_middleware.sessions import Grid, VmSessions
@@ -76,6 +76,7 @@ class MiddlewareService:
         randbytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self._settings = settings
+        self._clock = clock
         self._allowed = frozenset(settings.orchestrators.allowed)
         self._allowed_again = allowed_again or (lambda: settings.orchestrators.allowed)
         self._stack = AsyncExitStack()
@@ -183,9 +184,10 @@ class MiddlewareService:
         def allowed() -> frozenset[str]:
             return self._allowed
 
-        guard = Callers(admit_orchestrator(allowed), audit=self.audit, metrics=self.metrics).guard()
+        door = OrchestratorDoor(Orchestrators(self._settings.state), allowed=allowed, clock=self._clock)
+        guard = Callers(door.admit, audit=self.audit, metrics=self.metrics).guard()
         server = make_server(guard, max_message=MAX_MESSAGE, concurrent_calls=64)
-        service = OrchestratorService(self.vms, events=self.events, audit=self.audit, allowed=allowed)
+        service = OrchestratorService(self.vms, events=self.events, audit=self.audit, door=door)
         orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(service, server)
         name = orchestrator_pb2.DESCRIPTOR.services_by_name["OrchestratorService"].full_name
         await add_health(server, name)

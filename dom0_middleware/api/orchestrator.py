@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import uuid as uuids
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from typing import Final
 
 from dom0_middleware.api.guard import peer_certificate, timeout_of
 from dom0_middleware.audit import Action, DomainRecord
 from dom0_middleware.call import Call, current_call
 from dom0_middleware.errors import MiddlewareError, Reason, Refused, Unavailable
 from dom0_middleware.events import EventHub
-from dom0_middleware.orchestrator_authority import orchestrator_name
+from dom0_middleware.orchestrator_authority import Orchestrators, shown_by
 from dom0_middleware.vm_definition import parse_uuid
 from dom0_middleware.vms import Vms
 from secfunet.middleware.v1 import orchestrator_pb2 as pb
@@ -20,24 +22,44 @@ from secfunet.middleware.v1 import orchestrator_pb2_grpc
 from secfunet.rpc.guard import Context
 from secfunet.service.audit import AuditLog
 
+STILL_ADMITTED: Final = 1.0  # seconds between looks whether a watcher may go on
 
-def admit_orchestrator(allowed: Callable[[], frozenset[str]]) -> Callable[[Context, Call], Call]:
-    """For ``Callers``: raises Refused (CERTIFICATE_REQUIRED, ORCHESTRATOR_NOT_ALLOWED). ``allowed``: the names, asked at each call."""
 
-    def admit(context: Context, call: Call) -> Call:
-        name = orchestrator_name(peer_certificate(context))
-        _require_allowed(name, allowed())
-        return Call(call.method, call.correlation, caller=name)
+class OrchestratorDoor:
+    """``admit`` is for ``Callers``. ``allowed``: the names that may come; it and the certificates on file are asked at each call."""
 
-    return admit
+    def __init__(
+        self, orchestrators: Orchestrators, *, allowed: Callable[[], frozenset[str]], clock: Callable[[], float]
+    ) -> None:
+        self._orchestrators = orchestrators
+        self._allowed = allowed
+        self._clock = clock
+
+    def admit(self, context: Context, call: Call) -> Call:
+        """Raises Refused (CERTIFICATE_REQUIRED, ORCHESTRATOR_NOT_ALLOWED)."""
+        name, shown = shown_by(peer_certificate(context))
+        admitted = replace(call, caller=name, thumbprint=shown)
+        self.require(admitted)
+        self._orchestrators.saw(name, shown, now=self._clock())
+        return admitted
+
+    def require(self, call: Call) -> None:
+        """What was admitted may go on. Raises Refused (ORCHESTRATOR_NOT_ALLOWED)."""
+        if call.caller not in self._allowed():
+            raise Refused(
+                Reason.ORCHESTRATOR_NOT_ALLOWED,
+                "this orchestrator is not among the allowed ones",
+                detail=f"it is '{call.caller}', certificate {call.thumbprint}",
+            )
+        self._orchestrators.require_current(call.caller, call.thumbprint, now=self._clock())
 
 
 class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     """Each call that changes something is one record of the audit log, on file before it is done."""
 
-    def __init__(self, vms: Vms, *, events: EventHub, audit: AuditLog, allowed: Callable[[], frozenset[str]]) -> None:
+    def __init__(self, vms: Vms, *, events: EventHub, audit: AuditLog, door: OrchestratorDoor) -> None:
         self._vms = vms
-        self._allowed = allowed
+        self._door = door
         self._events = events
         self._audit = audit
 
@@ -110,14 +132,22 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     async def WatchEvents(  # noqa: N802
         self, request: pb.WatchEventsRequest, context: Context
     ) -> AsyncIterator[pb.WatchEventsResponse]:
-        caller = current_call.get().caller
+        call = current_call.get()
         async with contextlib.aclosing(self._events.watch()) as events:
             # Tells the caller that from here on it misses nothing.
             await context.send_initial_metadata(())
-            async for event in events:
-                # A stream outlives the settings it was opened under.
-                _require_allowed(caller, self._allowed())
-                yield event
+            following = _next_of(events)
+            try:
+                while True:
+                    done, _ = await asyncio.wait({following}, timeout=STILL_ADMITTED)
+                    # A stream outlives the settings, and the certificate, that it was opened under.
+                    self._door.require(call)
+                    if done:
+                        yield following.result()
+                        following = _next_of(events)
+            finally:
+                following.cancel()
+                await asyncio.wait({following})
 
     @contextlib.contextmanager
     def _recorded(self, action: Action, uuid: str, *, name: str = "", detail: str = "") -> Iterator[None]:
@@ -127,6 +157,7 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             "permitted",
             correlation=call.correlation,
             caller=call.caller,
+            certificate=call.thumbprint,
             vm=uuid,
             name=name[:64],
             detail=detail,
@@ -140,16 +171,15 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
                 raise
         try:
             yield
-        except MiddlewareError as error:
+        except Exception as error:
+            reason = error.reason if isinstance(error, MiddlewareError) else Reason.INTERNAL
             with contextlib.suppress(Unavailable):
-                self._audit.record(replace(permitted, decision="failed", reason=str(error.reason), detail=""))
+                self._audit.record(replace(permitted, decision="failed", reason=str(reason), detail=""))
             raise
 
 
-def _require_allowed(name: str, allowed: frozenset[str]) -> None:
-    if name not in allowed:
-        raise Refused(
-            Reason.ORCHESTRATOR_NOT_ALLOWED,
-            "this orchestrator is not among the allowed ones",
-            detail=f"it is '{name}'",
-        )
+def _next_of(events: AsyncGenerator[pb.WatchEventsResponse, None]) -> asyncio.Task[pb.WatchEventsResponse]:
+    async def step() -> pb.WatchEventsResponse:
+        return await anext(events)
+
+    return asyncio.create_task(step())
