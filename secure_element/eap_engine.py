@@ -32,6 +32,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from secfunet.card.parameters import EapState, NegotiatedTls, TlsParameters
 from secfunet.eap import EapCode, EapFormatError, EapPacket, EapType
 from secfunet.eap_tls import HEADERS, EapTlsError, EapTlsMessage
+from secfunet.service.flood_log import FloodLog
 from secure_element.eap_errors import EapDiscarded, EapEngineError, EapFailure, EapNotReady, EapParametersRefused
 from secure_element.eap_method import EapTlsMethod
 from secure_element.tls_context import TlsIdView, TlsParametersError
@@ -79,6 +80,7 @@ class EapEngine:
         eap_fragment: int = EAP_FRAGMENT,
     ) -> None:
         self._stacks = TlsStacks(randbytes=randbytes, legacy_tls=legacy_tls, clock=clock, monotonic=monotonic)
+        self._log = FloodLog(log, monotonic=monotonic)
         self._docking_fragment = docking_fragment
         self._eap_fragment = eap_fragment
         self._tls_id: TlsIdView | None = None
@@ -97,6 +99,7 @@ class EapEngine:
         self._outstanding: int | None = None
         self._last: tuple[bytes, bytes] | None = None
         self._key_block_given = False
+        self._failure_logged = False
 
     # -- commands --
 
@@ -142,7 +145,7 @@ class EapEngine:
         if unix_time is not None:
             self._unix_time = unix_time
         try:
-            return self._dispatch(packet, self._tls_id)
+            answer = self._dispatch(packet, self._tls_id)
         except EapDiscarded:
             raise
         except EapFailure as error:
@@ -151,10 +154,26 @@ class EapEngine:
         except EapTlsError as error:
             self._fail(str(error))
             raise EapFailure(str(error)) from None
+        failure = None if self._method is None else self._method.failure
+        if failure is not None:
+            # The answer is the alert; nobody need come back for the failure.
+            self._log_failure(str(failure))
+        return answer
+
+    def _log_failure(self, reason: str) -> None:
+        """One line for each failure (of one kind at most one a second). The status word says no more than "failed": the reason is for the
+        card's own log, and no secret."""
+        if not self._failure_logged:
+            self._failure_logged = True
+            name = "" if self._tls_id is None else self._tls_id.name
+            self._log.warning(
+                f"{name}: {reason}",
+                f"authentication of {name} failed: {reason}",
+                {"identity": name, "reason": reason},
+            )
 
     def _fail(self, reason: str) -> None:
-        # The status word says no more than "failed": the reason is for the card's own log. It holds no secret.
-        log.warning("authentication failed", extra={"identity": self._tls_id and self._tls_id.name, "reason": reason})
+        self._log_failure(reason)
         self._clear()
         self._state = EapState.NOT_AUTHENTICATED
 

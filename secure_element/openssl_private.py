@@ -16,6 +16,8 @@ from OpenSSL import SSL, crypto
 # pyOpenSSL ships no public module with these; see the module's docstring.
 from OpenSSL._util import ffi, lib
 
+from secfunet.card.ber import decode_elements
+
 _ffi: Any = ffi
 _lib: Any = lib
 
@@ -105,6 +107,26 @@ def session_bytes(connection: SSL.Connection) -> bytes | None:
     pointer = _ffi.new("unsigned char **", buffer)
     _lib.i2d_SSL_SESSION(session._session, pointer)
     return bytes(_ffi.buffer(buffer, length))
+
+
+_MAX_FRAGMENT_MODE: Final = 0xB1
+"""[17] of OpenSSL's SSL_SESSION: 1 to 4 for 512 to 4096 bytes."""
+
+
+def max_fragment_length(connection: SSL.Connection) -> int:
+    """Most bytes of content in a record that the session agrees on (RFC 6066, 4), or 0 if it agrees on nothing.
+
+    It holds for the session and its resumptions, whether a resuming ClientHello repeats it or not.
+    """
+    session = session_bytes(connection)
+    if session is None:
+        return 0
+    (whole,) = decode_elements(session)
+    for field in decode_elements(whole.value):
+        if field.tag == _MAX_FRAGMENT_MODE:
+            mode = int.from_bytes(decode_elements(field.value)[0].value)
+            return 256 << mode if 1 <= mode <= 4 else 0
+    return 0
 
 
 def offer_session(connection: SSL.Connection, session: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""The sessions that a client card may resume, by identity, profile and server name. They are kept as bytes, in memory only.
+"""The sessions that a client card may resume, by identity, profile, server name and port. They are kept as bytes, in memory only.
 
 A session holds secrets that decrypt its connections: it is not written to the store, and dies with the card process.
 """
@@ -21,6 +21,7 @@ class SessionKey:
     fingerprint: bytes
     profile: TlsProfile
     server_name: str
+    server_port: int
     alpn: tuple[str, ...]
 
 

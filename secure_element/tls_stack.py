@@ -1,7 +1,7 @@
 """One TLS handshake of a card: pyOpenSSL over memory BIOs, fed one record at a time. Sans-IO, client or server, TLS 1.2 or 1.3.
 
-Records are fed one by one so that OpenSSL never holds a byte from beyond the handshake: what it did not need is counted by nobody but
-the docking host, which takes the record layer over exactly there (``NegotiatedTls``). The key block of TLS 1.2 is computed from the
+Records are fed one by one so that OpenSSL never holds a byte from beyond the handshake: what it did not need is counted, and the docking
+host takes the record layer over exactly there (``NegotiatedTls``). The key block of TLS 1.2 is computed from the
 master secret (RFC 5246, 6.3); the traffic secrets of TLS 1.3 come from OpenSSL's key log.
 """
 
@@ -77,6 +77,8 @@ class TlsStack:
         self._hello = ServerHelloWatcher()
         self._partial = bytearray()
         self._surplus = bytearray()
+        self._unused = self._max_fragment = 0
+        self._read_protected = 0
         self._done = False
         self._resumed = False
         self._chain: tuple[bytes, ...] = ()
@@ -157,10 +159,15 @@ class TlsStack:
         while not self._done and (record := self._next_record()):
             if self.parameters.role == "client":
                 self._hello.feed(record)
+            if record[0] == ContentType.CHANGE_CIPHER_SPEC:
+                self._read_protected = 0
+            else:
+                self._read_protected += 1
             self._connection.bio_write(record)
             output += self._step(bytes(output))
         if self._done:
             self._surplus, self._partial = self._partial, bytearray()
+            self._unused = len(self._surplus)
         return bytes(output)
 
     def _next_record(self) -> bytes:
@@ -258,6 +265,7 @@ class TlsStack:
             # Neither can happen with a Context of ours; to go on would be to hand over keys of an unknown meaning.
             raise TlsHandshakeError("the outcome is not one we asked for", flight=b"", alert=None, from_peer=False)
         self._done = True
+        self._max_fragment = openssl_private.max_fragment_length(self._connection)
         self._chain = tuple(certificate.public_bytes(Encoding.DER) for certificate in chain)
         if self._resumed and self._offered is not None:
             self._chain = self._offered.chain
@@ -289,15 +297,17 @@ class TlsStack:
 
     @property
     def negotiated(self) -> NegotiatedTls:
-        """Version, suite and where the docking host goes on. In TLS 1.2 both Finished had number 0."""
+        """Version, suite and where the docking host goes on. In TLS 1.2 our Finished was number 0, and so was the peer's first record."""
         return NegotiatedTls(
             version=self._hello.version,
             suite=self._hello.suite,
             encrypt_then_mac=self._hello.encrypt_then_mac,
             resumed=self._resumed,
-            read_sequence=0 if self.is_tls13 else 1,
+            read_sequence=0 if self.is_tls13 else self._read_protected,
             write_sequence=self._write_sequence,
             alpn=self._connection.get_alpn_proto_negotiated().decode("ascii", "replace"),
+            unused=self._unused if self.parameters.report else None,
+            max_fragment=self._max_fragment if self.parameters.report else None,
         )
 
     @property

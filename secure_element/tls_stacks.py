@@ -49,7 +49,7 @@ class TlsStacks:
         )
         now = self._clock()
         reference_time = now if unix_time is None else float(unix_time)
-        key = SessionKey(fingerprint, profile, parameters.server_name, parameters.alpn)
+        key = SessionKey(fingerprint, profile, parameters.server_name, parameters.server_port, parameters.alpn)
         offered = None
         if is_client and parameters.resume:
             offered = self._sessions.take(key, reference_time=reference_time, monotonic=self._monotonic())

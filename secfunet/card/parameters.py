@@ -44,8 +44,9 @@ class Segmentation(Enum):
 TLS_1_2: Final = 0x0303
 TLS_1_3: Final = 0x0304
 
-_ROLE, _SERVER_NAME, _ALPN, _MIN_VERSION, _MAX_VERSION, _SUITES, _FLAGS, _GROUPS, _EAP_MTU = range(1, 10)
+_ROLE, _SERVER_NAME, _ALPN, _MIN_VERSION, _MAX_VERSION, _SUITES, _FLAGS, _GROUPS, _EAP_MTU, _SERVER_PORT = range(1, 11)
 _RESUME = 0x01
+_REPORT = 0x02
 
 MAX_ALPN_NAMES: Final = 16
 MAX_SUITES: Final = 64
@@ -58,9 +59,10 @@ MIN_EAP_MTU: Final = 60
 class TlsParameters:
     """How the next handshake is to run (Set-TLS-Parameters). Empty suites or groups mean the card's defaults.
 
-    ``server_name`` goes into SNI (client) and names the resumption cache; versions, suites and groups are the numbers of the TLS registry.
-    Legacy suites are refused by a card whose own settings do not allow them. ``eap_mtu``: bytes of the longest EAP packet that the card is
-    to send in full EAP; None: as the card's own settings say, which also holds where they say less.
+    ``server_name`` goes into SNI (client); with ``server_port`` (0: not told) it says whose session is resumed. Versions, suites and
+    groups are the numbers of the TLS registry. Legacy suites are refused by a card whose own settings do not allow them. ``eap_mtu``: bytes
+    of the longest EAP packet that the card is to send in full EAP; None: as the card's own settings say, which also holds where they say
+    less. ``report``: the card may be given bytes from behind the peer's Finished, does not look at them, and says how many they were.
     """
 
     role: Literal["client", "server"] = "client"
@@ -72,10 +74,14 @@ class TlsParameters:
     groups: tuple[int, ...] = ()
     resume: bool = True
     eap_mtu: int | None = None
+    server_port: int = 0
+    report: bool = False
 
     def __post_init__(self) -> None:
         if self.role not in ("client", "server"):
             raise CardFormatError("a TLS role is client or server")
+        if not 0 <= self.server_port <= 0xFFFF:
+            raise CardFormatError("a port has two bytes")
         _check_text(self.server_name, 255, "server name", may_be_empty=True)
         if len(self.alpn) > MAX_ALPN_NAMES:
             raise CardFormatError("too many ALPN names")
@@ -91,8 +97,8 @@ class TlsParameters:
 
     def encode(self) -> bytes:
         """Items: 01 role (00 client, 01 server), 02 server name, 03 one ALPN name each, 04 and 05 lowest and highest version (2 bytes),
-        06 suites (2 bytes each), 07 flags (bit 0: resume), 08 groups (2 bytes each), 09 longest EAP packet (2 bytes). Empty ones are left
-        out."""
+        06 suites (2 bytes each), 07 flags (bit 0: resume, bit 1: report), 08 groups (2 bytes each), 09 longest EAP packet (2 bytes), 0A
+        server's port (2 bytes). Empty ones are left out."""
         items: list[tuple[int, bytes]] = [(_ROLE, b"\1" if self.role == "server" else b"\0")]
         if self.server_name:
             items.append((_SERVER_NAME, self.server_name.encode("ascii")))
@@ -100,11 +106,13 @@ class TlsParameters:
         items += [(_MIN_VERSION, self.min_version.to_bytes(2)), (_MAX_VERSION, self.max_version.to_bytes(2))]
         if self.suites:
             items.append((_SUITES, b"".join(suite.to_bytes(2) for suite in self.suites)))
-        items.append((_FLAGS, bytes((_RESUME if self.resume else 0,))))
+        items.append((_FLAGS, bytes(((_RESUME if self.resume else 0) | (_REPORT if self.report else 0),))))
         if self.groups:
             items.append((_GROUPS, b"".join(group.to_bytes(2) for group in self.groups)))
         if self.eap_mtu is not None:
             items.append((_EAP_MTU, self.eap_mtu.to_bytes(2)))
+        if self.server_port:
+            items.append((_SERVER_PORT, self.server_port.to_bytes(2)))
         return encode_tlv(items)
 
     @classmethod
@@ -112,12 +120,12 @@ class TlsParameters:
         """Items that are missing have their default; a repeated or unknown one is an error. Raises CardFormatError."""
         items = decode_tlv(untrusted)
         alpn = tuple(_text(value) for tag, value in items if tag == _ALPN)
-        values = _single_items([item for item in items if item[0] != _ALPN], range(_ROLE, _EAP_MTU + 1))
+        values = _single_items([item for item in items if item[0] != _ALPN], range(_ROLE, _SERVER_PORT + 1))
         role = values.get(_ROLE, b"\0")
         if role not in (b"\0", b"\1"):
             raise CardFormatError("a TLS role is 00 or 01")
         flags = values.get(_FLAGS, bytes((_RESUME,)))
-        if len(flags) != 1 or flags[0] & ~_RESUME:
+        if len(flags) != 1 or flags[0] & ~(_RESUME | _REPORT):
             raise CardFormatError("unknown flags")
         return cls(
             role="server" if role == b"\1" else "client",
@@ -129,10 +137,12 @@ class TlsParameters:
             groups=_numbers(values.get(_GROUPS, b"")),
             resume=bool(flags[0] & _RESUME),
             eap_mtu=_number(values[_EAP_MTU], 2) if _EAP_MTU in values else None,
+            server_port=_number(values.get(_SERVER_PORT, bytes(2)), 2),
+            report=bool(flags[0] & _REPORT),
         )
 
 
-_VERSION, _SUITE, _OUTCOME, _READ_SEQUENCE, _WRITE_SEQUENCE, _PROTOCOL = range(1, 7)
+_VERSION, _SUITE, _OUTCOME, _READ_SEQUENCE, _WRITE_SEQUENCE, _PROTOCOL, _UNUSED, _MAX_FRAGMENT = range(1, 9)
 _ENCRYPT_THEN_MAC = 0x01
 _RESUMED = 0x02
 
@@ -141,7 +151,10 @@ _RESUMED = 0x02
 class NegotiatedTls:
     """What a handshake became (CipherSuite): all that the docking host needs beside the key block to go on with the records.
 
-    ``read_sequence`` and ``write_sequence`` are the numbers of the next record that the docking host reads and writes.
+    ``read_sequence`` and ``write_sequence`` are the numbers of the next record that the docking host reads and writes. From a card that
+    was asked to report (TlsParameters), else None: ``unused``, how many bytes at the end of what it was given last it did not look at,
+    because the handshake was over; ``max_fragment``, the most bytes of content that a record may have (RFC 6066, 4), 0 if none was
+    agreed.
     """
 
     version: int
@@ -151,34 +164,43 @@ class NegotiatedTls:
     read_sequence: int
     write_sequence: int
     alpn: str
+    unused: int | None = None
+    max_fragment: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.version <= 0xFFFF or not 0 <= self.suite <= 0xFFFF:
             raise CardFormatError("version or suite is out of range")
         if not 0 <= self.read_sequence < 2**64 or not 0 <= self.write_sequence < 2**64:
             raise CardFormatError("a sequence number is out of range")
+        if not 0 <= (self.unused or 0) < 2**32:
+            raise CardFormatError("the number of unused bytes is out of range")
+        if (self.max_fragment or 0) not in (0, 512, 1024, 2048, 4096):
+            raise CardFormatError("RFC 6066 knows no such length of records")
         _check_text(self.alpn, 255, "ALPN name", may_be_empty=True)
 
     def encode(self) -> bytes:
         """Items: 01 version, 02 suite (2 bytes each), 03 flags (bit 0 encrypt-then-MAC, bit 1 resumed), 04 read and 05 write sequence
-        number (8 bytes each), 06 ALPN name."""
+        number (8 bytes each), 06 ALPN name; 07 unused bytes (4), 08 most bytes in a record (2), left out if None."""
         flags = (_ENCRYPT_THEN_MAC if self.encrypt_then_mac else 0) | (_RESUMED if self.resumed else 0)
-        return encode_tlv(
-            (
-                (_VERSION, self.version.to_bytes(2)),
-                (_SUITE, self.suite.to_bytes(2)),
-                (_OUTCOME, bytes((flags,))),
-                (_READ_SEQUENCE, self.read_sequence.to_bytes(8)),
-                (_WRITE_SEQUENCE, self.write_sequence.to_bytes(8)),
-                (_PROTOCOL, self.alpn.encode("ascii")),
-            )
-        )
+        items = [
+            (_VERSION, self.version.to_bytes(2)),
+            (_SUITE, self.suite.to_bytes(2)),
+            (_OUTCOME, bytes((flags,))),
+            (_READ_SEQUENCE, self.read_sequence.to_bytes(8)),
+            (_WRITE_SEQUENCE, self.write_sequence.to_bytes(8)),
+            (_PROTOCOL, self.alpn.encode("ascii")),
+        ]
+        if self.unused is not None:
+            items.append((_UNUSED, self.unused.to_bytes(4)))
+        if self.max_fragment is not None:
+            items.append((_MAX_FRAGMENT, self.max_fragment.to_bytes(2)))
+        return encode_tlv(items)
 
     @classmethod
     def decode(cls, untrusted: bytes) -> NegotiatedTls:
-        """Every item must be there once. Raises CardFormatError."""
-        values = _single_items(decode_tlv(untrusted), range(_VERSION, _PROTOCOL + 1))
-        if len(values) != _PROTOCOL:
+        """Items 01 to 06 must be there, none twice. Raises CardFormatError."""
+        values = _single_items(decode_tlv(untrusted), range(_VERSION, _MAX_FRAGMENT + 1))
+        if any(tag not in values for tag in range(_VERSION, _PROTOCOL + 1)):
             raise CardFormatError("an item is missing")
         flags = _number(values[_OUTCOME], 1)
         if flags & ~(_ENCRYPT_THEN_MAC | _RESUMED):
@@ -191,6 +213,8 @@ class NegotiatedTls:
             read_sequence=_number(values[_READ_SEQUENCE], 8),
             write_sequence=_number(values[_WRITE_SEQUENCE], 8),
             alpn=_text(values[_PROTOCOL]),
+            unused=_number(values[_UNUSED], 4) if _UNUSED in values else None,
+            max_fragment=_number(values[_MAX_FRAGMENT], 2) if _MAX_FRAGMENT in values else None,
         )
 
 

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final, TypeVar
 
@@ -23,7 +23,7 @@ from secfunet.errors import SecFuNetError
 from secfunet.service.doorkeeper import BACKLOG, DoorBounds, Doorkeeper, Doorway, Visit
 from secfunet.service.flood_log import FloodLog
 from secfunet.tandem.card_link import CardLink, EapCardLink
-from secfunet.tandem.connection import AskCard, AskState, Command, StartCard, TakeKeys, TandemConnection, TandemState
+from secfunet.tandem.connection import AskCard, Command, StartCard, TakeKeys, TandemConnection, TandemState
 from secfunet.tandem.errors import HandshakeTimeoutError, PeerStalledError
 from secfunet.tandem.parameters import TandemParameters
 from secfunet.tandem.transport import TandemTransport
@@ -36,6 +36,11 @@ _ProtocolT = TypeVar("_ProtocolT", bound=asyncio.BaseProtocol)
 DEFAULT_PARAMETERS: Final = TandemParameters()
 _MIN_GRACE: Final = 0.02
 _MAX_GRACE: Final = 0.5
+_SETTLE: Final = 0.02
+"""Seconds that a record that is cut short is waited for, before the card is asked without it."""
+_GATHER: Final = 0.002
+"""Seconds, doubled each time, between questions about one encrypted flight; at most _MAX_GATHER."""
+_MAX_GATHER: Final = 0.25
 _background: set[asyncio.Task[None]] = set()
 
 
@@ -60,7 +65,9 @@ async def create_tandem_connection(
     TruncatedStreamError.
     """
     loop = asyncio.get_running_loop()
-    core = TandemConnection("client", parameters, server_name=server_name)
+    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        port = int(sock.getpeername()[1])
+    core = TandemConnection("client", parameters, server_name=server_name, server_port=port or 0)
     transport = TandemTransport(core, loop)
     try:
         async with asyncio.timeout(timeout), AsyncExitStack() as stack:
@@ -271,77 +278,126 @@ class TandemServer:
 
 def _give_up(transport: TandemTransport) -> None:
     """Close a connection that did not come to be, with an alert if the core has not made one."""
-    core = transport.core
-    if core.state not in (TandemState.FAILED, TandemState.IDLE):
-        core.fail(AlertDescription.INTERNAL_ERROR)
+    if transport.core.state is not TandemState.IDLE:
+        transport.core.fail(AlertDescription.INTERNAL_ERROR)
     transport.abort_handshake()
 
 
-class _TimedLink:
+class _LeasedCard:
     """The card of a handshake, and how long it waited for the peer: in all, which is bounded, and for one answer at most, which is a
     measure for how long tickets need."""
 
-    def __init__(self, link: CardLink) -> None:
+    def __init__(self, link: CardLink, patience: float) -> None:
         self.link = link
         self.round_trip = 0.0
+        self._patience = patience
         self._waited = 0.0
+        self._questions = 0
 
-    async def wait_for(self, transport: TandemTransport, patience: float) -> None:
+    async def wait_for(self, transport: TandemTransport) -> None:
         """Wait until the peer has sent something. Raises PeerStalledError when all these waits together take too long."""
+        began = self._waited
+        async with self._bounded():
+            await transport.wait_for_peer()
+        self.round_trip = max(self.round_trip, self._waited - began)
+
+    async def gather(self, transport: TandemTransport) -> None:
+        """Before a question about an encrypted flight: let what is on its way arrive. Raises as wait_for().
+
+        A question that comes a moment too early costs another one, and a peer that sends byte by byte must not make thousands of them:
+        each further question comes later than the one before, and what has come until then goes with it.
+        """
+        core = transport.core
+        least = min(_GATHER * 2**self._questions, _MAX_GATHER) if self._questions else 0.0
+        self._questions += 1
+        if least == 0.0 and core.seems_whole:
+            return
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        async with self._bounded():
+            while not core.has_ended:
+                gathered = loop.time() - began
+                if gathered >= max(least, _SETTLE) or (gathered >= least and core.seems_whole):
+                    break
+                left = (least if gathered < least else max(least, _SETTLE)) - gathered
+                try:
+                    async with asyncio.timeout(left) as pause:
+                        await transport.wait_for_peer()
+                except TimeoutError:
+                    if not pause.expired():
+                        raise
+
+    @contextlib.asynccontextmanager
+    async def _bounded(self) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
-            async with asyncio.timeout(patience - self._waited) as bound:
-                await transport.wait_for_peer()
+            async with asyncio.timeout(self._patience - self._waited) as bound:
+                yield
         except TimeoutError:
             if not bound.expired():
                 raise  # the network's own
-            raise PeerStalledError(patience) from None
-        took = loop.time() - began
-        self._waited += took
-        self.round_trip = max(self.round_trip, took)
+            raise PeerStalledError(self._patience) from None
+        finally:
+            self._waited += loop.time() - began
 
 
 async def _shake_hands(
     transport: TandemTransport, pool: CardPool, stack: AsyncExitStack, *, timeout: float
-) -> _TimedLink | None:
-    """Run the core until it is open. The card is leased at its first question, and stays leased in ``stack``."""
+) -> _LeasedCard | None:
+    """Run the core until it is open. The card is leased at its first question, and stays leased in ``stack``.
+
+    The peer's end is looked for before each question: a card is neither leased nor asked for a peer that is gone.
+    """
     core = transport.core
     loop = asyncio.get_running_loop()
     started = loop.time()
     core.start()
-    timed: _TimedLink | None = None
+    card: _LeasedCard | None = None
     while core.state is not TandemState.OPEN:
-        command = core.next_command()
-        if command is None:
-            if timed is None:
+        transport.check_handshake()
+        if core.state is TandemState.WAIT_PEER:
+            if card is None:
                 await transport.wait_for_peer()
             else:
-                await timed.wait_for(transport, core.parameters.patience)
+                await card.wait_for(transport)
+            core.received()
+            transport.wire.check_room()
             continue
-        if timed is None:
+        if card is None:
             # A little less than what is left, so that a busy card is reported as such.
             left = max(0.0, 0.9 * (timeout - (loop.time() - started)))
-            client = await stack.enter_async_context(pool.lease(timeout=left))
-            timed = _TimedLink(EapCardLink(client, core.role, core.parameters, core.server_name))
-        await _ask_card(core, timed.link, command)
+            async with transport.giving_up():
+                client = await stack.enter_async_context(pool.lease(timeout=left))
+            card = _LeasedCard(
+                EapCardLink(client, core.role, core.parameters, core.server_name, core.server_port),
+                core.parameters.patience,
+            )
+        if core.asks_about_open_flight:
+            await card.gather(transport)
+        transport.check_handshake()
+        command = core.next_command()
+        if command is not None:
+            await _ask_card(core, card.link, command)
         transport.flush_core()
-        # What came while the card was at work waits in the buffer.
-        core.received()
         transport.wire.check_room()
-    return timed
+    return card
 
 
 async def _ask_card(core: TandemConnection, link: CardLink, command: Command) -> None:
     match command:
         case StartCard():
-            core.card_answered(await link.start())
+            flight = await link.start()
+            core.card_answered(flight, reports_unused=link.reports_unused)
         case AskCard(flight=flight):
-            core.card_answered(await link.ask(flight))
-        case AskState():
-            core.card_state(is_authenticated=await link.is_authenticated())
+            flight = await link.ask(flight)
+            core.card_answered(flight, reports_unused=link.reports_unused)
         case TakeKeys():
-            core.card_keys(*await link.hand_over())
+            taken = await link.hand_over()
+            if taken is None:
+                core.card_waits()
+            else:
+                core.card_keys(*taken)
 
 
 async def _bring_tickets(transport: TandemTransport, link: CardLink, stack: AsyncExitStack, grace: float) -> None:

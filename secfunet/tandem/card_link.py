@@ -7,6 +7,7 @@ The EAP identity is not used. A flight goes in one packet if it fits (the client
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Final, Protocol
 
 from secfunet.apdu import StatusError
@@ -22,9 +23,17 @@ _FRAGMENT: Final = 60_000
 _MAX_FRAGMENTS: Final = 1024
 """More packets than a flight of 128 KiB needs at 128 bytes each."""
 
+_WRONG_DATA: Final = 0x6A80
+_NOT_IN_THIS_STATE: Final = 0x6985
+
 
 class CardLink(Protocol):
     """A card that has been leased for one handshake."""
+
+    @property
+    def reports_unused(self) -> bool:
+        """Whether it says what it did not use of the bytes that it was given; known when it has answered once."""
+        ...
 
     async def start(self) -> bytes:
         """Client: return the ClientHello's record."""
@@ -34,12 +43,11 @@ class CardLink(Protocol):
         """Give it the peer's flight; return its own, or nothing when it has nothing to say (yet). Raises HandshakeRefusedError."""
         ...
 
-    async def is_authenticated(self) -> bool:
-        """Return whether the handshake is over."""
-        ...
+    async def hand_over(self) -> tuple[NegotiatedTls, bytes, tuple[bytes, ...]] | None:
+        """Return what was negotiated, the key block, and the peer's certificates; None if the card needs more of the peer first.
 
-    async def hand_over(self) -> tuple[NegotiatedTls, bytes, tuple[bytes, ...]]:
-        """Return what was negotiated, the key block, and the peer's certificates. Raises HandshakeRefusedError."""
+        Raises HandshakeRefusedError.
+        """
         ...
 
     async def bring_tickets(self, records: bytes) -> None:
@@ -50,11 +58,15 @@ class CardLink(Protocol):
 class EapCardLink:
     """A CardLink over an EAP-TLS card. CardGoneError and the like pass through; a card's refusal becomes HandshakeRefusedError."""
 
-    def __init__(self, card: CardClient, role: Role, parameters: TandemParameters, server_name: str) -> None:
+    def __init__(
+        self, card: CardClient, role: Role, parameters: TandemParameters, server_name: str, server_port: int = 0
+    ) -> None:
+        """``server_name`` and ``server_port`` say whose session a client's card may resume (0: the port is not known)."""
         self._card = card
+        self._tls = parameters.for_card(role, server_name, server_port)
         self._role = role
-        self._parameters = parameters
-        self._server_name = server_name
+        self._clock = parameters.clock
+        self.reports_unused = False
         self._channel = EapTlsChannel(_FRAGMENT)
         self._identifier = 0
         self._is_prepared = False
@@ -75,18 +87,20 @@ class EapCardLink:
             first = EapTlsMessage(first.data)
         return await self._exchange(first, with_time=is_first)
 
-    async def is_authenticated(self) -> bool:
-        """See CardLink."""
-        return await self._card.state() is EapState.AUTHENTICATED
-
-    async def hand_over(self) -> tuple[NegotiatedTls, bytes, tuple[bytes, ...]]:
+    async def hand_over(self) -> tuple[NegotiatedTls, bytes, tuple[bytes, ...]] | None:
         """See CardLink."""
         try:
             negotiated = await self._card.cipher_suite()
             certificates = await self._card.peer_certificates()
             return negotiated, await self._card.key_block(), certificates
         except StatusError as error:
-            raise HandshakeRefusedError(f"it hands over no keys ({error.sw:04X})") from error
+            state = await self._card.state()
+            if error.sw == _NOT_IN_THIS_STATE and state is EapState.AUTHENTICATING:
+                return None
+            if state is EapState.NOT_AUTHENTICATED:
+                reason = "it has refused the peer, and told it so; why is in the card's log"
+                raise HandshakeRefusedError(reason, peer_is_told=True) from error
+            raise HandshakeRefusedError(f"it hands over no keys ({error.sw:04X}, state {state:02X})") from error
 
     async def bring_tickets(self, records: bytes) -> None:
         """See CardLink."""
@@ -95,12 +109,20 @@ class EapCardLink:
     async def _prepare(self) -> None:
         self._is_prepared = True
         await self._card.reset_state()
-        await self._card.set_tls_parameters(self._parameters.for_card(self._role, self._server_name))
+        try:
+            await self._card.set_tls_parameters(dataclasses.replace(self._tls, report=True))
+        except StatusError as error:
+            if error.sw != _WRONG_DATA:
+                raise
+            # An older card knows neither this flag nor the port.
+            await self._card.set_tls_parameters(dataclasses.replace(self._tls, server_port=0))
+        else:
+            self.reports_unused = True
 
     async def _exchange(self, message: EapTlsMessage, *, with_time: bool) -> bytes:
         """Send one message, exchange whatever fragments it takes, and return the card's flight."""
         code = EapCode.REQUEST if self._role == "client" else EapCode.RESPONSE
-        unix_time = int(self._parameters.clock()) if with_time else None
+        unix_time = int(self._clock()) if with_time else None
         try:
             for _ in range(_MAX_FRAGMENTS):
                 packet = EapPacket(code, self._identifier, EapType.TLS, message.encode()).encode()

@@ -9,12 +9,14 @@ class TandemError(SecFuNetError):
 
 
 class HandshakeRefusedError(TandemError, ConnectionError):
-    """The card did not accept the peer, or could not agree with it. ``alert`` is what the card told the peer, if it did."""
+    """The card did not accept the peer, or could not agree with it. ``peer_is_told``: the peer has its alert; ``alert`` is which one, if
+    that can be seen (in TLS 1.3 the card encrypts it)."""
 
-    def __init__(self, reason: str, alert: int | None = None) -> None:
+    def __init__(self, reason: str, alert: int | None = None, *, peer_is_told: bool = False) -> None:
         told = "" if alert is None else f" ({AlertDescription.name_of(alert)})"
         super().__init__(f"the card ended the TLS handshake{told}: {reason}")
         self.alert = alert
+        self.peer_is_told = peer_is_told
 
 
 class HandshakeTimeoutError(TandemError, TimeoutError):

@@ -54,7 +54,7 @@ class TandemParameters:
             if suite.is_legacy and not self.allow_legacy:
                 raise UnsupportedSuiteError(number, f"({suite.name}) is legacy and not configured")
 
-    def for_card(self, role: Role, server_name: str) -> TlsParameters:
+    def for_card(self, role: Role, server_name: str, server_port: int = 0) -> TlsParameters:
         """Return what the card is told of it."""
         return TlsParameters(
             role=role,
@@ -65,4 +65,5 @@ class TandemParameters:
             suites=self.suites,
             groups=self.groups,
             resume=self.resume,
+            server_port=server_port,
         )

@@ -8,10 +8,12 @@ stream that ends without close_notify ends with TruncatedStreamError, never with
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
+from secfunet.errors import SecFuNetError
 from secfunet.tandem.connection import TandemConnection, TandemState
 from secfunet.tandem.wire import Wire
 from secfunet.tandem.write_queue import CHUNK, Data, WriteQueue
@@ -39,6 +41,7 @@ class TandemTransport(asyncio.Transport):
         self._protocol: asyncio.BaseProtocol | None = None
         self._handshake_wake = asyncio.Event()
         self._handshake_error: Exception | None = None
+        self._giving_up: asyncio.Timeout | None = None
         self._tickets_wake: asyncio.Event | None = None
         self._pending = WriteQueue()
         self._protocol_paused = False
@@ -47,7 +50,6 @@ class TandemTransport(asyncio.Transport):
         self._closing = False
         self._eof_due = False
         self._eof_told = False
-        self._eof_waits = False
         self._close_timer: asyncio.TimerHandle | None = None
         self._error: Exception | None = None
         self._lost = False
@@ -79,8 +81,25 @@ class TandemTransport(asyncio.Transport):
         if self._handshake_error is None:
             await self._handshake_wake.wait()
         self._handshake_wake.clear()
+        self.check_handshake()
+
+    def check_handshake(self) -> None:
+        """Raise what ended the handshake, if something did."""
         if self._handshake_error is not None:
             raise self._handshake_error
+
+    @contextlib.asynccontextmanager
+    async def giving_up(self) -> AsyncIterator[None]:
+        """Cut short what is waited for inside, as soon as the peer is gone. Raises what ended the handshake."""
+        self.check_handshake()
+        try:
+            async with asyncio.timeout(None) as self._giving_up:
+                yield
+        except TimeoutError:
+            self.check_handshake()
+            raise
+        finally:
+            self._giving_up = None
 
     def open(self, protocol: asyncio.BaseProtocol) -> None:
         """Give the connection, whose handshake is over, to its protocol."""
@@ -89,8 +108,6 @@ class TandemTransport(asyncio.Transport):
         self._protocol = protocol
         protocol.connection_made(self)
         self._loop.call_soon(self._deliver)
-        if self._eof_waits:
-            self._loop.call_soon(self.wire_eof)
 
     def abort_handshake(self) -> None:
         """Send the core's alert, if it has one, and close."""
@@ -258,26 +275,23 @@ class TandemTransport(asyncio.Transport):
             if not self._reading_paused or self._closing:
                 self._deliver()
         elif self.core.state is not TandemState.OPEN:
-            self._during_handshake(self.core.received)
+            self._wake()
 
     def wire_eof(self) -> bool:
         """The peer has closed its direction of the socket. Returns whether ours stays open."""
         if self._protocol is None and self.core.state is not TandemState.OPEN:
-            self._during_handshake(self.core.received_eof)
+            try:
+                self.core.received_eof()
+            except SecFuNetError as error:
+                self._end_handshake(error)
+            self._wake()
             return True
+        # What came before this end must be delivered first, when the protocol wants it.
+        self.core.has_ended = True
         if self._closing:
             self._close_socket()
-            return True
-        if self._protocol is None:
-            # Between the handshake and open(): what came before this end must be delivered first.
-            self._eof_waits = True
-            return True
-        self._deliver()
-        if not self.is_closing() and not self._eof_told:
-            try:
-                self.core.stream.receive_eof()
-            except TruncatedStreamError as error:
-                self._fail(error)
+        else:
+            self._deliver()
         return True
 
     def wire_lost(self, exc: Exception | None) -> None:
@@ -291,8 +305,8 @@ class TandemTransport(asyncio.Transport):
         error = self._error
         if error is None and not self._closing and not (self._eof_told and exc is None):
             error = exc or TruncatedStreamError("in the middle of the stream")
-        if self._handshake_error is None and self._protocol is None:
-            self._handshake_error = exc or TruncatedStreamError("in the handshake")
+        if self._protocol is None:
+            self._end_handshake(exc or TruncatedStreamError("in the handshake"))
         self._closing = True
         self._wake()
         if self._protocol is not None:
@@ -315,12 +329,12 @@ class TandemTransport(asyncio.Transport):
 
     # ---- inside
 
-    def _during_handshake(self, step: Any) -> None:
-        try:
-            step()
-        except Exception as error:  # noqa: BLE001 - it is raised in the task that does the handshake
+    def _end_handshake(self, error: Exception) -> None:
+        """It is raised in the task that does the handshake."""
+        if self._handshake_error is None:
             self._handshake_error = error
-        self._wake()
+        if self._giving_up is not None:
+            self._giving_up.reschedule(self._loop.time())
 
     def _wake(self) -> None:
         self._handshake_wake.set()
@@ -355,6 +369,8 @@ class TandemTransport(asyncio.Transport):
         self._delivering = True
         try:
             self._deliver_all()
+            if self.core.has_ended and not self._reading_paused and not self._closing and not self._eof_told:
+                self.core.stream.receive_eof()
         except TlsError as error:
             self._fail(error)
         finally:

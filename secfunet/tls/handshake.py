@@ -15,6 +15,8 @@ MAX_MESSAGE: Final = 1 << 17
 HELLO_RETRY_RANDOM: Final = bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2c8a8339c")
 """The random of a HelloRetryRequest (RFC 8446, 4.1.3)."""
 
+_EXTENSION_STATUS_REQUEST: Final = 5
+_EXTENSION_SESSION_TICKET: Final = 35
 _EXTENSION_EARLY_DATA: Final = 42
 _EXTENSION_SUPPORTED_VERSIONS: Final = 43
 
@@ -117,6 +119,11 @@ class ServerHello:
     version: int
     suite: int
     is_retry: bool
+    session_id: bytes = b""
+    announces_ticket: bool = False
+    """TLS 1.2: a NewSessionTicket comes (RFC 5077, 3.2)."""
+    announces_status: bool = False
+    """TLS 1.2: a CertificateStatus may come (RFC 6066, 8)."""
 
 
 def parse_server_hello(untrusted_body: bytes) -> ServerHello:
@@ -127,7 +134,8 @@ def parse_server_hello(untrusted_body: bytes) -> ServerHello:
     cursor = _Cursor(untrusted_body)
     version = cursor.number(2)
     random = cursor.take(32)
-    if len(cursor.vector(1)) > 32:
+    session_id = cursor.vector(1)
+    if len(session_id) > 32:
         raise TlsProtocolError("a session id is too long", AlertDescription.DECODE_ERROR)
     suite = cursor.number(2)
     if cursor.number(1) != 0:
@@ -138,23 +146,38 @@ def parse_server_hello(untrusted_body: bytes) -> ServerHello:
         if len(selected) != 2:
             raise TlsProtocolError("supported_versions is malformed", AlertDescription.DECODE_ERROR)
         version = int.from_bytes(selected, "big")
-    return ServerHello(version, suite, version == TLS_1_3 and random == HELLO_RETRY_RANDOM)
+    return ServerHello(
+        version,
+        suite,
+        is_retry=version == TLS_1_3 and random == HELLO_RETRY_RANDOM,
+        session_id=session_id,
+        announces_ticket=_EXTENSION_SESSION_TICKET in extensions,
+        announces_status=_EXTENSION_STATUS_REQUEST in extensions,
+    )
 
 
-def check_client_hello(untrusted_body: bytes) -> None:
+@dataclasses.dataclass(frozen=True, slots=True)
+class ClientHello:
+    """What the host must know of a ClientHello. Early data is announced for the server that the client believes to know: whoever did not
+    give it a ticket for that skips the data (RFC 8446, 4.2.10)."""
+
+    session_id: bytes
+    announces_early_data: bool
+
+
+def check_client_hello(untrusted_body: bytes) -> ClientHello:
     """Check what the host can refuse in a ClientHello before it troubles a card; everything else is the card's to judge.
 
-    Raises TlsProtocolError: decode_error; illegal_parameter when null compression is not offered, or when early data
-    is announced: no ticket of our cards allows it.
+    Raises TlsProtocolError: decode_error; illegal_parameter when null compression is not offered.
     """
     cursor = _Cursor(untrusted_body)
     cursor.take(34)
-    if len(cursor.vector(1)) > 32:
+    session_id = cursor.vector(1)
+    if len(session_id) > 32:
         raise TlsProtocolError("a session id is too long", AlertDescription.DECODE_ERROR)
     suites = cursor.vector(2)
     if len(suites) < 2 or len(suites) % 2:
         raise TlsProtocolError("the list of cipher suites is malformed", AlertDescription.DECODE_ERROR)
     if 0 not in cursor.vector(1):
         raise TlsProtocolError("the client insists on compression", AlertDescription.ILLEGAL_PARAMETER)
-    if _EXTENSION_EARLY_DATA in cursor.extensions():
-        raise TlsProtocolError("the client announces early data", AlertDescription.ILLEGAL_PARAMETER)
+    return ClientHello(session_id, announces_early_data=_EXTENSION_EARLY_DATA in cursor.extensions())

@@ -129,6 +129,8 @@ class _Tls13Opener(RecordOpener):
             self._decrypt_into(nonce, record[HEADER_LENGTH:], bytes(record[:HEADER_LENGTH]), out[:size])
         except InvalidTag:
             raise BadRecordMacError from None
+        if size > MAX_PLAINTEXT + 1:
+            raise _overflow()  # type and padding count, too (RFC 8446, 5.4)
         last = size - 1
         kind = out[last]
         if not kind:
@@ -137,8 +139,6 @@ class _Tls13Opener(RecordOpener):
             if not inner:
                 raise RecordError("a record has no content type", AlertDescription.UNEXPECTED_MESSAGE)
             last, kind = len(inner) - 1, inner[-1]
-        if last > MAX_PLAINTEXT:
-            raise _overflow()
         return kind, last
 
 

@@ -90,14 +90,21 @@ def split_records(untrusted: bytes, limit: int = MAX_CIPHERTEXT_TLS12) -> list[R
     return records
 
 
-def parse_alert(untrusted: bytes | memoryview) -> Alert:
+def parse_alert(untrusted: bytes | memoryview, *, is_tls13: bool = True) -> Alert:
     """Parse the content of an alert record. Alerts may not be split or joined (RFC 8446, 5.1).
 
-    Raises TlsProtocolError: decode_error when it is not exactly two bytes, illegal_parameter for another level.
+    In TLS 1.3 the level says nothing (RFC 8446, 6): any is taken for the one that the description has.
+    Raises TlsProtocolError: unexpected_message when it is empty (RFC 8446, 5.4; RFC 5246, 6.2.1), decode_error when it is not two bytes
+    long, illegal_parameter for another level in TLS 1.2.
     """
+    if not untrusted:
+        raise TlsProtocolError("an empty alert", AlertDescription.UNEXPECTED_MESSAGE)
     if len(untrusted) != 2:
         raise TlsProtocolError("an alert is not two bytes long", AlertDescription.DECODE_ERROR)
     level, description = untrusted[0], untrusted[1]
+    if is_tls13:
+        quiet = description in (AlertDescription.CLOSE_NOTIFY, AlertDescription.USER_CANCELED)
+        return Alert(AlertLevel.WARNING if quiet else AlertLevel.FATAL, description)
     if level not in (AlertLevel.WARNING, AlertLevel.FATAL):
         raise TlsProtocolError("an alert has an unknown level", AlertDescription.ILLEGAL_PARAMETER)
     return Alert(level, description)
@@ -160,10 +167,13 @@ class RecordBuffer:
         return kind, length
 
     def scan(self, limit: int) -> list[tuple[int, int]]:
-        """Return type and fragment length of all whole records, without consuming them. Raises RecordError."""
+        """Return type and fragment length of the whole records in front, without consuming them, up to a header that is wrong."""
         seen, offset = [], self.start
         while self.end - offset >= HEADER_LENGTH:
-            kind, length = parse_header(self.view, offset, limit)
+            try:
+                kind, length = parse_header(self.view, offset, limit)
+            except RecordError:
+                break
             offset += HEADER_LENGTH + length
             if offset > self.end:
                 break

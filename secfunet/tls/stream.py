@@ -4,7 +4,7 @@ Both roles, both versions, no IO. The caller fills :attr:`ProtectedStream.incomi
 sends what :meth:`~ProtectedStream.take_output` and the sealing methods give. After any exception the stream is dead.
 
 Bounds: a peer may send 32 empty records, 32 key updates and 4 warnings without data in between, and handshake messages of at most
-64 KiB; each is more than any honest stack needs.
+64 KiB; each is more than any honest stack needs. Tickets are dropped, however many come; the first 32 KiB of them are kept for the card.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ GCM_RECORD_LIMIT: Final = int(2**24.5)
 MAX_EMPTY_RECORDS: Final = 32
 MAX_KEY_UPDATES: Final = 32
 MAX_WARNINGS: Final = 4
+MAX_TICKETS: Final = 1 << 15
+"""Most bytes of tickets' records that are kept for the card."""
 MAX_POST_HANDSHAKE_MESSAGE: Final = 1 << 16
 _APPLICATION_DATA: Final = int(ContentType.APPLICATION_DATA)
 
@@ -55,6 +57,8 @@ class HandOver:
     read_sequence: int
     write_sequence: int
     encrypt_then_mac: bool = False
+    max_fragment: int = MAX_PLAINTEXT
+    """Most bytes of content in a record that we write (RFC 6066, 4)."""
 
 
 class ProtectedStream:
@@ -80,6 +84,7 @@ class ProtectedStream:
         self._sealer = self._make_sealer(self._write_keys, hand_over.write_sequence)
         self._opener = make_opener(self._suite, self._read_keys, hand_over.read_sequence, encrypt_then_mac=self._etm)
         self.is_tls13: Final = hand_over.suite.version == TLS_1_3
+        self._max_fragment = min(hand_over.max_fragment, MAX_PLAINTEXT)
         self._limit = MAX_CIPHERTEXT_TLS13 if self.is_tls13 else MAX_CIPHERTEXT_TLS12
         if record_limit is None:
             record_limit = GCM_RECORD_LIMIT if self._suite.cipher is Cipher.AES_GCM else (1 << 64) - 2
@@ -89,6 +94,7 @@ class ProtectedStream:
         self._output = bytearray()
         self._tickets: list[bytes] = []
         self._collects_tickets = self.is_tls13 and role == "client" and hand_over.read_sequence == 0
+        self._collected = 0
         self._update_due = False
         self._error: TlsError | None = None
         self._empty_records = self._key_updates = self._warnings = 0
@@ -195,21 +201,22 @@ class ProtectedStream:
         if self.is_write_closed:
             raise TlsError("the stream is closed for writing")
         content = memoryview(data)
-        count = -(-len(content) // MAX_PLAINTEXT)
+        size = self._max_fragment
+        count = -(-len(content) // size)
         out = bytearray(len(content) + count * MAX_EXPANSION)
         view = memoryview(out)
         filled = self._take_output_into(view)
         if filled is None:
             prefix = self.take_output()
             return prefix + self.seal(data)
-        for offset in range(0, len(content), MAX_PLAINTEXT):
+        for offset in range(0, len(content), size):
             if self._sealer.sequence >= self._record_limit:
                 # Rare: once in hundreds of gigabytes.
                 self._write_key_used_up()
                 done = bytearray(view[:filled])
                 view.release()
                 return done + self.seal(content[offset:])
-            filled += self._sealer.seal_into(_APPLICATION_DATA, content[offset : offset + MAX_PLAINTEXT], view[filled:])
+            filled += self._sealer.seal_into(_APPLICATION_DATA, content[offset : offset + size], view[filled:])
         view.release()
         del out[filled:]
         return out
@@ -286,7 +293,7 @@ class ProtectedStream:
         if kind == ContentType.ALERT:
             if not self._messages.is_between_messages and self.is_tls13:
                 raise TlsProtocolError("an alert in the middle of a message", AlertDescription.UNEXPECTED_MESSAGE)
-            self._alert(parse_alert(content))
+            self._alert(parse_alert(content, is_tls13=self.is_tls13))
         elif kind == ContentType.HANDSHAKE:
             raw = bytes(self.incoming.view[start : start + HEADER_LENGTH + length]) if self._collects_tickets else b""
             messages = self._messages.feed(content)
@@ -295,16 +302,23 @@ class ProtectedStream:
             for message, body in messages:
                 self._post_handshake(message, body)
             if raw and self._collects_tickets:
-                self._tickets.append(raw)
+                self._collect(raw)
         else:
             raise TlsProtocolError(f"a record of type {kind} behind the handshake", AlertDescription.UNEXPECTED_MESSAGE)
+
+    def _collect(self, raw: bytes) -> None:
+        """Keep a record of the first tickets for the card, as long as they are few."""
+        self._collected += len(raw)
+        if self._collected > MAX_TICKETS:
+            self._collects_tickets = False
+        else:
+            self._tickets.append(raw)
 
     def _alert(self, alert: Alert) -> None:
         if alert.is_close_notify:
             self.is_read_closed = True
             return
-        quiet = AlertDescription.USER_CANCELED if self.is_tls13 else None
-        if alert.is_fatal or (self.is_tls13 and alert.description != quiet):
+        if alert.is_fatal:
             raise PeerAlertError(alert.description)
         self._warn()
 
@@ -319,8 +333,7 @@ class ProtectedStream:
                 self._key_update(body)
                 return
             if message == HandshakeType.NEW_SESSION_TICKET and self._role == "client":
-                self._count_update()
-                return
+                return  # it costs nothing to drop, however many there are
         elif message == (HandshakeType.HELLO_REQUEST if self._role == "client" else HandshakeType.CLIENT_HELLO):
             # Renegotiation is refused; the connection goes on (RFC 5246, 7.2.2).
             self._warn()
@@ -328,11 +341,6 @@ class ProtectedStream:
                 self._queue(ContentType.ALERT, Alert.warning(AlertDescription.NO_RENEGOTIATION).encode())
             return
         raise TlsProtocolError(f"handshake message {message} out of turn", AlertDescription.UNEXPECTED_MESSAGE)
-
-    def _count_update(self) -> None:
-        self._key_updates += 1
-        if self._key_updates > MAX_KEY_UPDATES:
-            raise TlsProtocolError("too many messages without data", AlertDescription.UNEXPECTED_MESSAGE)
 
     def _key_update(self, body: bytes) -> None:
         self._collects_tickets = False
@@ -342,7 +350,9 @@ class ProtectedStream:
             raise TlsProtocolError("a KeyUpdate asks for an unknown thing", AlertDescription.ILLEGAL_PARAMETER)
         if not self._messages.is_between_messages:
             raise TlsProtocolError("a message crosses a key change", AlertDescription.UNEXPECTED_MESSAGE)
-        self._count_update()
+        self._key_updates += 1
+        if self._key_updates > MAX_KEY_UPDATES:
+            raise TlsProtocolError("too many key updates without data", AlertDescription.UNEXPECTED_MESSAGE)
         self._read_keys = next_traffic_keys(self._suite, self._read_keys)
         self._opener = make_opener(self._suite, self._read_keys, 0, encrypt_then_mac=False)
         self.key_updates_received += 1

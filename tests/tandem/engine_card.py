@@ -14,7 +14,7 @@ from secfunet.apdu import status_error
 from secfunet.card import CardClient
 from secfunet.card.parameters import EapState, NegotiatedTls, TlsParameters
 from secfunet.tandem.card_link import EapCardLink
-from secfunet.tandem.connection import AskCard, AskState, StartCard, TakeKeys, TandemConnection
+from secfunet.tandem.connection import AskCard, StartCard, TakeKeys, TandemConnection
 from secure_element.eap_engine import EapDiscarded, EapEngine, EapFailure, EapNotReady, TlsIdView
 from tests.support.pki import CertificateAuthority
 
@@ -86,7 +86,9 @@ class Host:
     def __init__(self, core: TandemConnection, card: EngineCard) -> None:
         self.core = core
         self.card = card
-        self.link = EapCardLink(cast("CardClient", card), core.role, core.parameters, core.server_name)
+        self.link = EapCardLink(
+            cast("CardClient", card), core.role, core.parameters, core.server_name, core.server_port
+        )
         self.core.start()
 
     def work(self) -> bytes:
@@ -94,11 +96,14 @@ class Host:
         while (command := self.core.next_command()) is not None:
             match command:
                 case StartCard():
-                    self.core.card_answered(run(self.link.start()))
+                    self.core.card_answered(run(self.link.start()), reports_unused=self.link.reports_unused)
                 case AskCard(flight=flight):
-                    self.core.card_answered(run(self.link.ask(flight)))
-                case AskState():
-                    self.core.card_state(is_authenticated=run(self.link.is_authenticated()))
+                    answer = run(self.link.ask(flight))
+                    self.core.card_answered(answer, reports_unused=self.link.reports_unused)
                 case TakeKeys():
-                    self.core.card_keys(*run(self.link.hand_over()))
+                    taken = run(self.link.hand_over())
+                    if taken is None:
+                        self.core.card_waits()
+                    else:
+                        self.core.card_keys(*taken)
         return self.core.take_output()

@@ -139,7 +139,7 @@ def test_turns_are_kept() -> None:
     assert core.next_command() == StartCard()
     assert core.next_command() is None
     with pytest.raises(WrongTurnError):
-        core.card_state(is_authenticated=True)
+        core.card_waits()
     with pytest.raises(WrongTurnError):
         TandemConnection("client", TandemParameters())
 

@@ -100,16 +100,30 @@ def test_a_bad_header_is_refused_before_the_rest_is_there(header: bytes, limit: 
 @given(st.integers(1, 2), st.integers(0, 255))
 def test_alerts_survive(level: int, description: int) -> None:
     alert = Alert(level, description)
-    assert parse_alert(alert.encode()) == alert
+    assert parse_alert(alert.encode(), is_tls13=False) == alert
     assert AlertDescription.name_of(description)
 
 
 @given(st.binary(max_size=5))
 def test_any_bytes_are_an_alert_or_an_error(untrusted: bytes) -> None:
-    try:
-        assert parse_alert(untrusted).encode() == untrusted
-    except TlsProtocolError as error:
-        assert error.alert in (AlertDescription.DECODE_ERROR, AlertDescription.ILLEGAL_PARAMETER)  # noqa: PT017
+    for is_tls13 in (False, True):
+        try:
+            assert parse_alert(untrusted, is_tls13=is_tls13).encode()[is_tls13:] == untrusted[is_tls13:]
+        except TlsProtocolError as error:
+            expected = AlertDescription.DECODE_ERROR if untrusted else AlertDescription.UNEXPECTED_MESSAGE
+            if len(untrusted) == 2:
+                assert not is_tls13
+                expected = AlertDescription.ILLEGAL_PARAMETER
+            assert error.alert is expected  # noqa: PT017
+
+
+def test_the_level_of_an_alert_of_tls13_says_nothing() -> None:
+    """RFC 8446, 6: what the description says holds."""
+    for level in (0, 1, 2, 3, 255):
+        assert not parse_alert(bytes((level, 0))).is_fatal
+        assert not parse_alert(bytes((level, AlertDescription.USER_CANCELED))).is_fatal
+        assert parse_alert(bytes((level, AlertDescription.BAD_RECORD_MAC))).is_fatal
+        assert parse_alert(bytes((level, 250))).is_fatal, "one that nobody knows"
 
 
 @given(st.lists(st.tuples(st.integers(0, 255), st.binary(max_size=300)), min_size=1, max_size=8), st.data())
@@ -148,12 +162,12 @@ def client_hello(*, compression: bytes = b"\x00", extensions: bytes = b"") -> by
     return body + len(extensions).to_bytes(2, "big") + extensions
 
 
-def test_compression_and_early_data_are_refused() -> None:
-    check_client_hello(client_hello())
-    for bad in (client_hello(compression=b"\x01"), client_hello(extensions=b"\x00\x2a\x00\x00")):
-        with pytest.raises(TlsProtocolError) as caught:
-            check_client_hello(bad)
-        assert caught.value.alert is AlertDescription.ILLEGAL_PARAMETER
+def test_compression_is_refused_and_early_data_is_noted() -> None:
+    assert not check_client_hello(client_hello()).announces_early_data
+    assert check_client_hello(client_hello(extensions=b"\x00\x2a\x00\x00")).announces_early_data
+    with pytest.raises(TlsProtocolError) as caught:
+        check_client_hello(client_hello(compression=b"\x01"))
+    assert caught.value.alert is AlertDescription.ILLEGAL_PARAMETER
     hello = b"\x03\x03" + bytes(32) + b"\x00" + b"\xc0\x2f"
     assert parse_server_hello(hello + b"\x00").suite == 0xC02F
     with pytest.raises(TlsProtocolError) as caught:
