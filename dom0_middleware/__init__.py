@@ -7,3 +7,5 @@ sanitised, permitted and done by ``operations`` (``policy``, ``audit``), and goe
 ``guest`` (one run of one domain) with its ``guest_channel`` and its certificates (``enrolment``, ``guest_authority``).
 ``state`` outlives the process, ``server`` wires it all, ``cli`` is the command.
 """
+
+import secfunet  # noqa: F401 - before gRPC: see there

@@ -21,6 +21,7 @@ from gose.state import state_unavailable
 from secfunet.rpc.correlation import CORRELATION_KEY, clean_correlation
 from secfunet.rpc.facts import whole_seconds
 from secfunet.service.doorkeeper import DoorFullError, Doorkeeper, Visit, current_visit
+from secfunet.service.flood_log import FloodLog
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Door:
         self._limits = limits
         self._metrics = metrics
         self._max_age = max_age
+        self._flood = FloodLog(log)
         self._connections: dict[asyncio.BaseTransport, _Connection] = {}
         app = web.Application(client_max_size=limits.http_body, middlewares=[self._middleware])
         app.add_routes(routes)
@@ -132,8 +134,8 @@ class Door:
             response = refusal_response(_refusal_of(error), status=error.status)
             if "Allow" in error.headers:
                 response.headers["Allow"] = error.headers["Allow"]
-        except Exception:
-            log.exception("a handler failed", extra={"door": self.name, "correlation": correlation})
+        except Exception:  # noqa: BLE001 - one request's fault is not the door's
+            self._flood.exception("fault", "a handler failed", {"door": self.name, "correlation": correlation})
             response = refusal_response(Refusal(Reason.INTERNAL, "the grid has a fault; see its log"))
         finally:
             if connection is not None:
@@ -146,12 +148,12 @@ class Door:
 
     def _refuse(self, request: web.Request, refusal: Refusal, correlation: str) -> web.Response:
         self._metrics.refusals.labels(refusal.reason.value).inc()
-        log.warning(
+        self._flood.warning(
+            refusal.reason.value,
             "request refused",
-            extra={
+            {
                 "door": self.name,
                 "path": request.path,
-                "reason": refusal.reason.value,
                 "cause": refusal.detail or refusal.message,
                 "peer": str(request.remote),
                 "correlation": correlation,

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from gose.errors import GoseError, Reason, Refusal
 from secfunet.service.files import make_private, private_folder, refuse_planted_link
+from secfunet.service.flood_log import FloodLog
 
-log = logging.getLogger(__name__)
+_flood = FloodLog(logging.getLogger(__name__))
 
 BUSY_TIMEOUT = 5.0  # seconds that a writer waits for another one
 SERVING_BUSY_TIMEOUT = 0.25  # likewise, in the event loop of a running grid, where everybody waits with it
@@ -70,5 +71,5 @@ def transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
 
 def state_unavailable(error: sqlite3.Error) -> Refusal:
     """What a caller of a running grid is told when its state cannot be read or written (disk full, file locked); logs why."""
-    log.error("the state cannot be used", extra={"cause": str(error)})
+    _flood.error("state", "the state cannot be used", {"cause": str(error)})
     return Refusal(Reason.STATE_UNAVAILABLE, "the grid cannot use its state now", retry_after=1.0, detail=str(error))

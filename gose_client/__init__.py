@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+import secfunet  # noqa: F401 - before gRPC: see there
+
 if TYPE_CHECKING:
     from gose_client.client import GoseClient
     from gose_client.errors import (

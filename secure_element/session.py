@@ -16,10 +16,11 @@ from typing import Final, cast
 
 from secfunet.card.errors import CardFormatError
 from secfunet.card.vpcd import Control, FrameDecoder, encode_frame
+from secfunet.service.flood_log import FloodLog
 from secure_element.card_os import CardOs
 from secure_element.latency import LatencyModel
 
-log = logging.getLogger(__name__)
+_flood = FloodLog(logging.getLogger(__name__))
 
 MAX_WAITING_FRAMES: Final = 16
 MAX_EARLY: Final = 256 * 1024  # bytes of a client that waits for the card
@@ -209,7 +210,7 @@ class Session(asyncio.Protocol):
         if self._is_dropped:
             return
         self._is_dropped = True
-        log.warning("client dropped", extra={"reason": reason})
+        _flood.warning(reason, "client dropped")
         self._send_answers()
         self._waiting.clear()
         if self.transport is not None:

@@ -8,3 +8,5 @@ back is a container; ``results`` verifies its trailer before it decrypts anythin
 ``middleware_client`` keeps it fresh, ``identity`` is who the VM is, ``server`` puts the daemon together, ``client`` and ``cli`` are for
 programs and persons in the VM.
 """
+
+import secfunet  # noqa: F401 - before gRPC: see there

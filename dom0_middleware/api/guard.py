@@ -20,8 +20,9 @@ from secfunet.rpc.correlation import CORRELATION_KEY, clean_correlation
 from secfunet.rpc.facts import abort
 from secfunet.rpc.guard import Context, Guard, Method
 from secfunet.service.audit import AuditLog
+from secfunet.service.flood_log import FloodLog
 
-log = logging.getLogger(__name__)
+_flood = FloodLog(logging.getLogger(__name__))
 
 MAX_TIMEOUT = 3600.0  # seconds; a longer deadline is none
 
@@ -66,7 +67,7 @@ class Callers:
             self._note(method, error)
         facts = facts_of(error)
         if facts.code is grpc.StatusCode.INTERNAL:
-            log.error("a call failed", exc_info=error, extra={"method": method.path, "vm": self._vm})
+            _flood.exception(f"fault {self._vm}", "a call failed", {"method": method.path, "vm": self._vm}, error=error)
         await abort(context, facts)
 
     def _note(self, method: Method, error: MiddlewareError) -> None:

@@ -14,8 +14,9 @@ from gose.racs.session import Session
 from gose.racs.settings import NodeLimits
 from secfunet.racs.errors import RacsProtocolError
 from secfunet.racs.server import Request, ServerConnection
+from secfunet.service.flood_log import FloodLog
 
-log = logging.getLogger(__name__)
+_flood = FloodLog(logging.getLogger(__name__))  # one for all sessions: a user opens as many as it likes
 
 _PIECE = 65536
 
@@ -76,7 +77,7 @@ class Conversation:
                 # An answer may take as long as its cards; only then does the time without a request begin.
                 if deadline is None and (self._is_working or not self._requests.empty()):
                     continue
-                log.info("a session says nothing", extra={"user": self._session.user.label})
+                _flood.info("silent", "a session says nothing", {"user": self._session.user.label})
                 return
             connection.receive(untrusted)
             try:
@@ -84,7 +85,9 @@ class Conversation:
                     await self._requests.put(request)
             except RacsProtocolError as error:
                 self._metrics.malformed.inc()
-                log.warning("a session is malformed", extra={"user": self._session.user.label, "cause": str(error)})
+                _flood.warning(
+                    "malformed", "a session is malformed", {"user": self._session.user.label, "cause": str(error)}
+                )
                 self._last_words = error.answer
                 await self._requests.put(None)
                 return
@@ -94,7 +97,7 @@ class Conversation:
     async def _answer(self) -> None:
         while (request := await self._requests.get()) is not None:
             if self._clock() > self._session.user.ends_at:
-                log.warning("a certificate has ended", extra={"user": self._session.user.label})
+                _flood.warning("ended", "a certificate has expired", {"user": self._session.user.label})
                 return
             self._is_working = True
             try:

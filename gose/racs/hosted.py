@@ -14,8 +14,10 @@ from secfunet.card.ports import CardPort
 from secfunet.racs.commands import CommandError
 from secfunet.racs.sen import name_in_atr
 from secfunet.racs.status import Event
+from secfunet.service.flood_log import FloodLog
 
 log = logging.getLogger(__name__)
+_flood = FloodLog(log)
 
 CLOSE_TIMEOUT = 1.0  # seconds to power a card off
 
@@ -81,7 +83,7 @@ class HostedCard:
         except CardBusyError as error:
             # Another program of this host has the card: it may be free soon.
             await self.unlock()
-            log.warning("a card is in use", extra={"seid": self.seid, "cause": str(error)})
+            _flood.warning(f"{self.seid} in use", "a card is in use", {"seid": self.seid, "cause": str(error)})
             raise CommandError(Event.IN_USE, f"{self.seid} is already in use") from None
         except (CardError, OSError) as error:
             raise await self._lost(error) from None

@@ -29,8 +29,9 @@ from secfunet.racs.sen import describe_get_sen, describe_sen
 from secfunet.racs.server import Answer, Request
 from secfunet.racs.status import Event, Status, success
 from secfunet.racs.syntax import VERSION
+from secfunet.service.flood_log import FloodLog
 
-log = logging.getLogger(__name__)
+_flood = FloodLog(logging.getLogger(__name__))  # one for all sessions: a user opens as many as it likes
 
 
 class Session:
@@ -65,9 +66,10 @@ class Session:
         except CommandError as error:
             error.verb = step.command.verb
             if error.event is Event.UNAUTHORISED:
-                log.warning(
+                _flood.warning(
+                    f"refused {self.user.label}",
                     "command refused",
-                    extra={"user": self.user.label, "verb": step.command.verb.name, "cause": error.text},
+                    {"user": self.user.label, "verb": step.command.verb.name, "cause": error.text},
                 )
             return error.status(step.line)
 

@@ -38,7 +38,7 @@ from secfunet.container import ContainerProfile, ContainerSealer
 from secfunet.gose.v1 import operation_pb2
 from secfunet.identity import load_certificate, rsa_key_of
 from secfunet.operation import REQUEST_ID_SIZE, OperationError, request_digest, validate_operation
-from secfunet.service.flood_log import FloodLog
+from secfunet.service.flood_log import FloodLog, excerpt
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class Executor:
         self._threads = threads
         self._clock = clock
         self._monotonic = monotonic
-        self._overload = FloodLog()
+        self._flood = FloodLog(log)
         self._flights: dict[tuple[bytes, bytes], _Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -235,8 +235,8 @@ class Executor:
             self._fail(flight, state_unavailable(error))
         except asyncio.CancelledError:
             self._fail(flight, Refusal(Reason.SHUTTING_DOWN, "the grid shuts down", retry_after=1.0))
-        except Exception:
-            log.exception("a batch failed", extra={"session": session.name})
+        except Exception:  # noqa: BLE001 - one batch's fault is not the grid's
+            self._flood.exception("fault", "a batch failed", {"session": session.name})
             self._fail(flight, Refusal(Reason.INTERNAL, "the grid has a fault; see its log"))
 
     async def _work(
@@ -368,28 +368,29 @@ class Executor:
             kind = operation.WhichOneof("kind") or "none"
             self._metrics.operations.labels(kind, "OK" if refusal is None else refusal.reason.value).inc()
         if refusals and not answers and all(refusal.reason.overload for refusal in refusals.values()):
-            refused = self._overload.count(Reason.SLOT_BUSY, len(refusals))
-            if refused:
-                log.warning(
-                    "operations refused: their cards have too much to do",
-                    extra={"operations": refused, "session": session.name, "seid": session.seid},
-                )
-            return
-        if refusals or log.isEnabledFor(logging.INFO):
-            log.log(
-                logging.WARNING if refusals else logging.INFO,
-                "operations done" if not refusals else "operations failed",
-                extra={
-                    "correlation": correlation,
-                    "session": session.name,
-                    "seid": session.seid,
-                    "done": [request_id.hex() for request_id in answers],
-                    "failed": {
-                        request_id.hex(): f"{refusal.reason}: {refusal.detail or refusal.message}"
-                        for request_id, refusal in refusals.items()
-                    },
-                },
+            self._flood.warning(
+                Reason.SLOT_BUSY,
+                "operations refused: their cards have too much to do",
+                {"session": session.name, "seid": session.seid},
+                events=len(refusals),
             )
+            return
+        facts: dict[str, object] = {
+            "correlation": correlation,
+            "session": session.name,
+            "seid": session.seid,
+            "done": [request_id.hex() for request_id in answers],
+        }
+        if not refusals:
+            log.info("operations done", extra=facts)
+            return
+        facts["failed"] = {
+            request_id.hex(): excerpt(f"{refusal.reason}: {refusal.detail or refusal.message}")
+            for request_id, refusal in refusals.items()
+        }
+        # What a VM asks for can fail at will: a line a second for the reasons that one batch had together.
+        reasons = ", ".join(sorted({refusal.reason.value for refusal in refusals.values()}))
+        self._flood.warning(reasons, "operations failed", facts, events=len(refusals))
 
 
 def _sealed_operation_of(task: _Task) -> SealedOperation:

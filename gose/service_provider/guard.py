@@ -73,7 +73,7 @@ class Callers:
         self._metrics = metrics
         self._calls_per_hypervisor = calls_per_hypervisor
         self._calls: Counter[str] = Counter()
-        self._overload = FloodLog()
+        self._flood = FloodLog(log)
 
     def guard(self) -> Guard:
         """The interceptor."""
@@ -137,22 +137,18 @@ class Callers:
             await abort(context, error.facts)
         if isinstance(error, sqlite3.Error):
             await abort(context, state_unavailable(error).facts)
-        log.error("a handler failed", exc_info=error, extra={"method": method.path})
+        self._flood.exception("fault", "a handler failed", {"method": method.path}, error=error)
         await abort(context, Refusal(Reason.INTERNAL, "the grid has a fault; see its log").facts)
 
     def _note(self, refusal: Refusal, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self._metrics.refusals.labels(refusal.reason.value).inc()
-        refused = self._overload.count(refusal.reason) if refusal.reason.overload else 1
-        if not refused:
-            return
         caller = _caller.get(None)
         metadata = {key: value for key, value in context.invocation_metadata() or () if key == CORRELATION_KEY}
-        log.warning(
+        self._flood.warning(
+            refusal.reason.value,
             "call refused",
-            extra={
+            {
                 "method": method,
-                "reason": refusal.reason.value,
-                "calls": refused,
                 "cause": refusal.detail or refusal.message,
                 "peer": context.peer(),
                 "session": caller.session.name if caller else None,

