@@ -21,7 +21,7 @@ from gose.state import state_unavailable
 from secfunet.rpc.correlation import CORRELATION_KEY, clean_correlation
 from secfunet.rpc.facts import whole_seconds
 from secfunet.service.doorkeeper import DoorFullError, Doorkeeper, Visit, current_visit
-from secfunet.service.flood_log import FloodLog
+from secfunet.service.flood_log import FloodLog, excerpt
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Door:
             "request refused",
             {
                 "door": self.name,
-                "path": request.path,
+                "path": excerpt(request.path),
                 "cause": refusal.detail or refusal.message,
                 "peer": str(request.remote),
                 "correlation": correlation,

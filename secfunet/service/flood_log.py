@@ -15,6 +15,7 @@ from secfunet.service.rate import TokenBucket
 
 INTERVAL: Final = 1.0  # seconds between two lines for one reason
 EXCERPT: Final = 100  # characters of a caller's text in a line
+_FACT: Final = 300  # characters of one fact: the program's own words, with an excerpt of the caller's in them
 MAX_REASONS: Final = 256  # beyond them all others count as one: nobody can invent reasons at will
 _OTHER: Final = ""
 
@@ -44,7 +45,7 @@ class FloodLog:
         return pending
 
     def warning(self, reason: str, message: str, extra: Mapping[str, object] | None = None, *, events: int = 1) -> None:
-        """Writes ``message`` with ``extra`` (whose texts are cut to excerpts), the reason, and in ``times`` the number of events since the
+        """Writes ``message`` with ``extra`` (whose texts are cut and escaped), the reason, and in ``times`` the number of events since the
         line before, if a line may be written now."""
         self._write(logging.WARNING, reason, message, extra, exc_info=None, events=events)
 
@@ -82,7 +83,7 @@ class FloodLog:
         if not self._logger.isEnabledFor(level) or not (times := self.count(reason, events)):
             return
         facts: dict[str, object] = {
-            key: excerpt(value) if isinstance(value, str) else value for key, value in (extra or {}).items()
+            key: excerpt(value, _FACT) if isinstance(value, str) else value for key, value in (extra or {}).items()
         }
         self._logger.log(level, message, exc_info=exc_info, extra={"reason": reason, **facts, "times": times})
 

@@ -82,7 +82,7 @@ def test_a_flood_is_a_line_a_second_for_a_reason(clock: Clock, logger: logging.L
         flood.exception("NOT_FOUND", "request failed")
     written = [json.loads(line) for line in lines.getvalue().splitlines()]
     assert [(line["reason"], line["times"]) for line in written] == [("NOT_FOUND", 1), ("BUSY", 1), ("NOT_FOUND", 1000)]
-    assert len(written[0]["path"]) == 101
+    assert len(written[0]["path"]) == 301
     assert "ValueError" in written[2]["exception"]
 
 
