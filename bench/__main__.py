@@ -14,7 +14,7 @@ from bench import limits, readers, tandem
 from bench.plan import Plan
 from bench.rows import table, to_json
 
-GROUPS = ("limits", "readers", "tandem", "login", "chain", "load", "memory")
+GROUPS = ("limits", "readers", "tandem", "login", "chain", "hostile", "load", "memory")
 ON_XEN = "xen"  # minutes on a testbed of its own: only if it is asked for
 
 
@@ -37,6 +37,11 @@ async def _measure(plan: Plan, chosen: list[str]) -> list[str]:
 
         async def chain() -> None:
             from bench.chain import measure
+
+            await measure(plan, stage)
+
+        async def hostile() -> None:
+            from bench.hostile import measure
 
             await measure(plan, stage)
 
@@ -65,6 +70,7 @@ async def _measure(plan: Plan, chosen: list[str]) -> list[str]:
         await group("tandem", lambda: tandem.measure(plan))
         await group("login", login)
         await group("chain", chain)
+        await group("hostile", hostile)
         await group("load", load)
         await group("memory", memory)  # last: it starts daemons anew
         await group(ON_XEN, xen)

@@ -88,7 +88,7 @@ async def measure(plan: Plan, stage: Stage) -> None:
         limit = _add_limit(plan, key_operation, LIMIT_OF_SEVERAL.format(several), name, rounds.trailers, cards=several)
         plan.add(Row.of(f"signatures through the chain, {name}, stream", "1/s", rounds.rates).against(limit))
         await _where_the_time_goes(plan, stack, stub)
-        whole = plan.add(Row.of("one signature through the chain, alone", "ms", await times(plan, lambda: _sign(stub))))
+        whole = plan.add(Row.of("one signature through the chain, alone", "ms", await times(plan, lambda: sign(stub))))
         keys = 2 * 1000 / key_operation.median  # the VM's signature and a trailer of its own
         overhead = Row(
             "  of that outside the private-key operations",
@@ -247,7 +247,8 @@ def _operation() -> operation_pb2.Operation:
     return operation_pb2.Operation(request_id=secrets.token_bytes(16), sign=sign)
 
 
-async def _sign(stub: local_pb2_grpc.LocalServiceAsyncStub) -> bytes:
+async def sign(stub: local_pb2_grpc.LocalServiceAsyncStub) -> bytes:
+    """A signature of the VM at whose agent ``stub`` is."""
     sign = operation_pb2.SignOperation(scheme=SCHEME, digest=os.urandom(32))
     return (await stub.Sign(local_pb2.SignRequest(sign=sign), timeout=DEADLINE)).signature
 
@@ -271,7 +272,7 @@ async def _unary(stub: local_pb2_grpc.LocalServiceAsyncStub, at_once: int, secon
     async def caller() -> int:
         done = 0
         while time.perf_counter() - begin < seconds:
-            await _sign(stub)
+            await sign(stub)
             done += 1
         return done
 

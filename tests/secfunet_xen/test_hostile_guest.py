@@ -31,11 +31,19 @@ from secfunet.xen.errors import BudgetError
 from secfunet.xen.host_end import LONGEST_PENALTY, MAX_CHANNELS, HostEnd, HostState
 from secfunet.xen.link import MAX_UNSENT, Link
 from secfunet.xen.multiplex import CREDIT, MAX_STREAMS, FrameType, Multiplexer
+from tests.secfunet_xen.hostile import (
+    EFFECTLESS,
+    HELLO,
+    RING,
+    Ring,
+    bytes_one_by_one,
+    flooded,
+    frame,
+    opens,
+    opens_and_resets,
+)
 from tests.secfunet_xen.memory import MemoryChannel
-from tests.secfunet_xen.test_link import Xen, echo_service, until
-from tests.secfunet_xen.test_multiplex import HELLO, frame
-
-RING = 16384
+from tests.secfunet_xen.test_link import Xen, until
 
 
 @pytest.fixture
@@ -43,58 +51,6 @@ def folder() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="sf-"))
     yield path
     shutil.rmtree(path)
-
-
-def pairs(service: bytes, *, reset: bool) -> Iterator[bytes]:
-    for number in itertools.count(1):
-        yield frame(FrameType.OPEN, number, service) + (frame(FrameType.RESET, number, b"\2") if reset else b"")
-
-
-IDLE = {
-    "empty data": ([frame(FrameType.OPEN, 1, b"agent")], frame(FrameType.DATA, 1)),
-    "no credit": ([frame(FrameType.OPEN, 1, b"agent")], frame(FrameType.CREDIT, 1, bytes(4))),
-    "answers to nothing": ([], frame(FrameType.PONG)),
-    "questions": ([], frame(FrameType.PING, 0, b"12345678")),
-    "data of a stream that is over": (
-        [frame(FrameType.OPEN, 1, b"agent"), frame(FrameType.RESET, 1, b"\2")],
-        frame(FrameType.DATA, 1, b"x"),
-    ),
-    "ends of a stream that is over": (
-        [frame(FrameType.OPEN, 1, b"agent"), frame(FrameType.RESET, 1, b"\2")],
-        frame(FrameType.END, 1),
-    ),
-    "resets of a stream that is over": (
-        [frame(FrameType.OPEN, 1, b"agent"), frame(FrameType.RESET, 1, b"\2")],
-        frame(FrameType.RESET, 1, b"\2"),
-    ),
-}
-
-
-class Ring:
-    """A channel that is always readable, as a guest on a processor of its own keeps it: ``read`` never waits."""
-
-    def __init__(self, frames: Iterator[bytes]) -> None:
-        self._frames = frames
-        self.taken = 0
-        self.closed = False
-
-    async def read(self) -> bytes:
-        data = bytearray()
-        while len(data) < RING - 64:
-            if not (one := next(self._frames, b"")):
-                break
-            data += one
-        self.taken += len(data)
-        return bytes(data)
-
-    async def write(self, data: bytes) -> None:
-        return
-
-    async def close(self) -> None:
-        self.closed = True
-
-    def abandon(self) -> None:
-        raise AssertionError("dom0 keeps nothing")
 
 
 class Watch:
@@ -117,25 +73,22 @@ class Watch:
 
 
 @contextlib.asynccontextmanager
-async def flooded(folder: Path, frames: Iterator[bytes]) -> AsyncIterator[tuple[Link, Watch, asyncio.Task[str]]]:
-    async with echo_service(folder / "agent"):
-        ring = Ring(itertools.chain([HELLO], frames))
-        link = Link(ring, services={"agent": folder / "agent"})
+async def watched(folder: Path, frames: Iterator[bytes]) -> AsyncIterator[tuple[Link, Watch, asyncio.Task[str]]]:
+    ring = Ring(frames)
+    async with flooded(folder, ring) as (link, running):
         watch = Watch(link, ring)
         watching = asyncio.create_task(watch())
-        running = asyncio.create_task(link.run())
         try:
             yield link, watch, running
         finally:
-            for task in (watching, running):
-                task.cancel()
-            await asyncio.gather(watching, running, return_exceptions=True)
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
 
 
-@pytest.mark.parametrize("what", IDLE)
+@pytest.mark.parametrize("what", EFFECTLESS)
 async def test_frames_that_change_nothing_end_the_channel(folder: Path, what: str) -> None:
-    first, again = IDLE[what]
-    async with flooded(folder, itertools.chain(first, itertools.repeat(again))) as (link, watch, running):
+    first, again = EFFECTLESS[what]
+    async with watched(folder, itertools.chain(first, itertools.repeat(again))) as (link, watch, running):
         async with asyncio.timeout(20):
             assert "change nothing" in await running
         assert isinstance(link.error, BudgetError)
@@ -145,7 +98,7 @@ async def test_frames_that_change_nothing_end_the_channel(folder: Path, what: st
 @pytest.mark.parametrize("service", [b"agent", b"nobody"])
 async def test_opens_and_resets_make_no_more_than_a_bound(folder: Path, service: bytes) -> None:
     tasks, descriptors = len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    async with flooded(folder, pairs(service, reset=True)) as (link, watch, running):
+    async with watched(folder, opens_and_resets(service)) as (link, watch, running):
         async with asyncio.timeout(20):
             await running
         assert isinstance(link.error, BudgetError)
@@ -155,7 +108,7 @@ async def test_opens_and_resets_make_no_more_than_a_bound(folder: Path, service:
 
 
 async def test_streams_that_are_opened_and_held_are_bounded(folder: Path) -> None:
-    async with flooded(folder, pairs(b"agent", reset=False)) as (link, watch, running):
+    async with watched(folder, opens(b"agent")) as (link, watch, running):
         async with asyncio.timeout(20):
             assert "change nothing" in await running  # those that are refused
         assert isinstance(link.error, BudgetError)
@@ -165,30 +118,20 @@ async def test_streams_that_are_opened_and_held_are_bounded(folder: Path) -> Non
 async def test_a_flood_with_effect_is_read_at_the_rate_and_not_ended(folder: Path) -> None:
     """Bytes that the service swallows, one a frame: nothing of it is against the protocol."""
 
-    async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
-            while await reader.read(65536):
-                pass
-        writer.close()
-
-    server = await asyncio.start_unix_server(swallow, folder / "sink")
     one = frame(FrameType.DATA, 1, b"x")
-    ring = Ring(itertools.chain([HELLO, frame(FrameType.OPEN, 1, b"sink")], itertools.repeat(one)))
-    link = Link(ring, services={"sink": folder / "sink"})
-    watch = Watch(link, ring)
+    ring = Ring(bytes_one_by_one())
     loop = asyncio.get_running_loop()
     begin = loop.time()
-    tasks = [asyncio.create_task(link.run()), asyncio.create_task(watch())]
-    await until(lambda: ring.taken > (FRAMES_AT_ONCE + RING // 9) * len(one))
-    await asyncio.sleep(1)
-    took = loop.time() - begin
-    assert not tasks[0].done()
+    async with flooded(folder, ring) as (link, running):
+        watch = Watch(link, ring)
+        watching = asyncio.create_task(watch())
+        await until(lambda: ring.taken > (FRAMES_AT_ONCE + RING // 9) * len(one))
+        await asyncio.sleep(1)
+        took = loop.time() - begin
+        assert not running.done()
+        watching.cancel()
     assert ring.taken / len(one) <= FRAMES_AT_ONCE + FRAMES_PER_SECOND * took + RING
     assert max(watch.bytes_a_turn) <= FRAMES_A_TURN * len(one) + len(HELLO) + 13
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    server.close()
 
 
 async def test_what_waits_for_a_service_that_does_not_read_is_bounded(folder: Path) -> None:
@@ -207,7 +150,7 @@ async def test_what_waits_for_a_service_that_does_not_read_is_bounded(folder: Pa
                 await asyncio.sleep(60)
             return data
 
-    frames = itertools.chain([HELLO, frame(FrameType.OPEN, 1, b"stuck")], data)
+    frames = itertools.chain([frame(FrameType.OPEN, 1, b"stuck")], data)
     budget = Budget(monotonic=itertools.count(0, 10).__next__)  # time enough
     link = Link(Patient(frames), services={"stuck": folder / "stuck"}, budget=budget)
     running = asyncio.create_task(link.run())

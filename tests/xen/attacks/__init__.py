@@ -19,6 +19,7 @@ def program(name: str) -> str:
 OPEN_VCHAN, MAP_GRANTS, READ_XENSTORE = program("open_vchan"), program("map_grants"), program("read_xenstore")
 CALL_WITH, ENROL_WITH = program("call_with"), program("enrol_with")
 SPOOF_BRIDGE, KNOCK = program("spoof_bridge"), program("knock")
+FLOOD_VCHAN = program("flood_vchan")
 
 
 def attack(guest: Guest, program: str, *arguments: str, data: bytes = b"", timeout: float = 300) -> dict[str, Any]:
