@@ -546,9 +546,10 @@ def multiplex() -> Run:
 @target
 def host_tables() -> Run:
     from dom0_middleware.channels import interfaces
+    from dom0_middleware.channels.iproute import FactsUnavailable
 
     parsers = [getattr(interfaces, name) for name in dir(interfaces) if name.startswith("parse_")]
-    return both(*(only(interfaces.FactsUnavailable, parse) for parse in parsers))
+    return both(*(only(FactsUnavailable, parse) for parse in parsers))
 
 
 @target
