@@ -14,6 +14,7 @@ from dom0_middleware.errors import Reason, Refused, Unavailable
 from dom0_middleware.guest_authority import AgentCertificate
 from dom0_middleware.hypervisor import DomainState
 from dom0_middleware.policy import Subject
+from dom0_middleware.presence import Presence
 from dom0_middleware.refusals import RefusalMeter
 from dom0_middleware.state import RunRecord, StateStore, VmRecord
 
@@ -60,6 +61,7 @@ class GuestDomain:
         self.operations_in_flight = 0
         self.key_check = asyncio.Lock()  # see ``key_checks``
         self._streams = 0
+        self.presence = Presence(clock)
         self.refusals = RefusalMeter(time.monotonic)
         self.renewals = RefusalMeter(time.monotonic, burst=RENEWALS, per_second=RENEWALS_PER_SECOND)
 

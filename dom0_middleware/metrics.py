@@ -26,4 +26,17 @@ class Metrics:
             registry=self.registry,
         )
         self.guests = Gauge("secfunet_middleware_guests", "Domains with a channel", registry=self.registry)
+        self.agents = Gauge(
+            "secfunet_middleware_agents", "Domains whose agent is connected now", registry=self.registry
+        )
+        self.next_token_end = Gauge(
+            "secfunet_middleware_next_token_end_seconds",
+            "When the VM-Auth-Token that ends first does so, UTC seconds; 0: there is none",
+            registry=self.registry,
+        )
+        self.tokens_ending = Gauge(
+            "secfunet_middleware_tokens_ending",
+            "VMs whose VM-Auth-Token has expired or will soon",
+            registry=self.registry,
+        )
         self.sessions = Gauge("secfunet_middleware_sessions", "Sessions with the grid", registry=self.registry)

@@ -38,6 +38,7 @@ from dom0_middleware.sessions import Grid, VmSessions
 from dom0_middleware.settings import MiddlewareSettings
 from dom0_middleware.start_checks import grid_authority
 from dom0_middleware.state import StateStore, VmRecord
+from dom0_middleware.tokens import TokenWatch
 from dom0_middleware.vms import Vms
 from secfunet.errors import SecFuNetError
 from secfunet.middleware.v1 import orchestrator_pb2, orchestrator_pb2_grpc
@@ -133,6 +134,8 @@ class MiddlewareService:
         )
         servers.on_secret_used, servers.on_enrolled = self.vms.secret_used, self.vms.enrolled
         self.metrics.sessions.set_function(lambda: len(self.sessions))
+        self.metrics.agents.set_function(lambda: sum(guest.presence.connected for guest in self.vms.guests()))
+        self._tokens = TokenWatch(self._store, self.metrics, clock=clock)
 
     async def __aenter__(self) -> MiddlewareService:
         async with AsyncExitStack() as stack:
@@ -145,6 +148,8 @@ class MiddlewareService:
             stack.push_async_callback(self.sessions.close)
             stack.push_async_callback(self.vms.close)
             await self.vms.start()
+            watch = asyncio.create_task(self._tokens.run(), name="token-watch")
+            stack.callback(watch.cancel)
             await self._serve_orchestrators(stack)
             self._serve_metrics(stack)
             loop = asyncio.get_running_loop()

@@ -517,4 +517,5 @@ class Vms:
         return vm
 
     def _describe(self, record: VmRecord, info: DomainInfo | None) -> pb.Vm:
-        return describe(record, info, self._runs.guest(record.uuid))
+        uuid = record.uuid
+        return describe(record, info, self._runs.guest(uuid), self._runs.channel_status(uuid), now=self._clock())

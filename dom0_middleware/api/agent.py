@@ -86,7 +86,8 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         self, request: pb.WatchIdentityRequest, context: Context
     ) -> AsyncIterator[pb.WatchIdentityResponse]:
         call, last = current_call.get(), None
-        with self._guest.stream():
+        # An honest agent holds one of these for as long as it lives.
+        with self._guest.stream(), self._guest.presence.stream():
             while self._guest.phase is not Phase.ENDED:
                 self._require_current(call)
                 version = self._guest.identity_version

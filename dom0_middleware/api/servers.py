@@ -34,6 +34,7 @@ MAX_ENROL_MESSAGE = 32 * 1024
 _MAX_CERTIFICATES = 8  # parsed ones that are remembered, a domain
 MAX_CONNECTIONS = 64  # of one server: one guest must not use up the descriptors that all of them share
 HANDSHAKE_TIMEOUT_MS = 10_000
+KEEPALIVE_MS = 12_000
 
 ServerOptions = Sequence[tuple[str, int]]
 
@@ -46,6 +47,10 @@ def make_server(guard: Guard, *, max_message: int, concurrent_calls: int) -> grp
         ("grpc.max_metadata_size", 16384),
         ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
+        # A guest that is silently gone (paused, or the host at the other end of a bridge lost its power) is noticed within half a minute.
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+        ("grpc.http2.max_pings_without_data", 0),
         # An agent on the bridge asks for a sign of life every 15 seconds.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),

@@ -331,8 +331,12 @@ def _fields(vm: pb.Vm) -> dict[str, object]:
         "state": pb.VmState.Name(vm.state).removeprefix("VM_STATE_").lower(),
         "vmid": vm.vmid,
         "enrolled": vm.enrolled,
+        "agent_connected": vm.agent_connected,
+        "agent_since": vm.agent_since,
+        "channel_refused": vm.channel_refused,
         "revoked": vm.revoked,
         "authorised_until": vm.authorised_until,
+        "token_ends_soon": vm.token_ends_soon,
     }
 
 
@@ -343,14 +347,25 @@ def _show(vms: Sequence[pb.Vm], *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "uuid", "state", "enrolled", "authorised until", "vmid")
+    table = Table("name", "uuid", "state", "enrolled", "agent", "authorised until", "vmid")
     for vm in vms:
         fields = _fields(vm)
         right = "revoked" if vm.revoked else _time(vm.authorised_until) if vm.authorised_until else "no token"
-        table.add_row(vm.name, vm.uuid, str(fields["state"]), "yes" if vm.enrolled else "no", right, vm.vmid)
+        if vm.token_ends_soon:
+            right += " (renew it)"
+        enrolled = "yes" if vm.enrolled else "no"
+        table.add_row(vm.name, vm.uuid, str(fields["state"]), enrolled, _agent(vm), right, vm.vmid)
     console = Console()
     # A pipe has no width: nothing is to be folded there.
     (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def _agent(vm: pb.Vm) -> str:
+    if vm.channel_refused:
+        return f"channel closed: {vm.channel_refused}"
+    if not vm.agent_since:
+        return "-"
+    return f"{'connected' if vm.agent_connected else 'away'} since {_time(vm.agent_since)}"
 
 
 def _time(seconds: int) -> str:
