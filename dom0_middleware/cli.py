@@ -32,7 +32,7 @@ from secfunet.card.errors import CardError
 from secfunet.card.readers import show_readers
 from secfunet.service.audit import AuditBrokenError, AuditBusyError
 from secfunet.service.cli import ExitCode, print_version, run
-from secfunet.service.daemon import run_daemon
+from secfunet.service.daemon import run_daemon, survive_hangup
 from secfunet.service.logs import configure_logs
 from secfunet.service.settings import SettingsError, load_settings
 
@@ -73,7 +73,8 @@ def init(config: Config = DEFAULT_CONFIG) -> None:
 
 @app.command()
 def serve(config: Config = DEFAULT_CONFIG) -> None:
-    """Run the daemon until SIGTERM. SIGHUP reads the policy and orchestrators.allowed again and reopens the audit log."""
+    """Run the daemon until SIGTERM. SIGHUP reads policy, orchestrators.allowed and destinations again, and reopens the audit log."""
+    survive_hangup()
     from dom0_middleware.grid import run_middleware
 
     settings = load_settings(MiddlewareSettings, config)
@@ -82,9 +83,7 @@ def serve(config: Config = DEFAULT_CONFIG) -> None:
     settings.card.ask_for_pin(f"the hypervisor's card ({settings.card.place})")
 
     async def make() -> AbstractAsyncContextManager[object]:
-        return run_middleware(
-            settings, allowed_again=lambda: load_settings(MiddlewareSettings, config).orchestrators.allowed
-        )
+        return run_middleware(settings, read_again=lambda: load_settings(MiddlewareSettings, config))
 
     run_daemon(make)
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @contextlib.asynccontextmanager
 async def run_middleware(
-    settings: MiddlewareSettings, *, allowed_again: Callable[[], tuple[str, ...]] | None = None
+    settings: MiddlewareSettings, *, read_again: Callable[[], MiddlewareSettings] | None = None
 ) -> AsyncGenerator[MiddlewareService, None]:
     """Runs while the context lasts. Neither card nor grid need be there to start: whoever needs them finds out.
 
-    ``allowed_again``: see ``MiddlewareService``.
+    ``read_again``: see ``MiddlewareService``.
     """
     cards = hypervisor_card(settings.card)
     try:
@@ -32,7 +32,7 @@ async def run_middleware(
                 settings,
                 grid=grid,
                 hypervisor_identity=CardHypervisorIdentity(cards),
-                allowed_again=allowed_again,
+                read_again=read_again,
             ) as service:
                 yield service
     finally:

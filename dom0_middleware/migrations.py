@@ -64,6 +64,10 @@ class Migrations:
 
     # Coming.
 
+    def set_destinations(self, destinations: Mapping[str, str]) -> None:
+        """Where VMs may be sent from now on: libvirt's URIs by their names."""
+        self._destinations = dict(destinations)
+
     async def expect(self, record: VmRecord) -> DomainInfo | None:
         """A VM is to come here, or has come already; told again, it only takes the token, if there is one.
 

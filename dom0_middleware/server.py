@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -44,12 +42,13 @@ from secfunet.errors import SecFuNetError
 from secfunet.middleware.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from secfunet.service.files import private_folder
 from secfunet.service.flood_log import FloodLog
-from secfunet.service.settings import SettingsError
+from secfunet.service.reload import Reloaded, Rereading, changed_keys
 from secfunet.service.unix_socket import move_into_place
 
 log = logging.getLogger(__name__)
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+READ_AGAIN = ("orchestrators.allowed", "destinations", "log_level")  # of the settings, when SIGHUP comes
 STOP_GRACE = 1.0  # seconds that an orchestrator's call gets to end
 
 
@@ -58,7 +57,7 @@ class MiddlewareService:
 
     ``grid`` and ``hypervisor_identity``: how the grid is reached and who this hypervisor is; both are opened and closed by the caller
     (``grid.run_middleware`` makes the real ones). ``hypervisor`` and ``channel`` None: libvirt, and what the settings say.
-    ``allowed_again`` reads which orchestrators are allowed now (raises SettingsError); None: those of ``settings`` for good.
+    ``read_again`` reads the settings as they are now (raises SettingsError); None: ``settings`` for good.
     ``boot_id``: names this boot of the host; None: the kernel's.
     """
 
@@ -70,7 +69,7 @@ class MiddlewareService:
         hypervisor_identity: HypervisorIdentity,
         hypervisor: Hypervisor | None = None,
         channel: GuestChannel | None = None,
-        allowed_again: Callable[[], tuple[str, ...]] | None = None,
+        read_again: Callable[[], MiddlewareSettings] | None = None,
         boot_id: str | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -79,7 +78,7 @@ class MiddlewareService:
         self._settings = settings
         self._clock = clock
         self._allowed = frozenset(settings.orchestrators.allowed)
-        self._allowed_again = allowed_again or (lambda: settings.orchestrators.allowed)
+        self._file = Rereading(settings, read_again)
         self._stack = AsyncExitStack()
         state = private_folder(settings.state)
         authority = GuestAuthority.load(state, clock=clock, agent_lifetime=settings.limits.agent_certificate_lifetime)
@@ -152,10 +151,6 @@ class MiddlewareService:
             stack.callback(watch.cancel)
             await self._serve_orchestrators(stack)
             self._serve_metrics(stack)
-            loop = asyncio.get_running_loop()
-            with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: whoever runs us reloads us
-                loop.add_signal_handler(signal.SIGHUP, self.reload)
-                stack.callback(loop.remove_signal_handler, signal.SIGHUP)
             self._stack = stack.pop_all()
         return self
 
@@ -163,10 +158,12 @@ class MiddlewareService:
         await self._stack.aclose()
 
     def reload(self) -> None:
-        """SIGHUP: reads the policy and who may command again, and lets go of an audit log that was rotated away."""
+        """SIGHUP: reads the policy, who may command, where VMs may be sent and the log level again, and lets go of an audit log that was
+        rotated away.
+        """
         self.policy.reload()
         self._note_policy()
-        self._reload_allowed()
+        self._reload_settings()
         try:
             self.audit.reopen()
         except (SecFuNetError, OSError) as error:
@@ -174,13 +171,20 @@ class MiddlewareService:
         for guest in self.vms.guests():
             guest.identity_changed()
 
-    def _reload_allowed(self) -> None:
-        try:
-            self._allowed = frozenset(self._allowed_again())
-        except SettingsError as error:
+    def _reload_settings(self) -> None:
+        new = self._file.again()
+        if new is None:
             # As with the policy: who may do what is not known, so nobody may do anything.
             self._allowed = frozenset()
-            log.error("the settings are invalid, every orchestrator is refused: %s", error)
+            log.error("while the settings are invalid every orchestrator is refused")
+        else:
+            before = self._file.settings
+            self._allowed = frozenset(new.orchestrators.allowed)
+            self.vms.set_destinations(new.destinations)
+            logging.getLogger().setLevel(new.log_level.upper())
+            result = Reloaded(changed=[key for key in changed_keys(before, new) if key in READ_AGAIN])
+            result.needs_restart = self._file.adopt(new, READ_AGAIN)
+            result.say()
         with contextlib.suppress(MiddlewareError):  # a full log must not stop a reload
             names = ", ".join(sorted(self._allowed)) or "nobody"
             self.audit.record(DomainRecord(Action.ORCHESTRATORS_READ, "noted", detail=names))

@@ -88,6 +88,10 @@ class Vms:
         self._acts: set[asyncio.Task[Any]] = set()
         self._listing: asyncio.Task[list[pb.Vm]] | None = None
 
+    def set_destinations(self, destinations: Mapping[str, str]) -> None:
+        """See Migrations."""
+        self._migrations.set_destinations(destinations)
+
     async def start(self) -> None:
         """Connects to the hypervisor and makes true again what the state file says.
 

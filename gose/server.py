@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import grpc
 import grpc.aio
@@ -20,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-un
 
 from gose.answers import AnswerStore
 from gose.authority import OPENID_PROVIDER, SERVICE_PROVIDER, AuthorityFolder
-from gose.authority.errors import AuthorityDamagedError
+from gose.certificates import ServerCertificates, client_context
 from gose.errors import GoseError
 from gose.http import Door, RunningServer
 from gose.metrics import Metrics, MetricsServer
@@ -28,6 +26,7 @@ from gose.openid_provider.endpoint import ENDPOINT_PATH, Endpoint
 from gose.openid_provider.login import Login
 from gose.openid_provider.sign_on import SignOns
 from gose.openid_provider.store import SqliteOpenIdStore
+from gose.racs.tls import client_side
 from gose.registry import Registry
 from gose.report import report_of
 from gose.running import RunningGrid, alone, reporting
@@ -44,6 +43,7 @@ from gose.slots.rack import Rack
 from gose.standing import RegistryStanding
 from gose.state import SERVING_BUSY_TIMEOUT, open_database
 from secfunet.container import ContainerProfile
+from secfunet.errors import SecFuNetError
 from secfunet.gose.v1 import service_provider_pb2, service_provider_pb2_grpc
 from secfunet.identity import Role
 from secfunet.openid.association import AssociationType, SessionType
@@ -51,10 +51,14 @@ from secfunet.openid.effects import FetchPolicy
 from secfunet.openid.provider import CheckidRequest, OpenIdProvider
 from secfunet.openid.relying_party import RelyingParty
 from secfunet.service.doorkeeper import Doorkeeper
-from secfunet.service.files import naming, private_folder
+from secfunet.service.files import private_folder
+from secfunet.service.reload import Reloaded, Rereading, changed_keys
 from secfunet.tandem.aio import start_tandem_server
 from secfunet.tandem.parameters import TandemParameters
 from secfunet.vm_auth_token import TokenVerifier
+
+if TYPE_CHECKING:
+    from gose.radius.server import RadiusServer
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +84,16 @@ class GridService:
     reason not to start: it is tried until it is back.
     """
 
-    def __init__(self, settings: GoseSettings, *, clock: Callable[[], float] = time.time) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        settings: GoseSettings,
+        *,
+        read_again: Callable[[], GoseSettings] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._file = Rereading(settings, read_again)
+        self._certificates: ServerCertificates
+        self._radius: RadiusServer | None = None
         self.metrics = Metrics()
         self.rack: Rack
         self.sessions: SessionStore
@@ -90,6 +102,39 @@ class GridService:
         self._clock = clock
         self._keeper = Doorkeeper(settings.limits.door_bounds())
         self._stack = AsyncExitStack()
+
+    @property
+    def settings(self) -> GoseSettings:
+        """Those in force."""
+        return self._file.settings
+
+    async def reload(self) -> None:
+        """Reads the settings again (SIGHUP): cards come and go, the others are not disturbed; nothing changes if they cannot be used."""
+        new = self._file.again()
+        if new is None:
+            return
+        # All that can be wrong is looked at before anything is changed.
+        try:
+            if new.racs is not None:
+                client_side(new.racs.key, new.racs.certificate, new.racs.authority or self._keys.ca_path)
+            secrets = None if self._radius is None or new.radius is None else self._radius.read_clients(new.radius)
+            self._certificates.read()
+        except (SecFuNetError, OSError) as error:
+            log.error("the new settings cannot be used, everything stays as it was: %s", error)
+            return
+        before, result = self.settings, Reloaded()
+        result.changed += self._certificates.show()
+        result.changed += await self.rack.change(new)
+        if self._radius is not None and secrets is not None and self._radius.change_clients(secrets):
+            result.changed.append("radius.clients")
+        result.needs_restart = self._file.adopt(
+            new, ("secure_elements", "racs", "openid_provider.realms", "radius.clients", "log_level")
+        )
+        logging.getLogger().setLevel(new.log_level.upper())
+        result.changed += [
+            key for key in changed_keys(before, new) if key in ("racs", "openid_provider.realms", "log_level")
+        ]
+        result.say()
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
@@ -105,7 +150,8 @@ class GridService:
 
     async def _start(self, stack: AsyncExitStack) -> None:
         settings, limits, metrics = self.settings, self.settings.limits, self.metrics
-        keys = AuthorityFolder(settings.authority)
+        keys = self._keys = AuthorityFolder(settings.authority)
+        self._certificates = ServerCertificates(keys)
         private_folder(settings.state)
         stack.enter_context(alone(settings.state))
         # State.
@@ -184,13 +230,12 @@ class GridService:
     ) -> None:
         settings, limits = self.settings, self.settings.limits
         own_origin = origin(settings.openid_provider_host, settings.openid_provider.endpoint.port)
-        realms = {self._service_provider_realm(), *settings.openid_provider.realms}
         provider = OpenIdProvider(
             f"{own_origin}{ENDPOINT_PATH}",
             store,
             self._clock,
             # Nobody is logged in at a relying party that the administrator has not named: no person is asked here.
-            accepts_realm=realms.__contains__,
+            accepts_realm=self._serves_realm,
             association_lifetime=int(limits.association_lifetime),
         )
         pending: SingleUse[CheckidRequest] = SingleUse(limit=limits.logins_pending, lifetime=limits.login_lifetime)
@@ -208,7 +253,7 @@ class GridService:
         stack.push_async_callback(endpoint.door.close)
         await endpoint.door.start_tls(
             settings.openid_provider.endpoint,
-            server_context(keys.server_file(OPENID_PROVIDER)),
+            self._certificates.context(OPENID_PROVIDER),
             self._keeper,
         )
         login = Login(
@@ -239,6 +284,9 @@ class GridService:
             )
 
         await door.start(listen)
+
+    def _serves_realm(self, realm: str) -> bool:
+        return realm == self._service_provider_realm() or realm in self.settings.openid_provider.realms
 
     # --- the service provider
 
@@ -288,7 +336,7 @@ class GridService:
         stack.push_async_callback(sessions_door.door.close)
         await sessions_door.door.start_tls(
             settings.service_provider.https,
-            server_context(keys.server_file(SERVICE_PROVIDER), client_authority=keys.ca_path),
+            self._certificates.context(SERVICE_PROVIDER, client_authority=keys.ca_path),
             self._keeper,
         )
 
@@ -321,11 +369,7 @@ class GridService:
         service_provider_pb2_grpc.add_ServiceProviderServiceServicer_to_server(service_provider, server)
         health = CheckOnlyHealth()
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
-        credentials = grpc.ssl_server_credentials(
-            [keys.read_server(SERVICE_PROVIDER)],
-            root_certificates=keys.ca_path.read_bytes(),
-            require_client_auth=True,
-        )
+        credentials = self._certificates.grpc_credentials()
         address = settings.service_provider.grpc
         try:
             port = server.add_secure_port(str(address), credentials)
@@ -352,7 +396,7 @@ class GridService:
 
         admission = Admission([Role(role) for role in settings.roles], keys.ca_certificate, standing, self._clock)
         dialogues = Dialogues(self.rack.radius, admission, limits, clock=self._clock)
-        await stack.enter_async_context(RadiusServer(settings, dialogues, limits, self.metrics))
+        self._radius = await stack.enter_async_context(RadiusServer(settings, dialogues, limits, self.metrics))
 
     # --- in the background
 
@@ -377,32 +421,3 @@ class GridService:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-
-
-def server_context(key_and_certificate: Path, *, client_authority: Path | None = None) -> ssl.SSLContext:
-    """TLS 1.2 and 1.3, forward secrecy; with ``client_authority`` (PEM file) every client must have a certificate of that CA."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
-    context.set_alpn_protocols(["http/1.1"])
-    with naming(key_and_certificate):
-        try:
-            context.load_cert_chain(key_and_certificate)
-        except ssl.SSLError:
-            raise AuthorityDamagedError(
-                key_and_certificate, "does not hold a key and its certificate (gose renew-servers makes a new one)"
-            ) from None
-    if client_authority is not None:
-        context.verify_mode = ssl.CERT_REQUIRED
-        with naming(client_authority):
-            context.load_verify_locations(client_authority)
-    return context
-
-
-def client_context(authority: Path) -> ssl.SSLContext:
-    """Trusts the grid's CA (PEM file) and no other; checks the server's name."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    with naming(authority):
-        context.load_verify_locations(authority)
-    return context

@@ -34,7 +34,7 @@ from secfunet.radius.errors import (
     RadiusSilenceError,
 )
 from secfunet.service.cli import ExitCode, print_version, run
-from secfunet.service.daemon import run_daemon
+from secfunet.service.daemon import run_daemon, survive_hangup
 from secfunet.service.files import private_folder, read_secret, write_atomically
 from secfunet.service.logs import configure_logs
 from secfunet.service.settings import load_settings
@@ -159,16 +159,21 @@ def _new_pin(path: Path | None, generate: bool) -> bytes:
 
 @app.command()
 def serve(config: ConfigOption) -> None:
-    """Serve the card until SIGTERM: at its Unix socket, or in the virtual reader of pcscd that it attaches itself to."""
+    """Serve the card until SIGTERM: at its Unix socket, or in the virtual reader of pcscd that it attaches itself to.
+
+    SIGHUP reads the log level again.
+    """
     # Late: the other commands need not wait for the card's imports.
     from secure_element.serving import serving
+
+    survive_hangup()
 
     settings = load_settings(CardSettings, config)
     configure_logs(settings.log_level)
     secret = settings.store_key.read()
 
     async def make_service() -> AbstractAsyncContextManager[object]:
-        return serving(settings, secret)
+        return serving(settings, secret, read_again=lambda: load_settings(CardSettings, config))
 
     run_daemon(make_service)
 

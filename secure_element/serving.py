@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from secfunet.service.files import private_folder
+from secfunet.service.reload import Reloaded, Rereading, changed_keys
 from secure_element.attachment import CardAttachment
 from secure_element.card_os import CardOs
 from secure_element.latency import NOTICE, LatencyModel
@@ -19,8 +20,28 @@ from secure_element.store import CardStore, StoreSecret
 log = logging.getLogger(__name__)
 
 
+class ServedCard:
+    """A card that is served by ``host``."""
+
+    def __init__(self, host: CardHost, file: Rereading[CardSettings]) -> None:
+        self.host = host
+        self._file = file
+
+    async def reload(self) -> None:
+        """Reads the settings again (SIGHUP): the log level counts at once, all else of a card is decided at its start."""
+        new = self._file.again()
+        if new is None:
+            return
+        result = Reloaded(changed=[key for key in changed_keys(self._file.settings, new) if key == "log_level"])
+        logging.getLogger().setLevel(new.log_level.upper())
+        result.needs_restart = self._file.adopt(new, ("log_level",))
+        result.say()
+
+
 @contextlib.asynccontextmanager
-async def serving(settings: CardSettings, secret: StoreSecret) -> AsyncIterator[CardHost]:
+async def serving(
+    settings: CardSettings, secret: StoreSecret, *, read_again: Callable[[], CardSettings] | None = None
+) -> AsyncIterator[ServedCard]:
     """Opens the store with its ``secret`` and serves the card: at its Unix socket, or in the virtual reader that it attaches itself to.
 
     Raises StoreError, SocketPathError, SocketInUse, OSError.
@@ -44,4 +65,4 @@ async def serving(settings: CardSettings, secret: StoreSecret) -> AsyncIterator[
         else:
             raise AssertionError("the settings give every card one place")
         async with host:
-            yield host
+            yield ServedCard(host, Rereading(settings, read_again))

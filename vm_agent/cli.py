@@ -32,6 +32,7 @@ import typer
 
 from secfunet.errors import SecFuNetError
 from secfunet.service.cli import ExitCode, print_version, run
+from secfunet.service.daemon import survive_hangup
 from secfunet.service.files import write_atomically
 from secfunet.service.settings import load_settings
 from vm_agent.options import ENVIRONMENT
@@ -119,6 +120,7 @@ def _options(
 @app.command()
 def serve(config: ConfigOption = None) -> None:
     """Runs the agent until SIGTERM."""
+    survive_hangup()  # and so does the program that this process becomes
     path = config or DEFAULT_CONFIG
     options = load_settings(AgentSettings, path).options()
     # The daemon is a process image of its own: it stays for months, and needs nothing of what a command line needs.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from secfunet.service.settings import FilePath, Settings
+from secfunet.service.settings import FilePath, Settings, SettingsError, load_settings
 from vm_agent.options import MAX_UNIX_PATH, AgentOptions, LimitOptions, ProfileName
 
 DEFAULT_CONFIG = Path("/etc/secfunet/vm-agent.toml")
@@ -60,3 +61,19 @@ class AgentSettings(Settings):
         """For the daemon."""
         values = {name: getattr(self, name) for name in type(self).model_fields if name != "limits"}
         return AgentOptions(limits=LimitOptions(**self.limits.model_dump()), **values)
+
+
+def main() -> int:
+    """For a daemon that reads its settings again: validates the file, and writes what it says for the daemon to standard output."""
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_CONFIG
+    try:
+        options = load_settings(AgentSettings, path).options()
+    except SettingsError as error:
+        sys.stderr.write(f"{error}\n")
+        return 78
+    sys.stdout.write(options.to_json())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

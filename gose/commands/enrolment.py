@@ -21,7 +21,7 @@ from gose.commands.options import (
     ValidOption,
 )
 from gose.commands.requests import read_request
-from gose.commands.resources import access_to, element_of, holder, server_names
+from gose.commands.resources import access_to, element_of, holder, note_missing_card, server_names
 from gose.registry import Identity, open_registry
 from gose.settings import GoseSettings
 from secfunet.card.administrator_keys import AdministratorKeys
@@ -155,6 +155,7 @@ def _enrol(settings: GoseSettings, order: EnrolmentOrder, access: CardAccess, ou
             enrol(order, access, authority.certificate_authority, registry, clock=time.time)
         )
     _write_certificate(identity, out)
+    note_missing_card(settings, order.seid)
 
 
 def _attempt(order: EnrolmentOrder) -> AuthorityRecord:

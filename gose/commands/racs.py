@@ -17,7 +17,7 @@ from gose.racs.tls import client_side
 from gose.settings import Address, GoseSettings, ListenAddress
 from secfunet.identity import Holder, Role, check_name
 from secfunet.racs.inventory import ask_inventory
-from secfunet.service.daemon import run_daemon
+from secfunet.service.daemon import run_daemon, survive_hangup
 from secfunet.service.logs import configure_logs
 from secfunet.service.settings import load_settings
 
@@ -31,13 +31,14 @@ def serve(
     ] = Path("racs.toml"),
 ) -> None:
     """Lend this host's cards to the users in the settings until SIGTERM."""
+    survive_hangup()
     from gose.racs.server import NodeService
 
     settings = load_settings(NodeSettings, config)
     configure_logs(settings.log_level)
 
     async def make_service() -> AbstractAsyncContextManager[object]:
-        return NodeService(settings)
+        return NodeService(settings, read_again=lambda: load_settings(NodeSettings, config))
 
     run_daemon(make_service)
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import typer
+
 from gose.authority import CardAccess
 from gose.authority.enrolment import CONNECT_TIMEOUT, STOP_GRID
 from gose.authority.errors import EnrolmentError
 from gose.cards import CardWays
 from gose.registry import NotEnrolledError
+from gose.running import RunningError, ask_running_grid
 from gose.settings import GoseSettings, SecureElementSettings
 from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.identity import Holder, Role, check_name
@@ -31,6 +36,21 @@ def element_of(settings: GoseSettings, seid: str, role: Role) -> SecureElementSe
     if element.role != role:
         raise EnrolmentError(f"the secure element '{seid}' has the role '{element.role}' in the settings, not '{role}'")
     return element
+
+
+def note_missing_card(settings: GoseSettings, seid: str | None) -> None:
+    """Says so, on standard error, if a grid runs on this state and does not have that card: its VM could do nothing yet."""
+    try:
+        grid = asyncio.run(ask_running_grid(settings.state))
+    except (RunningError, OSError):
+        return
+    if grid is None or seid is None or seid in {card.seid for card in grid.cards}:
+        return
+    if settings.secure_element(seid) is None:
+        advice = "add it to the settings, and send the grid SIGHUP"
+    else:
+        advice = "send it SIGHUP ('systemctl reload gose'), it reads the settings again"
+    typer.echo(f"note: the running grid does not have the secure element '{seid}' yet: {advice}", err=True)
 
 
 def access_to(settings: GoseSettings, element: SecureElementSettings) -> CardAccess:

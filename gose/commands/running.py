@@ -18,7 +18,7 @@ from gose.commands.options import CONFIG, ConfigOption
 from gose.registry import Registry, open_registry
 from gose.settings import GoseSettings
 from secfunet.card.readers import show_readers
-from secfunet.service.daemon import run_daemon
+from secfunet.service.daemon import run_daemon, survive_hangup
 from secfunet.service.logs import configure_logs
 from secfunet.service.settings import load_settings
 
@@ -82,7 +82,8 @@ app.command("readers")(show_readers)
 
 @app.command()
 def serve(config: ConfigOption = CONFIG) -> None:
-    """Run the grid until SIGTERM: service provider, OpenID provider, and the slots of its cards."""
+    """Run the grid until SIGTERM: service provider, OpenID provider, and the slots of its cards. SIGHUP reads the settings again."""
+    survive_hangup()
     # Late: an administrator's commands need not wait for the web server's imports.
     from gose.server import GridService
 
@@ -93,6 +94,6 @@ def serve(config: ConfigOption = CONFIG) -> None:
         element.ask_for_pin(f"{element.seid} ({element.place})")
 
     async def make_service() -> AbstractAsyncContextManager[object]:
-        return GridService(settings)
+        return GridService(settings, read_again=lambda: load_settings(GoseSettings, config))
 
     run_daemon(make_service)

@@ -14,6 +14,7 @@ from gose.authority.ledger import Action, AuthorityRecord
 from gose.authority.revocation import revoke_identity
 from gose.authority.revocation import revoke_token as revoke_one_token
 from gose.commands.options import CONFIG, ConfigOption, ValidOption, parse_operations
+from gose.commands.resources import note_missing_card
 from gose.registry import open_registry
 from gose.settings import GoseSettings
 from secfunet.identity import Role
@@ -56,10 +57,12 @@ def issue_token(
             now=time.time(),
             valid=valid,
         )
+        seid = registry.named(Role.VM, vm).seid
     if out is None:
         typer.echo(token)
     else:
         write_atomically(out, token.encode("ascii") + b"\n", mode=0o600)
+    note_missing_card(settings, seid)
 
 
 @revoke_app.command("token")

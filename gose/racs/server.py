@@ -24,9 +24,11 @@ from gose.racs.session import Session
 from gose.racs.settings import NodeSettings
 from gose.racs.tls import server_side
 from secfunet.card.place import connect_card
+from secfunet.errors import SecFuNetError
 from secfunet.identity import load_certificate
 from secfunet.service.doorkeeper import TOO_MANY, DoorBounds, DoorFullError, Doorkeeper, Doorway, Visit
 from secfunet.service.flood_log import FloodLog
+from secfunet.service.reload import Reloaded, Rereading, changed_keys
 from secfunet.service.tcp import watch_peer
 
 log = logging.getLogger(__name__)
@@ -46,8 +48,14 @@ class NodeService:
     reason not to start: whoever asks for it is told.
     """
 
-    def __init__(self, settings: NodeSettings, *, clock: Callable[[], float] = time.time) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        settings: NodeSettings,
+        *,
+        read_again: Callable[[], NodeSettings] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._file = Rereading(settings, read_again)
         self.metrics = NodeMetrics()
         self._clock = clock
         self._flood = FloodLog(log)
@@ -74,6 +82,31 @@ class NodeService:
             )
             for element in settings.secure_elements
         }
+
+    @property
+    def settings(self) -> NodeSettings:
+        """Those in force."""
+        return self._file.settings
+
+    async def reload(self) -> None:
+        """Reads users, certificates and log level again (SIGHUP), for sessions that begin from now on."""
+        new = self._file.again()
+        if new is None:
+            return
+        keys = ("key", "certificate", "authority", "users", "log_level")
+        try:
+            context = server_side(new.key, new.certificate, new.authority)
+            # Users of cards that are not here yet see none of them.
+            access = Access(new, load_certificate(new.authority.read_bytes()))
+        except (SecFuNetError, OSError) as error:
+            log.error("the new settings cannot be used, everything stays as it was: %s", error)
+            return
+        before = self.settings
+        self._context, self._access = context, access
+        logging.getLogger().setLevel(new.log_level.upper())
+        result = Reloaded(changed=[key for key in changed_keys(before, new) if key in keys])
+        result.needs_restart = self._file.adopt(new, keys)
+        result.say()
 
     async def __aenter__(self) -> Self:
         settings = self.settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
+from ipaddress import IPv4Network, IPv6Network
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 ANSWERS_KEPT = 1024
 ANSWERS_LIFETIME = 10.0  # seconds in which the same packet gets the same answer (RFC 5080, 2.2.2)
 
+Client = tuple[IPv4Network | IPv6Network, bytes]
 Peer = tuple[Any, ...]
 
 
@@ -55,19 +57,14 @@ class RadiusServer(asyncio.DatagramProtocol):
         Gauge("gose_radius_dialogues", "Authentications in work", registry=metrics.registry).set_function(
             dialogues.__len__
         )
+        self._secrets: list[Client] = []
         self._answers: OrderedDict[tuple[object, ...], tuple[float, bytes | None]] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._log = FloodLog(log)
         self._transport: asyncio.DatagramTransport | None = None
 
     async def __aenter__(self) -> Self:
-        self._secrets = [
-            (canonical_network(client.address), read_secret(client.secret_file).strip())
-            for client in self._settings.clients
-        ]
-        for client, (_, secret) in zip(self._settings.clients, self._secrets, strict=True):
-            if len(secret) < MIN_SECRET:
-                raise RadiusStartError(f"{client.secret_file}: a RADIUS secret has at least {MIN_SECRET} bytes")
+        self._secrets = self.read_clients(self._settings)
         try:
             await asyncio.get_running_loop().create_datagram_endpoint(
                 lambda: self, local_addr=(self._settings.listen.host, self._settings.listen.port)
@@ -75,6 +72,22 @@ class RadiusServer(asyncio.DatagramProtocol):
         except OSError as error:
             raise RadiusStartError(f"RADIUS cannot listen on {self._settings.listen}: {error.strerror}") from None
         return self
+
+    @staticmethod
+    def read_clients(settings: RadiusSettings) -> list[Client]:
+        """Who may ask, by these settings. Raises RadiusStartError, UnsafeFileError, OSError."""
+        clients = [
+            (canonical_network(client.address), read_secret(client.secret_file).strip()) for client in settings.clients
+        ]
+        for client, (_, secret) in zip(settings.clients, clients, strict=True):
+            if len(secret) < MIN_SECRET:
+                raise RadiusStartError(f"{client.secret_file}: a RADIUS secret has at least {MIN_SECRET} bytes")
+        return clients
+
+    def change_clients(self, clients: list[Client]) -> bool:
+        """From the next packet on these may ask; False: they are the same."""
+        before, self._secrets = self._secrets, clients
+        return clients != before
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -38,29 +38,43 @@ class Bank:
     ) -> None:
         self.name = name
         self._limits = limits
+        self._metrics = metrics
+        self._admit = admit
         self._monotonic = monotonic
         self.queue: JobQueue[ReadyCard] = JobQueue(name, limits.slot_queue, monotonic, workers=self._in_service)
-        self.slots = [
-            Slot(
-                seid,
-                self.queue,
-                connect,
-                limits,
-                metrics,
-                on_state=self._slot_changed,
-                admit=admit,
-                monotonic=monotonic,
-            )
-            for seid, connect in cards
-        ]
+        self.slots = [self._new_slot(seid, connect) for seid, connect in cards]
         if not self.slots:
-            self.queue.refuse(lambda: CardUnavailableError(name, "no card is configured", limits.card_backoff_max))
+            self.queue.refuse(self._no_card)
 
     async def start(self) -> None:
         """Starts the workers and waits until each is in service or has failed once."""
         for slot in self.slots:
             slot.start()
         await asyncio.gather(*(slot.first_attempt() for slot in self.slots))
+
+    async def add(self, seid: str, connect: ConnectCard) -> None:
+        """One card more; returns when it is in service or has failed once."""
+        slot = self._new_slot(seid, connect)
+        self.slots.append(slot)
+        slot.start()
+        await slot.first_attempt()
+
+    async def remove(self, seid: str) -> None:
+        """The card takes no job any more, and goes when it has done what it works on (``operation_timeout``, at most)."""
+        (slot,) = [slot for slot in self.slots if slot.seid == seid]
+        await slot.retire(self._limits.operation_timeout)
+        self.slots.remove(slot)
+        if not self.slots:
+            self.queue.refuse(self._no_card)
+        elif all(other.state is SlotState.OUT_OF_SERVICE for other in self.slots):
+            self.queue.refuse(self._unavailable)
+
+    async def retire(self) -> None:
+        """All its cards go, as in ``remove``; waiting and new jobs fail: whoever asks again is told how things are then."""
+        self.queue.refuse(
+            lambda: CardUnavailableError(self.name, "its settings have changed", self._limits.card_backoff)
+        )
+        await asyncio.gather(*(slot.retire(self._limits.operation_timeout) for slot in self.slots))
 
     async def close(self) -> None:
         """Waiting jobs fail, and the workers stop."""
@@ -131,6 +145,21 @@ class Bank:
             lent.cancel()
             if not given_back.done():
                 given_back.set_result(None)
+
+    def _new_slot(self, seid: str, connect: ConnectCard) -> Slot:
+        return Slot(
+            seid,
+            self.queue,
+            connect,
+            self._limits,
+            self._metrics,
+            on_state=self._slot_changed,
+            admit=self._admit,
+            monotonic=self._monotonic,
+        )
+
+    def _no_card(self) -> CardUnavailableError:
+        return CardUnavailableError(self.name, "no card is configured", self._limits.card_backoff_max)
 
     def _in_service(self) -> int:
         return sum(slot.state is SlotState.IN_SERVICE for slot in self.slots)

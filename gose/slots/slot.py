@@ -82,6 +82,9 @@ class Slot:
         self._monotonic = monotonic
         self._last_end = 0.0  # when the card was done with its last job
         self._first_attempt = asyncio.Event()
+        self._leaves = False
+        self._in_work = 0
+        self._at_rest = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -91,6 +94,15 @@ class Slot:
     async def first_attempt(self) -> None:
         """Returns when the card is in service or the first attempt has failed."""
         await self._first_attempt.wait()
+
+    async def retire(self, patience: float) -> None:
+        """Takes no job any more; the one in work has ``patience`` seconds to end. Then as ``close``."""
+        self._leaves = True
+        if self._in_work:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await self._at_rest.wait()
+        await self.close()
 
     async def close(self) -> None:
         """Stops the worker. The job in work fails; its APDU is not awaited."""
@@ -112,7 +124,7 @@ class Slot:
 
     async def _run(self) -> None:
         backoff = self._limits.card_backoff
-        while True:
+        while not self._leaves:
             try:
                 card = await self._connect_admitted()
             except (SecFuNetError, OSError) as error:  # TimeoutError is an OSError
@@ -174,6 +186,8 @@ class Slot:
                         self._check(card)
                         in_card = None
                     self._admit(self.seid, self._certificate)
+                    if self._leaves:
+                        raise CardNotAdmittedError(self.seid, "it leaves the grid")
                 except (CardGoneError, CardNotAdmittedError):
                     if job is not None:
                         self._queue.give_back(job)
@@ -185,7 +199,10 @@ class Slot:
                     continue
                 sent_last: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 told = partial(_settle, sent_last)
+                self._in_work += 1
+                self._at_rest.clear()
                 following = asyncio.create_task(self._do(job, dataclasses.replace(card, sent_last=told)))
+                following.add_done_callback(self._job_done)
                 await asyncio.wait((following, sent_last), return_when=asyncio.FIRST_COMPLETED)
                 if following.done():
                     following.result()
@@ -268,6 +285,11 @@ class Slot:
             self._metrics.slot_waited.observe(began - job.queued_at)
             self._metrics.slot_worked.observe(took)
             self.jobs_done += 1
+
+    def _job_done(self, _: asyncio.Task[None]) -> None:
+        self._in_work -= 1
+        if not self._in_work:
+            self._at_rest.set()
 
     def _out_of_service(self, cause: str, *, locked: bool) -> None:
         if self.state is not SlotState.OUT_OF_SERVICE or cause != self.cause:

@@ -1,18 +1,40 @@
-"""A daemon's life: locked down, started, told to systemd, stopped by SIGTERM or SIGINT."""
+"""A daemon's life: locked down, started, told to systemd, stopped by SIGTERM or SIGINT; SIGHUP has it read its settings again."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import ctypes
+import logging
 import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from typing import Protocol, runtime_checkable
+
+from secfunet.errors import SecFuNetError
+
+log = logging.getLogger(__name__)
 
 PR_SET_DUMPABLE = 4
+
+
+@runtime_checkable
+class Reloadable(Protocol):
+    """A running service that can read its settings again."""
+
+    def reload(self) -> Awaitable[None] | None:
+        """Reads them, and says in the log what changed. A file that cannot be used changes nothing."""
+        ...
+
+
+def survive_hangup() -> None:
+    """SIGHUP ends no daemon, from here on: a closed terminal or a careless script sends it, to one that still starts, too."""
+    with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's affair
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def forbid_core_dumps() -> None:
@@ -41,13 +63,36 @@ async def _keep_watchdog() -> None:
         await asyncio.sleep(period)
 
 
+async def _reload_at_hangup(running: object, hangup: asyncio.Event) -> None:
+    """One at a time; those that come meanwhile are one more."""
+    while True:
+        await hangup.wait()
+        hangup.clear()
+        if not isinstance(running, Reloadable):
+            log.info("SIGHUP: there is nothing to read again")
+            continue
+        notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            if (reading := running.reload()) is not None:
+                await reading
+        except (SecFuNetError, OSError) as error:
+            log.error("the settings could not be read again: %s", error)
+        except Exception:
+            log.exception("a fault in this program while the settings were read again")
+        finally:
+            notify_systemd("READY=1")
+
+
 async def _serve(service: AbstractAsyncContextManager[object], ready: Callable[[], None] | None) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with service:
+    hangup = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, hangup.set)
+    async with service as running:
         watchdog = asyncio.create_task(_keep_watchdog())
+        reloader = asyncio.create_task(_reload_at_hangup(running, hangup))
         notify_systemd("READY=1")
         if ready is not None:
             ready()
@@ -56,6 +101,8 @@ async def _serve(service: AbstractAsyncContextManager[object], ready: Callable[[
         finally:
             notify_systemd("STOPPING=1")
             watchdog.cancel()
+            reloader.cancel()
+            await asyncio.gather(reloader, return_exceptions=True)
 
 
 def run_daemon(
@@ -63,10 +110,12 @@ def run_daemon(
     *,
     ready: Callable[[], None] | None = None,
 ) -> None:
-    """Runs the service until SIGTERM or SIGINT. Entering the context starts it (it then serves); leaving it stops it cleanly.
+    """Runs the service until SIGTERM or SIGINT. Entering the context starts it (it then serves); leaving it stops it cleanly. If what
+    entering gave is ``Reloadable``, SIGHUP reloads it.
 
     ``make_service`` runs inside the event loop. Errors of start-up are the caller's to catch (``secfunet.service.cli``).
     """
+    survive_hangup()
     forbid_core_dumps()
 
     async def main() -> None:

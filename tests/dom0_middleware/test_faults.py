@@ -21,6 +21,7 @@ from dom0_middleware.errors import Reason, Refused, Unavailable
 from dom0_middleware.hypervisor import DomainState
 from dom0_middleware.libvirt_hypervisor import LibvirtHypervisor, _info
 from dom0_middleware.refusals import RefusalMeter
+from dom0_middleware.settings import MiddlewareSettings
 from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc, orchestrator_pb2
 from secfunet.service.settings import SettingsError
 from tests.dom0_middleware.test_lifecycle import refusal, vm
@@ -331,12 +332,14 @@ async def test_who_may_command_is_read_again(world: World) -> None:
     await world.stop()
     names: list[Any] = [("admin",), ("stranger",), SettingsError(Path("c.toml"), ["broken"]), ("admin",)]
 
-    def allowed() -> tuple[str, ...]:
+    def again() -> MiddlewareSettings:
         if isinstance(names[0], Exception):
             raise names[0]
-        return names[0]  # type: ignore[no-any-return]
+        settings = world.settings
+        orchestrators = settings.orchestrators.model_copy(update={"allowed": names[0]})
+        return settings.model_copy(update={"orchestrators": orchestrators})
 
-    world.parts = {"allowed_again": allowed}
+    world.parts = {"read_again": again}
     await world.start()
 
     async def may(name: str) -> bool:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +72,21 @@ async def test_a_correlation_id_runs_from_agent_to_card(stack: Stack) -> None:
     identifiers = re.findall(r'"correlation[_a-z]*": ?"([0-9a-f]{16})"', last)
     assert identifiers
     assert identifiers[0] in grid
+
+
+async def test_a_hangup_ends_no_daemon_and_is_answered(stack: Stack) -> None:
+    """Operators send it by habit, and so do scripts and closed terminals."""
+    for name, daemon in stack.daemons.items():
+        before = daemon.log.read_text().count("the settings were read again")
+        os.kill(daemon.pid, signal.SIGHUP)
+        deadline = time.monotonic() + 30
+        while daemon.log.read_text().count("the settings were read again") == before:
+            assert daemon.running, name
+            assert time.monotonic() < deadline, (name, daemon.log.read_text()[-2000:])
+            await asyncio.sleep(0.05)
+    await asyncio.sleep(0.2)
+    assert all(daemon.running for daemon in stack.daemons.values())
+    await stack.agent("web", "sign", "-", input_data=b"still there")
 
 
 async def test_vms_of_a_host_share_its_login(stack: Stack) -> None:

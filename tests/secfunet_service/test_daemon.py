@@ -74,6 +74,87 @@ def test_life_of_a_daemon(tmp_path: Path) -> None:
         assert state == b"STOPPING=1"
 
 
+HANGUPS = """
+import asyncio, logging, os, signal, sys
+from secfunet.errors import SecFuNetError
+from secfunet.service.daemon import run_daemon
+
+logging.basicConfig(level="INFO", format="%(levelname)s %(message)s", stream=sys.stdout)
+
+class Service:
+    reloads = 0
+
+    async def __aenter__(self):
+        os.kill(os.getpid(), signal.SIGHUP)  # while it starts
+        await asyncio.sleep(0.1)
+        print("started", flush=True)
+        return self
+
+    async def __aexit__(self, *_):
+        os.kill(os.getpid(), signal.SIGHUP)  # while it stops
+        await asyncio.sleep(0.1)
+        print("clean", flush=True)
+
+    async def reload(self):
+        Service.reloads += 1
+        print("reload", Service.reloads, flush=True)
+        if Service.reloads == 2:
+            raise SecFuNetError("the file is not there")
+        if Service.reloads == 3:
+            1 / 0
+
+class Deaf(Service):
+    reload = None
+
+async def make():
+    return Deaf() if sys.argv[1:] else Service()
+
+run_daemon(make)
+"""
+
+
+def test_a_hangup_is_no_end_and_has_the_service_read_again(tmp_path: Path) -> None:
+    notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    notify.bind(str(tmp_path / "notify"))
+    notify.settimeout(20)
+    with (
+        notify,
+        subprocess.Popen(
+            [sys.executable, "-u", "-c", HANGUPS],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={"NOTIFY_SOCKET": str(tmp_path / "notify")},
+        ) as daemon,
+    ):
+        assert daemon.stdout is not None
+        assert [daemon.stdout.readline() for _ in range(2)] == ["started\n", "reload 1\n"]
+        assert notify.recv(100) == b"READY=1"
+        assert notify.recv(100).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
+        assert notify.recv(100) == b"READY=1"
+        daemon.send_signal(signal.SIGHUP)
+        assert daemon.stdout.readline() == "reload 2\n"
+        assert daemon.stdout.readline() == "ERROR the settings could not be read again: the file is not there\n"
+        daemon.send_signal(signal.SIGHUP)
+        assert daemon.stdout.readline() == "reload 3\n"
+        while "ZeroDivisionError" not in daemon.stdout.readline():
+            pass
+        daemon.send_signal(signal.SIGHUP)
+        assert daemon.stdout.readline() == "reload 4\n"
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.communicate(timeout=20)[0] == "clean\n"
+        assert daemon.returncode == 0
+
+
+def test_a_hangup_does_not_end_what_has_nothing_to_read() -> None:
+    with subprocess.Popen([sys.executable, "-u", "-c", HANGUPS, "deaf"], stdout=subprocess.PIPE, text=True) as daemon:
+        assert daemon.stdout is not None
+        assert daemon.stdout.readline() == "started\n"
+        assert daemon.stdout.readline() == "INFO SIGHUP: there is nothing to read again\n"
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.communicate(timeout=20)[0] == "clean\n"
+        assert daemon.returncode == 0
+
+
 def test_an_error_is_a_sentence_and_an_exit_code() -> None:
     failed = subprocess.run([sys.executable, "-c", PROGRAM, "fail"], capture_output=True, text=True, check=False)
     assert (failed.returncode, failed.stderr) == (1, "error: the card is not there: insert it\n")
