@@ -165,7 +165,7 @@ class AuthorityFolder:
     def renew_servers(self, names: Sequence[str], *, now: float) -> tuple[x509.Certificate, ...]:
         """New keys and certificates for the two servers, under these DNS names and IP addresses.
 
-        A running grid uses them when it is started again.
+        A running grid uses them when it reads its settings again (SIGHUP).
         """
         with _locked(self.path):
             return tuple(

@@ -41,7 +41,7 @@ def init(
 
 @app.command("renew-servers")
 def renew_servers(config: ConfigOption = CONFIG) -> None:
-    """Give the service provider and the OpenID provider new certificates, for the names in the settings; then restart the grid."""
+    """Give the service provider and the OpenID provider new certificates, for the names in the settings; then send the grid SIGHUP."""
     settings = load_settings(GoseSettings, config)
     certificates = AuthorityFolder(settings.authority).renew_servers(server_names(settings), now=time.time())
     for certificate in certificates:
