@@ -10,7 +10,10 @@ from dom0_middleware.guest_authority import AgentCertificate
 
 @dataclass(frozen=True)
 class Call:
-    """``correlation``: the id (``secfunet.rpc.correlation``) that names this call in the records of agent, middleware and grid.
+    """``correlation``: the id (``secfunet.rpc.correlation``) that names this call in the records of middleware and grid.
+
+    A guest's call always gets one of our making, so that no guest can put the id of another one's call on its own lines; what it sent is
+    ``guest_correlation`` (""), and is only ever recorded as that. An orchestrator may choose the id itself.
 
     ``certificate``: of the agent (None while it has none yet); ``caller``: the orchestrator's name ("" for agents), ``thumbprint``:
     of its certificate.
@@ -21,6 +24,7 @@ class Call:
     certificate: AgentCertificate | None = None
     caller: str = ""
     thumbprint: str = ""
+    guest_correlation: str = ""
 
 
 current_call: ContextVar[Call] = ContextVar("current_call")

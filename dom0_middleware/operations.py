@@ -14,12 +14,13 @@ Each decision is one record of the audit log, in the file before anything is don
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from dom0_middleware.audit import Action, DomainRecord
+from dom0_middleware.audit import Action, DomainRecord, Program
 from dom0_middleware.call import Call
-from dom0_middleware.errors import GridFailed, MiddlewareError, Reason, Refused, Unavailable
+from dom0_middleware.errors import GridFailed, MiddlewareError, Reason, Refused, Unavailable, cause_of
 from dom0_middleware.guest import GuestDomain
 from dom0_middleware.metrics import Metrics
 from dom0_middleware.policy import Policy
@@ -27,13 +28,18 @@ from dom0_middleware.sessions import VmSessions
 from secfunet.errors import SecFuNetError
 from secfunet.gose.v1 import operation_pb2
 from secfunet.middleware.v1 import agent_pb2
-from secfunet.operation import OperationError, scheme_name, validate_operation
+from secfunet.operation import OperationError, OperationProblem, scheme_name, validate_operation
+from secfunet.rpc.correlation import guest_id, new_correlation
 from secfunet.rpc.facts import Facts, from_failure
 from secfunet.rpc.reasons import Domain
 from secfunet.service.audit import AuditLog, Decision
+from secfunet.service.flood_log import FloodLog, excerpt
 
 MAX_BATCH = 64
 ID_SIZE = 16  # bytes of a request id; no more of a guest's own is kept or sent back
+MAX_DIGEST = 64  # bytes; a digest is as long as its scheme's hash
+_SAME_ID = "two operations of the batch have the same request id"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Failure:
 
     request_id: bytes
     error: SecFuNetError
+    correlation: str
 
 
 @dataclass
@@ -57,6 +64,8 @@ class _Sane:
     operation: operation_pb2.Operation
     name: str
     scheme: str
+    correlation: str
+    origin: agent_pb2.Origin | None = None
 
 
 class Operations:
@@ -80,6 +89,7 @@ class Operations:
         self._metrics = metrics
         self._limit = limit
         self._facts_of = facts_of
+        self._flood_log = FloodLog(log)
 
     async def perform(
         self,
@@ -88,6 +98,7 @@ class Operations:
         *,
         timeout: float,
         batch: int | None = None,
+        untrusted_origins: Sequence[agent_pb2.Origin] = (),
     ) -> Outcome:
         """Every operation of the batch ends as a result or as a failure. Raises Refused (REQUEST_INVALID) for a batch of a wrong size."""
         if not 1 <= len(untrusted) <= MAX_BATCH:
@@ -95,12 +106,18 @@ class Operations:
         guest = self._guest
         guest.operations_in_flight += len(untrusted)
         try:
-            return await self._perform(_Batch(self, call, batch), untrusted, timeout)
+            return await self._perform(_Batch(self, call, batch), untrusted, untrusted_origins, timeout)
         finally:
             guest.operations_in_flight -= len(untrusted)
 
-    async def _perform(self, batch: _Batch, untrusted: Sequence[operation_pb2.Operation], timeout: float) -> Outcome:
-        permitted = batch.permit(batch.sanitise(untrusted))
+    async def _perform(
+        self,
+        batch: _Batch,
+        untrusted: Sequence[operation_pb2.Operation],
+        untrusted_origins: Sequence[agent_pb2.Origin],
+        timeout: float,
+    ) -> Outcome:
+        permitted = batch.permit(batch.sanitise(untrusted, untrusted_origins))
         if permitted:
             try:
                 session = await self._sessions.session(
@@ -144,28 +161,29 @@ class _Batch:
         self._room = room
         self._call = call
         self._number = number
+        # A stream is one call that carries many: each batch has an id of its own, and each operation of it.
+        self.correlation = call.correlation if number is None else new_correlation()
         self.outcome = Outcome()
 
-    @property
-    def correlation(self) -> str:
-        return self._call.correlation
-
-    def sanitise(self, untrusted: Sequence[operation_pb2.Operation]) -> list[_Sane]:
+    def sanitise(
+        self, untrusted: Sequence[operation_pb2.Operation], untrusted_origins: Sequence[agent_pb2.Origin]
+    ) -> list[_Sane]:
         sane: list[_Sane] = []
         seen: set[bytes] = set()
-        for operation in untrusted:
+        origins: Sequence[agent_pb2.Origin | None] = [None] * len(untrusted)
+        if len(untrusted_origins) == len(untrusted):
+            origins = untrusted_origins
+        for number, (operation, origin) in enumerate(zip(untrusted, origins, strict=True), 1):
+            operation.correlation_id = self.correlation if self._number is None else f"{self.correlation}-{number}"
             try:
                 name = validate_operation(operation)
                 if operation.request_id in seen:
-                    raise Refused(Reason.OPERATION_INVALID, "two operations of the batch have the same request id")
+                    raise OperationError(OperationProblem.REQUEST_ID, _SAME_ID)
             except OperationError as error:
-                self._refuse_unsound(operation, Refused(Reason.OPERATION_INVALID, str(error)))
-                continue
-            except Refused as error:
-                self._refuse_unsound(operation, error)
+                self._refuse_unsound(operation, origin, error)
                 continue
             seen.add(operation.request_id)
-            sane.append(_Sane(operation, name, scheme_name(operation)))
+            sane.append(_Sane(operation, name, scheme_name(operation), operation.correlation_id, origin))
         return sane
 
     def permit(self, sane: list[_Sane]) -> list[_Sane]:
@@ -195,7 +213,7 @@ class _Batch:
                 try:
                     self._record(one, "permitted")
                 except Unavailable as error:
-                    self.outcome.failures.append(Failure(one.operation.request_id, error))
+                    self.outcome.failures.append(Failure(one.operation.request_id, error, one.correlation))
                     continue
                 authorised.append(one)
             else:
@@ -204,10 +222,9 @@ class _Batch:
         return authorised
 
     def fail(self, sane: Sequence[_Sane], error: SecFuNetError, decision: Decision) -> None:
-        facts = self._room._facts_of(error)
         for one in sane:
-            self.outcome.failures.append(Failure(one.operation.request_id, error))
-            self._record_quietly(one, decision, facts)
+            self.outcome.failures.append(Failure(one.operation.request_id, error, one.correlation))
+            self._record_quietly(one, decision, error)
 
     def _require_permitted(self, one: _Sane) -> None:
         guest = self._room._guest
@@ -224,19 +241,30 @@ class _Batch:
         guest.require_current(self._call.certificate)
         guest.require_authorised()
 
-    def _refuse_unsound(self, operation: operation_pb2.Operation, error: Refused) -> None:
-        self.outcome.failures.append(Failure(operation.request_id[:ID_SIZE], error))
-        self._record_quietly(_Sane(operation, "unsound", ""), "refused", self._room._facts_of(error))
+    def _refuse_unsound(
+        self, operation: operation_pb2.Operation, origin: agent_pb2.Origin | None, problem: OperationError
+    ) -> None:
+        # The guest may know what is wrong with what it sent: these are words about its own request.
+        error = Refused(Reason.OPERATION_INVALID, str(problem), told=str(problem))
+        unsound = _Sane(operation, "unsound", "", operation.correlation_id, origin)
+        self.outcome.failures.append(Failure(operation.request_id[:ID_SIZE], error, unsound.correlation))
+        self._record_quietly(unsound, "refused", error)
 
-    def _record_quietly(self, one: _Sane, decision: Decision, facts: Facts) -> None:
+    def _record_quietly(self, one: _Sane, decision: Decision, error: SecFuNetError) -> None:
         """A refusal that cannot be recorded is a refusal still."""
         room = self._room
-        detail = room._guest.refusals.admit()
-        if detail is None:
+        facts, cause = room._facts_of(error), cause_of(error)
+        room._flood_log.warning(
+            facts.reason,
+            f"an operation {'was refused' if decision == 'refused' else decision}",
+            {"vm": room._guest.uuid, "correlation": one.correlation, "domain": facts.domain, "cause": cause},
+        )
+        note = room._guest.refusals.admit()
+        if note is None:
             room._metrics.decisions.labels(one.name, decision, facts.reason).inc()
             return
         try:
-            self._record(one, decision, facts, detail)
+            self._record(one, decision, facts, "; ".join(part for part in (cause, note) if part))
         except Unavailable:
             self._room._metrics.refused_calls.labels(Reason.AUDIT_UNAVAILABLE).inc()
 
@@ -247,15 +275,23 @@ class _Batch:
             DomainRecord(
                 Action.OPERATION,
                 decision,
-                correlation=self._call.correlation,
+                correlation=one.correlation,
+                guest_correlation=guest_id(one.origin.correlation_id) if one.origin else self._call.guest_correlation,
+                program=_program(one.origin) if one.origin else None,
                 vm=room._guest.uuid,
                 name=room._guest.record.name,
                 operation=one.name,
                 scheme=one.scheme,
                 request=one.operation.request_id[:ID_SIZE].hex(),
+                digest=one.operation.sign.digest[:MAX_DIGEST].hex() if one.name == "sign" else "",
                 reason=facts.reason if facts is not None else "",
                 domain=facts.domain if facts is not None else "",
                 batch=self._number,
                 detail=detail,
             )
         )
+
+
+def _program(untrusted: agent_pb2.Origin) -> Program:
+    """What the agent says of the program that asked: the guest's word, bounded and escaped."""
+    return Program(uid=untrusted.uid, pid=untrusted.pid, executable=excerpt(untrusted.executable))

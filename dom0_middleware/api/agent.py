@@ -7,17 +7,18 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 from dom0_middleware.api.enrolment import identity_as_known, require_renewal_rate
-from dom0_middleware.api.errors import facts_of
+from dom0_middleware.api.errors import facts_of, told_to_guest
 from dom0_middleware.api.guard import MAX_TIMEOUT, timeout_of
 from dom0_middleware.audit import Action, DomainRecord
 from dom0_middleware.call import Call, current_call
 from dom0_middleware.enrolment import key_hash
-from dom0_middleware.errors import MiddlewareError, Reason, Refused
+from dom0_middleware.errors import MiddlewareError, Reason, Refused, cause_of
 from dom0_middleware.guest import GuestDomain, Phase
 from dom0_middleware.guest_authority import GuestAuthority
 from dom0_middleware.identity import Identities
 from dom0_middleware.key_checks import KeyChecks
 from dom0_middleware.operations import ID_SIZE, MAX_BATCH, Operations
+from secfunet.errors import SecFuNetError
 from secfunet.gose.v1 import operation_pb2
 from secfunet.middleware.v1 import agent_pb2 as pb
 from secfunet.middleware.v1 import agent_pb2_grpc
@@ -77,9 +78,14 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
     async def GetIdentity(  # noqa: N802 - gRPC's name
         self, request: pb.GetIdentityRequest, context: Context
     ) -> pb.GetIdentityResponse:
-        identity = await self._identities.identity(
-            self._guest, timeout=timeout_of(context), correlation=current_call.get().correlation
-        )
+        call = current_call.get()
+        try:
+            identity = await self._identities.identity(
+                self._guest, timeout=timeout_of(context), correlation=call.correlation
+            )
+        except SecFuNetError as error:
+            self._note(call, error)
+            raise
         return pb.GetIdentityResponse(identity=identity)
 
     async def WatchIdentity(  # noqa: N802 - gRPC's name
@@ -140,14 +146,22 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             raise Refused(Reason.REQUEST_INVALID, f"a batch has 1 to {MAX_BATCH} operations")
         response = pb.OperateResponse(batch_id=request.batch_id)
         if not 0 < request.timeout_ms <= MAX_TIMEOUT * 1000:
-            facts = facts_of(Refused(Reason.DEADLINE_REQUIRED, "a batch needs timeout_ms, of at most an hour"))
+            late = Refused(Reason.DEADLINE_REQUIRED, "a batch needs timeout_ms, of at most an hour")
+            facts = told_to_guest(late, call.correlation)
             response.failures.extend(facts.failure(operation.request_id[:ID_SIZE]) for operation in request.operations)
             return response
         outcome = await self._operations.perform(
-            call, request.operations, timeout=request.timeout_ms / 1000, batch=request.batch_id
+            call,
+            request.operations,
+            timeout=request.timeout_ms / 1000,
+            batch=request.batch_id,
+            untrusted_origins=request.origins,
         )
         response.results.extend(outcome.results)
-        response.failures.extend(facts_of(failure.error).failure(failure.request_id) for failure in outcome.failures)
+        response.failures.extend(
+            told_to_guest(failure.error, failure.correlation).failure(failure.request_id)
+            for failure in outcome.failures
+        )
         return response
 
     def _require_current(self, call: Call) -> None:
@@ -157,18 +171,30 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
                 raise Refused(Reason.CERTIFICATE_REQUIRED, "this call needs a certificate")
             self._guest.require_current(call.certificate)
         except Refused as error:
+            self._note(call, error)
+            raise
+
+    def _note(self, call: Call, error: SecFuNetError) -> None:
+        """On record, with the cause that the guest is not told; within the bound of this domain's refusals."""
+        note = self._guest.refusals.admit()
+        if note is None:
+            return
+        facts = facts_of(error)
+        with contextlib.suppress(MiddlewareError):
             self._audit.record(
                 DomainRecord(
                     Action.CALL,
-                    "refused",
+                    "refused" if isinstance(error, Refused) else "failed",
                     correlation=call.correlation,
+                    guest_correlation=call.guest_correlation,
                     vm=self._guest.uuid,
                     name=self._guest.record.name,
                     operation=call.method.rpartition("/")[2],
-                    reason=str(error.reason),
+                    reason=facts.reason,
+                    domain=facts.domain,
+                    detail="; ".join(part for part in (cause_of(error), note) if part),
                 )
             )
-            raise
 
 
 class _Pipeline:

@@ -16,7 +16,7 @@ from dom0_middleware.api.guard import timeout_of
 from dom0_middleware.audit import Action, DomainRecord
 from dom0_middleware.call import current_call
 from dom0_middleware.enrolment import JoinSecrets, key_hash
-from dom0_middleware.errors import Reason, Refused
+from dom0_middleware.errors import Reason, Refused, cause_of
 from dom0_middleware.guest import RENEWALS_PER_SECOND, GuestDomain
 from dom0_middleware.guest_authority import GuestAuthority
 from dom0_middleware.identity import Identities
@@ -110,7 +110,7 @@ class EnrolmentService(agent_pb2_grpc.EnrolmentServiceServicer):
         except Refused as error:
             note = self._guest.refusals.admit()
             if note is not None:
-                detail = "; ".join(part for part in (error.detail, note) if part)
+                detail = "; ".join(part for part in (cause_of(error), note) if part)
                 self._record(action, "refused", reason=str(error.reason), detail=detail)
             raise
 
@@ -120,6 +120,7 @@ class EnrolmentService(agent_pb2_grpc.EnrolmentServiceServicer):
                 action,
                 decision,
                 correlation=current_call.get().correlation,
+                guest_correlation=current_call.get().guest_correlation,
                 vm=self._guest.uuid,
                 name=self._guest.record.name,
                 reason=reason,

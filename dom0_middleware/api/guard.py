@@ -7,22 +7,21 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
-import grpc
-
-from dom0_middleware.api.errors import facts_of
+from dom0_middleware.api.errors import facts_of, told_to_guest
 from dom0_middleware.audit import Action, DomainRecord
 from dom0_middleware.call import Call, current_call
-from dom0_middleware.errors import MiddlewareError, Reason, Refused
+from dom0_middleware.errors import MiddlewareError, Reason, Refused, cause_of
 from dom0_middleware.guest import GuestDomain
 from dom0_middleware.metrics import Metrics
 from dom0_middleware.refusals import RefusalMeter
-from secfunet.rpc.correlation import CORRELATION_KEY, clean_correlation
+from secfunet.errors import SecFuNetError
+from secfunet.rpc.correlation import CORRELATION_KEY, clean_correlation, guest_id, new_correlation
 from secfunet.rpc.facts import abort
 from secfunet.rpc.guard import Context, Guard, Method
 from secfunet.service.audit import AuditLog
 from secfunet.service.flood_log import FloodLog
 
-_flood = FloodLog(logging.getLogger(__name__))
+log = logging.getLogger(__name__)
 
 MAX_TIMEOUT = 3600.0  # seconds; a longer deadline is none
 
@@ -43,6 +42,7 @@ class Callers:
         self._metrics = metrics
         self._guest = guest
         self._vm = guest.uuid if guest is not None else ""
+        self._flood_log = FloodLog(log)
         self._refusals = guest.refusals if guest is not None else RefusalMeter(time.monotonic)
 
     def guard(self) -> Guard:
@@ -53,7 +53,7 @@ class Callers:
     def admit(self, context: Context, method: Method) -> Iterator[None]:
         """Raises MiddlewareError."""
         metadata = dict(context.invocation_metadata() or ())
-        call = Call(method.path, clean_correlation(metadata.get(CORRELATION_KEY)))
+        call = self._call(method, metadata.get(CORRELATION_KEY))
         current_call.set(call)
         remaining = context.time_remaining()
         if method.is_unary and (remaining is None or remaining > MAX_TIMEOUT):
@@ -65,10 +65,23 @@ class Callers:
         """Ends the call for ``error``, whatever it is; a refusal at the door is a decision, and on record."""
         if isinstance(error, MiddlewareError) and not admitted:
             self._note(method, error)
-        facts = facts_of(error)
-        if facts.code is grpc.StatusCode.INTERNAL:
-            _flood.exception(f"fault {self._vm}", "a call failed", {"method": method.path, "vm": self._vm}, error=error)
-        await abort(context, facts)
+        correlation = current_call.get().correlation
+        self._log(method, error, correlation)
+        await abort(context, facts_of(error) if self._guest is None else told_to_guest(error, correlation))
+
+    def _call(self, method: Method, untrusted_id: object) -> Call:
+        if self._guest is None:
+            return Call(method.path, clean_correlation(untrusted_id))
+        return Call(method.path, new_correlation(), guest_correlation=guest_id(untrusted_id))
+
+    def _log(self, method: Method, error: Exception, correlation: str) -> None:
+        """What was found, for who looks for the id. A traceback only for a fault of this program: no setting makes one."""
+        facts = {"method": method.name, "vm": self._vm, "correlation": correlation, "cause": cause_of(error)}
+        reason = facts_of(error).reason
+        if isinstance(error, SecFuNetError):
+            self._flood_log.warning(reason, "a call was refused or failed", facts)
+        else:
+            self._flood_log.exception(reason, "a call failed", facts, error=error)
 
     def _note(self, method: Method, error: MiddlewareError) -> None:
         """That a refusal cannot be recorded does not make it less of a refusal."""
@@ -83,12 +96,13 @@ class Callers:
                     Action.CALL,
                     "refused",
                     correlation=call.correlation,
+                    guest_correlation=call.guest_correlation,
                     vm=self._vm,
                     name=self._guest.record.name if self._guest is not None else "",
                     caller=call.caller,
                     operation=method.name,
                     reason=str(error.reason),
-                    detail="; ".join(part for part in (error.detail, note) if part),
+                    detail="; ".join(part for part in (cause_of(error), note) if part),
                 )
             )
 

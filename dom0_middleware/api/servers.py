@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import grpc
 import grpc.aio
@@ -181,7 +182,7 @@ class GuestServerPairs:
             self._policy.require_valid()
             if guest.shows_certificate():
                 self.on_enrolled(guest)
-            return Call(call.method, call.correlation, certificate)
+            return replace(call, certificate=certificate)
 
         server = make_server(
             Callers(admit, audit=self._audit, metrics=self._metrics, guest=guest).guard(),

@@ -38,6 +38,7 @@ from secfunet.container import ContainerProfile, ContainerSealer
 from secfunet.gose.v1 import operation_pb2
 from secfunet.identity import load_certificate, rsa_key_of
 from secfunet.operation import REQUEST_ID_SIZE, OperationError, request_digest, validate_operation
+from secfunet.rpc.correlation import is_correlation
 from secfunet.service.flood_log import FloodLog, excerpt
 
 log = logging.getLogger(__name__)
@@ -377,6 +378,10 @@ class Executor:
             return
         facts: dict[str, object] = {
             "correlation": correlation,
+            # What the middleware calls each of them; the batch has the id above.
+            "calls": {
+                one.request_id.hex(): one.correlation_id for one in operations if is_correlation(one.correlation_id)
+            },
             "session": session.name,
             "seid": session.seid,
             "done": [request_id.hex() for request_id in answers],

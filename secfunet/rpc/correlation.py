@@ -19,9 +19,19 @@ def new_correlation() -> str:
     return secrets.token_hex(8)
 
 
+def with_id(sentence: str, correlation: str) -> str:
+    """A message that a person can quote to who can look the id up."""
+    return f"{sentence} (id {correlation})"
+
+
 def is_correlation(untrusted: object) -> bool:
     """Whether it has the form of an id: 1 to 64 letters, digits and "-"."""
     return isinstance(untrusted, str) and _GRAMMAR.fullmatch(untrusted) is not None
+
+
+def guest_id(untrusted: object) -> str:
+    """The id that a guest chose, if it has the form; else ""."""
+    return untrusted if isinstance(untrusted, str) and is_correlation(untrusted) else ""
 
 
 def clean_correlation(untrusted: object) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
+from uuid import uuid4
 
 import grpc
 import grpc.aio
@@ -286,21 +288,42 @@ async def test_a_message_beyond_the_bound_is_refused(world: World) -> None:
     assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-async def test_the_correlation_id_of_the_caller_is_kept_if_it_is_one(world: World) -> None:
-    guest = await world.enrolled()
-    async with guest.agent() as stub:
-        for sent in ("0123456789abcdef", "deploy-42", "not an id!", "0" * 65):
-            operation = sign_operation()
+async def test_a_guests_id_is_never_recorded_as_one_of_our_making(world: World) -> None:
+    """It may be the id of another VM's call, or anything: it stands in a member of its own, and the grid never hears of it."""
+    web, db = await world.enrolled("web"), await world.enrolled("db")
+    operation = sign_operation()
+    async with web.agent() as stub:
+        await stub.Sign(agent_pb2.SignRequest(request_id=operation.request_id, sign=operation.sign), timeout=TIMEOUT)
+    (stolen,) = (str(record["correlation"]) for record in world.audit() if record["action"] == "operation")
+    for sent in (stolen, "deploy-42", "not an id!", "0" * 65):
+        operation = sign_operation()
+        async with db.agent() as stub:
             await stub.Sign(
                 agent_pb2.SignRequest(request_id=operation.request_id, sign=operation.sign),
                 timeout=TIMEOUT,
                 metadata=(("secfunet-correlation-id", sent),),
             )
-    ids = [str(record["correlation"]) for record in world.audit() if record["action"] == "operation"]
+    records = [record for record in world.audit() if record["action"] == "operation"]
+    ids = [str(record["correlation"]) for record in records]
+    assert len(set(ids)) == 5
+    assert all(re.fullmatch("[0-9a-f]{16}", one) for one in ids)
+    assert [record.get("guest_correlation", "") for record in records] == ["", stolen, "deploy-42", "", ""]
     assert set(ids) <= set(world.grid.correlations)
-    assert ids[:2] == ["0123456789abcdef", "deploy-42"]
-    assert all(len(one) == 16 for one in ids[2:])
-    assert len(set(ids)) == 4
+    assert "deploy-42" not in world.grid.correlations
+
+
+async def test_the_correlation_id_of_an_orchestrator_is_kept_if_it_is_one(world: World) -> None:
+    async with world.orchestrator() as stub:
+        for sent in ("0123456789abcdef", "deploy-42", "not an id!", "0" * 65):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.StopVm(
+                    orchestrator_pb2.StopVmRequest(uuid=str(uuid4())),
+                    timeout=TIMEOUT,
+                    metadata=(("secfunet-correlation-id", sent),),
+                )
+    ids = [str(record["correlation"]) for record in world.audit() if record["action"] == "vm.stop"]
+    assert ids[:4] == ["0123456789abcdef"] * 2 + ["deploy-42"] * 2
+    assert all(re.fullmatch("[0-9a-f]{16}", one) for one in ids[4:])
 
 
 def test_a_fault_tells_nothing() -> None:

@@ -85,14 +85,15 @@ async def test_batches_are_answered_and_each_decision_is_on_record(world: World)
     assert len(records) == 70
     assert {r["request"] for r in records} == {op.request_id.hex() for ops in operations for op in ops}
     assert {r["batch"] for r in records} == {0, 1, 2}
-    assert len({r["correlation"] for r in records}) == 1
+    assert len({r["correlation"] for r in records}) == 70
+    assert {r["digest"] for r in records} == {op.sign.digest.hex() for ops in operations for op in ops}
     assert all(r["scheme"] == "rsassa-pss-sha256" and r["operation"] == "sign" for r in records)
 
 
 async def test_nothing_of_what_is_computed_is_in_the_log(world: World) -> None:
     guest = await world.enrolled()
-    digest, plaintext = secrets.token_bytes(32), b"a plaintext that nobody may read"
-    operation = sign_operation(digest)
+    plaintext = b"a plaintext that nobody may read"
+    operation = sign_operation()
     async with guest.agent() as stub:
         response = await stub.Sign(
             agent_pb2.SignRequest(request_id=operation.request_id, sign=operation.sign), timeout=TIMEOUT
@@ -103,7 +104,7 @@ async def test_nothing_of_what_is_computed_is_in_the_log(world: World) -> None:
         )
     world.service.audit.flush()
     log = (world.state / "audit.jsonl").read_bytes()
-    forms = [digest, plaintext, response.results.content_key, guest.secret]
+    forms = [plaintext, response.results.content_key, guest.secret]
     for secret in [*forms, *(form.hex().encode() for form in forms), token("web").split(".")[2].encode()]:
         assert secret not in log
 

@@ -120,6 +120,7 @@ class SessionDouble:
         if self.closed:
             raise SessionClosedError
         self.grid.correlations.append(correlation)
+        self.grid.called.update({one.request_id.hex(): one.correlation_id for one in operations})
         self.grid.executed.append([operation.request_id for operation in operations])
         self.grid.timeouts.append(timeout)
         await self.grid.gate.wait()
@@ -167,6 +168,7 @@ class GridDouble:
         self.login_gate.set()
         self.logins = 0
         self.correlations: list[str] = []
+        self.called: dict[str, str] = {}  # ids of operations by their request ids, hexadecimal
 
     async def open_session(
         self, vm_certificate: bytes, vm_auth_token: str, *, timeout: float, correlation: str = ""
