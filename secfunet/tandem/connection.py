@@ -182,6 +182,13 @@ class TandemConnection:
             with self._failing():
                 self._check_end()
 
+    def received_too_much(self) -> None:
+        """Say that the buffer is full. Raises TlsProtocolError while a card is waited for: so much cannot be in order before our hello,
+        and behind it the peer's end would not be seen."""
+        if self._command is not None and not self._flights.is_encrypted and self.state is TandemState.WAIT_CARD:
+            with self._failing():
+                raise TlsProtocolError("a flood before our hello", AlertDescription.UNEXPECTED_MESSAGE)
+
     def card_answered(self, flight: bytes, *, reports_unused: bool = False) -> None:
         """Say what the card wants sent: whole records, or nothing. ``reports_unused``: the card says what it did not use, and may be given
         more than the peer's flight. Raises TlsProtocolError when it is no flight, HandshakeRefusedError when it ends the handshake, and

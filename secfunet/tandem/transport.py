@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from secfunet.errors import SecFuNetError
@@ -280,11 +280,7 @@ class TandemTransport(asyncio.Transport):
     def wire_eof(self) -> bool:
         """The peer has closed its direction of the socket. Returns whether ours stays open."""
         if self._protocol is None and self.core.state is not TandemState.OPEN:
-            try:
-                self.core.received_eof()
-            except SecFuNetError as error:
-                self._end_handshake(error)
-            self._wake()
+            self._during_handshake(self.core.received_eof)
             return True
         # What came before this end must be delivered first, when the protocol wants it.
         self.core.has_ended = True
@@ -293,6 +289,11 @@ class TandemTransport(asyncio.Transport):
         else:
             self._deliver()
         return True
+
+    def wire_full(self) -> None:
+        """The core's buffer has no room."""
+        if self._protocol is None:
+            self._during_handshake(self.core.received_too_much)
 
     def wire_lost(self, exc: Exception | None) -> None:
         """The socket is closed."""
@@ -328,6 +329,13 @@ class TandemTransport(asyncio.Transport):
             self._guarded(self._protocol.resume_writing)
 
     # ---- inside
+
+    def _during_handshake(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except SecFuNetError as error:
+            self._end_handshake(error)
+        self._wake()
 
     def _end_handshake(self, error: Exception) -> None:
         """It is raised in the task that does the handshake."""

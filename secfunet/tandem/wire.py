@@ -46,6 +46,8 @@ class Wire(asyncio.BufferedProtocol):
         if is_full != self._is_full:
             self._is_full = is_full
             self.apply_reading()
+        if is_full:
+            self._upper.wire_full()
 
     def apply_reading(self) -> None:
         """Read exactly if there is room and the upper side wants data."""

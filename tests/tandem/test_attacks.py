@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 import ssl
 from collections.abc import AsyncIterator, Callable
@@ -12,16 +13,22 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from secfunet.card import CardClient, CardGoneError, CardPort, KeyAlgorithm, SingleCard, ready_card
+from secfunet.card import CardClient, CardGoneError, CardPort, KeyAlgorithm, NegotiatedTls, SingleCard, ready_card
+from secfunet.card.instructions import Cla, Ins
 from secfunet.errors import SecFuNetError
 from secfunet.tandem.aio import TandemServer, close_writer, open_tandem_connection, start_tandem_server
+from secfunet.tandem.connection import TandemConnection, TandemState
 from secfunet.tandem.errors import HandshakeTimeoutError, PeerStalledError
 from secfunet.tandem.parameters import TandemParameters
-from secfunet.tls.records import ContentType, encode_record
+from secfunet.tls.cipher_suites import SUITES, TLS_1_3
+from secfunet.tls.errors import PeerAlertError, TruncatedStreamError
+from secfunet.tls.records import ContentType, encode_record, split_records
 from secure_element.card_os import CardOs
 from tests.support.local_card import USER_PIN, LocalPort, administrator_client, new_store
 from tests.support.pki import CertificateAuthority
 from tests.tandem.conftest import NAMES
+from tests.tandem.engine_card import EngineCard, Host
+from tests.tandem.recut import Identities, MemoryPeer, Records, Recut
 from tests.tandem.test_both_ends import VERSIONS, Echo, only, port_of
 
 IMPATIENT = TandemParameters(patience=0.4)
@@ -40,11 +47,13 @@ def client_hello() -> bytes:
 class Ends:
     """Cards of a client and of a server in this process, and pools in front of them."""
 
-    def __init__(self, client: CardOs, server: CardOs) -> None:
+    def __init__(self, client: CardOs, server: CardOs, authority: CertificateAuthority) -> None:
         self.cards = {"client": client, "server": server}
+        self.authority = authority
         self.wrap: Callable[[CardPort], CardPort] = lambda port: port
+        self.wrap_server: Callable[[CardPort], CardPort] = lambda port: port
         self.client = SingleCard(lambda: self._connect("client", lambda port: self.wrap(port)))
-        self.server = SingleCard(lambda: self._connect("server", lambda port: port))
+        self.server = SingleCard(lambda: self._connect("server", lambda port: self.wrap_server(port)))
 
     async def _connect(self, name: str, wrap: Callable[[CardPort], CardPort]) -> CardClient:
         return await ready_card(wrap(LocalPort(self.cards[name])), pin=USER_PIN, identity=name)
@@ -80,7 +89,7 @@ async def ends(tmp_path: Path) -> AsyncIterator[Ends]:
         await administrator.load_identity(name, name.encode(), certificate, (authority.der,))
         await administrator.close()
         made.append(card)
-    ends = Ends(*made)
+    ends = Ends(made[0], made[1], authority)
     yield ends
     await ends.client.close()
     await ends.server.close()
@@ -254,3 +263,200 @@ async def test_a_card_that_is_gone_in_any_command(ends: Ends) -> None:
             ends.wrap = lambda port: port
             await ends.talk(port_of(listener))
             await ends.client.close()
+
+
+@pytest.mark.parametrize(("unused", "what"), [(17, "records"), (1 << 20, "records"), (None, "does not say")])
+@VERSIONS
+async def test_a_card_that_lies_about_what_it_did_not_use(
+    ends: Ends, version: int, unused: int | None, what: str
+) -> None:
+    """More than it was given, half a record, or nothing at all: the host does not go on in the middle of the peer's bytes."""
+
+    class Lying(CardClient):
+        async def cipher_suite(self) -> NegotiatedTls:
+            return dataclasses.replace(await super().cipher_suite(), unused=unused)
+
+    async def connect() -> CardClient:
+        client = await ends._connect("server", lambda port: port)
+        return Lying(client.port, segmentation=client.segmentation)
+
+    class LyingCard(SingleCard):
+        @contextlib.asynccontextmanager
+        async def lease(self, *, timeout: float) -> AsyncIterator[CardClient]:
+            async with super().lease(timeout=timeout) as client:
+                yield Lying(client.port, segmentation=client.segmentation)
+
+    ends.server = LyingCard(connect)
+    async with await ends.listen(only(version)) as listener:
+        with pytest.raises(
+            (PeerAlertError, ConnectionError, asyncio.IncompleteReadError), match=r"internal_error|0 bytes"
+        ):
+            await ends.talk(port_of(listener), parameters=only(version))
+        assert listener.handshakes_failed == 1
+        assert not listener.connections
+
+
+class CountingPort:
+    """A card that is slow, and counts what it is asked: Process-EAP commands."""
+
+    def __init__(self, port: CardPort, *, seconds: float = 0.0) -> None:
+        self._port = port
+        self._seconds = seconds
+        self.questions = 0
+
+    async def transmit(self, command: bytes) -> bytes:
+        if command[:2] == bytes((Cla.EAP, Ins.PROCESS_EAP)):
+            self.questions += 1
+            await asyncio.sleep(self._seconds)
+        return await self._port.transmit(command)
+
+    async def reset(self, *, cold: bool = False) -> bytes:
+        return await self._port.reset(cold=cold)
+
+    async def close(self) -> None:
+        await self._port.close()
+
+
+def counting(ends: Ends, *, seconds: float = 0.0) -> list[CountingPort]:
+    """Has the server's card count from now on."""
+    ports: list[CountingPort] = []
+
+    def wrap(port: CardPort) -> CardPort:
+        ports.append(CountingPort(port, seconds=seconds))
+        return ports[-1]
+
+    ends.wrap_server = wrap
+    return ports
+
+
+def descriptors() -> int:
+    """Open ones of this process."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("how", ["closed", "reset", "closed behind an alert", "closed behind a flood"])
+async def test_clients_that_are_gone_get_no_card(ends: Ends, how: str) -> None:
+    """A ClientHello and a close: the next client waits for no answer to them, however many there are."""
+    ports = counting(ends)
+    async with await ends.listen(TandemParameters()) as listener, ends.server.lease(timeout=5):
+        for _ in range(8):
+            _, writer = await asyncio.open_connection("127.0.0.1", port_of(listener))
+            writer.write(client_hello())
+            if how == "closed behind an alert":
+                writer.write(encode_record(ContentType.ALERT, b"\x02\x5a"))
+            if how == "closed behind a flood":
+                writer.write(encode_record(ContentType.APPLICATION_DATA, bytes(16000)) * 40)
+            if how == "reset":
+                await writer.drain()
+                await asyncio.sleep(0.01)
+                writer.transport.abort()
+            writer.close()
+        # Nobody had to be given the card to find out.
+        await until(lambda: listener.handshakes_failed == 8)
+    assert sum(port.questions for port in ports) == 0
+
+
+async def test_a_client_that_closes_while_the_card_is_at_work_costs_that_answer(ends: Ends) -> None:
+    ports = counting(ends, seconds=0.1)
+    async with await ends.listen(TandemParameters()) as listener:
+        _, writer = await asyncio.open_connection("127.0.0.1", port_of(listener))
+        writer.write(client_hello())
+        await until(lambda: sum(port.questions for port in ports) == 1)
+        writer.close()
+        await ends.talk(port_of(listener), parameters=TandemParameters())
+        assert listener.handshakes_failed == 1
+        assert sum(port.questions for port in ports) == 3
+
+
+async def test_a_server_that_closes_is_noticed_while_the_card_is_busy(ends: Ends) -> None:
+    async def closing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    server = await asyncio.start_server(closing, "127.0.0.1", 0)
+    async with ends.client.lease(timeout=5):
+        with pytest.raises(TruncatedStreamError, match="handshake"):
+            await ends.talk(server.sockets[0].getsockname()[1], timeout=30)
+    server.close()
+
+
+@VERSIONS
+async def test_each_connection_made_is_lost_and_leaves_no_descriptor(ends: Ends, version: int) -> None:
+    """Last flight, data and end come while the card is at work: the protocol gets all three, also one that never writes."""
+    events: list[str] = []
+
+    class Sink(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            events.append("made")
+            assert isinstance(transport, asyncio.ReadTransport)
+            transport.pause_reading()
+            asyncio.get_running_loop().call_later(0.01, transport.resume_reading)
+
+        def data_received(self, data: bytes) -> None:
+            events.append(data.decode())
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            events.append(type(exc).__name__)
+
+    counting(ends, seconds=0.02)
+    parameters = only(version, resume=False)
+    async with await start_tandem_server(Sink, ends.server, host="127.0.0.1", parameters=parameters) as listener:
+        before = descriptors()
+        for count in range(1, 4):
+            await _leave_with_the_last_flight(ends, port_of(listener), parameters)
+            wanted = (
+                ["made", "data", "TruncatedStreamError"] if version == TLS_1_3 else ["made", "TruncatedStreamError"]
+            )
+            await until(lambda count=count: events.count("TruncatedStreamError") == count)  # type: ignore[misc]
+            assert events[-len(wanted) :] == wanted
+        assert not listener.connections
+        await until(lambda: descriptors() == before)
+
+
+async def _leave_with_the_last_flight(ends: Ends, port: int, parameters: TandemParameters) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    host = Host(TandemConnection("client", parameters, server_name="localhost"), EngineCard(ends.authority))
+    writer.write(host.work())
+    is_tls13 = parameters.min_version == TLS_1_3
+    while True:
+        host.core.incoming.feed(await reader.read(65536))
+        host.core.received()
+        answer = host.work()
+        if host.core.state is TandemState.OPEN:  # TLS 1.3: what is said last is the client's
+            answer += bytes(host.core.stream.seal(b"data"))
+        writer.write(answer)
+        if answer and (is_tls13 <= (host.core.state is TandemState.OPEN)):
+            break
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_a_client_that_drips_records_makes_few_questions(ends: Ends, tmp_path: Path) -> None:
+    """Records of one byte, each in a segment of its own: the handshake succeeds, and the card is hardly asked more often than once."""
+    ports = counting(ends)
+    identities = Identities(tmp_path, ends.authority)
+    suite = SUITES[0x1301]
+    async with await ends.listen(only(TLS_1_3, suites=(suite.number,))) as listener:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(listener))
+        peer = MemoryPeer(identities.context("client", "p256"), "client")
+        writer.write(peer.step())
+        while not peer.is_through:
+            out = peer.step(await reader.read(65536))
+        clear, flight = Recut(peer, suite).tls13(out, Records([1], [0]))
+        records = split_records(clear + flight)
+        assert len(records) > 500
+        for record in records:
+            writer.write(record.raw)
+            await asyncio.sleep(0.0005)
+        writer.write(peer.send(b"drop by drop"))
+        got = b""
+        while not got:
+            got = peer.read(await reader.read(65536))
+        assert got == b"DROP BY DROP"
+        writer.close()
+    assert sum(port.questions for port in ports) < 25
