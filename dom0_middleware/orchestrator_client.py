@@ -17,6 +17,7 @@ from secfunet.middleware.v1 import orchestrator_pb2_grpc
 from secfunet.rpc.facts import from_error
 from secfunet.rpc.reasons import Domain
 from secfunet.service.files import read_secret
+from secfunet.service.unix_socket import unix_target
 
 
 class CallError(SecFuNetError):
@@ -72,7 +73,7 @@ async def orchestrator_stub(
     except FileNotFoundError as error:
         raise NoCredentials(name, Path(str(error.filename))) from None
     options = (("grpc.ssl_target_name_override", SERVER_NAME),)
-    address = f"unix:{settings.orchestrator_socket}"
+    address = unix_target(settings.orchestrator_socket)
     try:
         async with grpc.aio.secure_channel(address, credentials, options) as channel:
             yield orchestrator_pb2_grpc.OrchestratorServiceStub(channel)

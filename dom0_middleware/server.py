@@ -44,7 +44,7 @@ from secfunet.middleware.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from secfunet.service.files import private_folder
 from secfunet.service.flood_log import FloodLog
 from secfunet.service.reload import Reloaded, Rereading, changed_keys
-from secfunet.service.unix_socket import move_into_place
+from secfunet.service.unix_socket import move_into_place, unix_target
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +150,8 @@ class MiddlewareService:
             await self.vms.start()
             watch = asyncio.create_task(self._tokens.run(), name="token-watch")
             stack.callback(watch.cancel)
+            for path in (self._settings.orchestrator_socket, self._settings.state / "guests"):
+                unix_target(path)  # gRPC cannot reach every path: better said now than when a VM starts
             await self._serve_orchestrators(stack)
             self._serve_metrics(stack)
             self._stack = stack.pop_all()

@@ -13,6 +13,7 @@ from secfunet.agent.v1 import local_pb2, local_pb2_grpc
 from secfunet.gose.v1 import operation_pb2
 from secfunet.rpc.facts import Facts, from_error
 from secfunet.rpc.reasons import Domain, Reason
+from secfunet.service.unix_socket import unix_target
 from vm_agent.errors import AgentError
 
 Answer = TypeVar("Answer")
@@ -50,7 +51,7 @@ class LocalClient:
     def __init__(self, path: Path, *, timeout: float = 20.0) -> None:
         check_reachable(path)
         self._timeout = timeout
-        self._channel = grpc.insecure_channel(f"unix:{path.absolute()}", options=[("grpc.enable_http_proxy", 0)])
+        self._channel = grpc.insecure_channel(unix_target(path.absolute()), options=[("grpc.enable_http_proxy", 0)])
         self._stub = local_pb2_grpc.LocalServiceStub(self._channel)
 
     def __enter__(self) -> LocalClient:

@@ -22,6 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from secfunet.service.files import UnsafeFileError, read_secret, sync_folder
+from secfunet.service.unix_socket import SocketPathError, unix_target
 from vm_agent.errors import JoinError
 from vm_agent.options import MAX_UNIX_PATH
 
@@ -125,6 +126,10 @@ def address(untrusted: str, folder: Path) -> str:
     path = (folder / rest.removeprefix("//")).absolute()
     if len(os.fsencode(path)) > MAX_UNIX_PATH:
         raise JoinError(f"a Unix socket's path has at most {MAX_UNIX_PATH} bytes: {path}")
+    try:
+        unix_target(path)
+    except SocketPathError as error:
+        raise JoinError(str(error)) from None
     return f"unix:{path}"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NoReturn, Protocol
 
 import grpc
@@ -20,9 +20,10 @@ from secfunet.agent.v1 import local_pb2, local_pb2_grpc
 from secfunet.gose.v1 import operation_pb2
 from secfunet.operation import OperationError, validate_operation
 from secfunet.rpc.facts import abort
+from secfunet.service.flood_log import FloodLog
 from vm_agent.errors import AgentError, OverloadedError, RequestError
 from vm_agent.identity import VmIdentity
-from vm_agent.local_socket import caller_uid, share_of
+from vm_agent.local_socket import share_of
 from vm_agent.options import LimitOptions
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,14 @@ class AgentCore(Protocol):
 class LocalApi(local_pb2_grpc.LocalServiceServicer):
     """See the module."""
 
-    def __init__(self, core: AgentCore, limits: LimitOptions) -> None:
+    def __init__(
+        self, core: AgentCore, limits: LimitOptions, *, who: Callable[[str], int | None] = lambda _: None
+    ) -> None:
+        """``who``: the uid at the other end of the connection of ``ServicerContext.peer()``."""
         self._core = core
+        self._who = who
+        self._flood = FloodLog(log)
+        self._streams: Counter[int | None] = Counter()  # that are open, by the uid of who opened them
         self._limits = limits
         self._waiting: Counter[int | None] = Counter()  # operations, by the uid of who waits
 
@@ -99,7 +106,10 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
         places = asyncio.Semaphore(self._limits.per_stream)
         running: set[asyncio.Task[None]] = set()
 
-        uid = caller_uid(context.peer())
+        uid = self._who(context.peer())
+        if self._streams[uid] >= self._limits.streams:
+            await refuse(context, OverloadedError("this user has as many streams open as one user may have"))
+        self._streams[uid] += 1
 
         async def execute(request: local_pb2.OperateRequest) -> None:
             answers.put_nowait(await self._one_of_stream(request, uid))
@@ -122,14 +132,20 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
                 yield answer
                 places.release()
         finally:
+            self._streams[uid] -= 1
+            if not self._streams[uid]:
+                del self._streams[uid]
             for task in (reader, *running):
                 task.cancel()
 
     async def _one(self, operation: operation_pb2.Operation, context: Context) -> bytes:
         try:
-            return await self._execute(operation, self._timeout(context), caller_uid(context.peer()))
+            return await self._execute(operation, self._timeout(context), self._who(context.peer()))
         except AgentError as error:
-            log.info("refused: %s", error, extra={"reason": error.reason, "uid": caller_uid(context.peer())})
+            uid = self._who(context.peer())
+            self._flood.info(
+                f"{error.reason} uid {uid}", "a local program was refused", {"cause": str(error), "uid": uid}
+            )
             await refuse(context, error)
 
     def _timeout(self, context: Context) -> float:

@@ -3,8 +3,7 @@
 gRPC does not tell who is at the other end of a Unix socket. So the agent listens itself, with the socket's owner, group and mode set
 before the first connection can be made, asks the kernel for each caller's uid and pid (SO_PEERCRED, unix(7)), logs them, holds the
 number of connections within its limit (a part of which is kept free of any one user: ``share_of``), and passes the bytes on to the gRPC
-server on an inner socket in a folder that only the agent can enter. The inner connection is bound to a name that carries the uid, so
-that a handler can read it (``caller_uid``).
+server behind it (``secfunet.service.inner``), whose handlers ask it who calls (``LocalDoor.uid``).
 """
 
 from __future__ import annotations
@@ -12,14 +11,13 @@ from __future__ import annotations
 import asyncio
 import grp
 import logging
-import os
-import secrets
 import socket
 import struct
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
+from secfunet.service.flood_log import FloodLog
+from secfunet.service.inner import Half, InnerServer
 from secfunet.service.unix_socket import OwnSocket, SocketInUse, SocketPathError, bind_unix
 from vm_agent.errors import AgentError
 from vm_agent.options import AgentOptions
@@ -27,8 +25,6 @@ from vm_agent.options import AgentOptions
 log = logging.getLogger(__name__)
 
 BACKLOG = 128
-BUFFER_BYTES = 65536
-MAX_EARLY = 4 * BUFFER_BYTES  # bytes that are kept for a caller who is not yet connected inside
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -45,56 +41,7 @@ class Caller:
     gid: int
 
 
-class _Half(asyncio.BufferedProtocol):
-    """One side of a relayed connection: whatever it reads, the other side writes."""
-
-    def __init__(self) -> None:
-        self.other: _Half | None = None
-        self.transport: asyncio.Transport | None = None
-        self._buffer = memoryview(bytearray(BUFFER_BYTES))
-        self._early = bytearray()
-
-    def connect(self, other: _Half) -> None:
-        """From now on what comes goes to ``other``, and first what came before."""
-        self.other = other
-        if self._early and other.transport is not None:
-            other.transport.write(bytes(self._early))
-        self._early.clear()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if not isinstance(transport, asyncio.Transport):
-            raise TypeError("a stream transport is needed")
-        self.transport = transport
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        if self.other is not None and self.other.transport is not None:
-            self.other.transport.write(bytes(self._buffer[:nbytes]))
-            return
-        # Reading was paused when the connection was made, but asyncio up to 3.11.3 begins to read all the same.
-        self._early += self._buffer[:nbytes]
-        if len(self._early) > MAX_EARLY and self.transport is not None:
-            self.transport.abort()
-
-    def eof_received(self) -> bool:
-        return False  # HTTP/2 has no half-closed connection: both sides close, after what they still had to write
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self.other is not None and self.other.transport is not None:
-            self.other.transport.close()
-
-    def pause_writing(self) -> None:
-        if self.other is not None and self.other.transport is not None:
-            self.other.transport.pause_reading()
-
-    def resume_writing(self) -> None:
-        if self.other is not None and self.other.transport is not None:
-            self.other.transport.resume_reading()
-
-
-class _Outer(_Half):
+class _Outer(Half):
     def __init__(self, door: LocalDoor) -> None:
         super().__init__()
         self._door = door
@@ -119,18 +66,21 @@ class LocalDoor:
         self._path = options.socket
         self._group = options.group
         self._limit = options.limits.connections
-        self._inner = inner
-        self._numbers = count(1)
+        self._inner: InnerServer[Caller] = InnerServer(inner)
+        self._flood = FloodLog(log)
         self._inside: set[_Outer] = set()
         self._server: asyncio.Server | None = None
         self._own: OwnSocket | None = None
-        # Not to be guessed by another process of the same user that could enter the private folder anyway; it keeps names apart.
-        self._nonce = secrets.token_hex(4)
 
     @property
     def connections(self) -> int:
         """Open connections."""
         return len(self._inside)
+
+    def uid(self, peer: str) -> int | None:
+        """Who is at the other end of the connection of ``grpc.ServicerContext.peer()``; None if it did not come through this door."""
+        caller = self._inner.who(peer)
+        return caller.uid if caller is not None else None
 
     async def __aenter__(self) -> LocalDoor:
         listener, self._own = listen(self._path, self._group)
@@ -160,30 +110,22 @@ class LocalDoor:
         facts = {"uid": caller.uid, "pid": caller.pid}
         theirs = sum(other.uid == caller.uid for other in self._inside)
         if len(self._inside) >= self._limit or theirs >= share_of(self._limit):
-            log.warning("a local program was turned away: too many connections", extra=facts)
+            self._flood.warning(
+                f"uid {caller.uid} has too many", "a local program was turned away: too many connections", facts
+            )
             outer.transport.abort()
             return
         outer.uid = caller.uid
         self._inside.add(outer)
-        log.info("a local program connected", extra=facts)
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        self._flood.info(f"uid {caller.uid} connects", "a local program connected", facts)
         try:
-            connection.bind(f"\0secfunet-agent-{os.getpid()}-{self._nonce}-{next(self._numbers)}-uid-{caller.uid}")
-            connection.connect(str(self._inner))
-            half = _Half()
-            half.other = outer
-            await asyncio.get_running_loop().create_connection(lambda: half, sock=connection)
+            outer.connect(await self._inner.connect(caller))
         except OSError as error:
-            connection.close()
-            log.warning("a local program could not be served: %s", error, extra=facts)
+            self._flood.warning("inner", "a local program could not be served", {**facts, "cause": str(error)})
             outer.transport.abort()
             return
-        outer.connect(half)
-        if outer.transport.is_closing():
-            if half.transport is not None:
-                half.transport.close()
-            return
-        outer.transport.resume_reading()
+        if not outer.transport.is_closing():
+            outer.transport.resume_reading()
 
     def left(self, outer: _Outer) -> None:
         """The connection is over."""
@@ -198,12 +140,6 @@ def share_of(limit: int) -> int:
 def peer_of(connection: socket.socket) -> Caller:
     """Who connected, by SO_PEERCRED."""
     return Caller(*_CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
-
-
-def caller_uid(peer: str) -> int | None:
-    """The uid in ``grpc.ServicerContext.peer()`` of a connection that came through the door."""
-    name, _, uid = peer.rpartition("-uid-")
-    return int(uid) if name.startswith("unix-abstract:") and uid.isdecimal() else None
 
 
 def listen(path: Path, group: str | None) -> tuple[socket.socket, OwnSocket]:

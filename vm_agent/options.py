@@ -27,6 +27,7 @@ class LimitOptions:
 
     connections: int
     waiting: int
+    streams: int
     per_stream: int
     batch: int
     batches_in_flight: int

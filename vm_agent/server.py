@@ -27,6 +27,7 @@ from secfunet.gose.v1 import operation_pb2
 from secfunet.middleware.v1 import agent_pb2
 from secfunet.operation import OperationError, check_key
 from secfunet.service.files import open_private, private_folder
+from secfunet.service.unix_socket import SocketPathError, unix_target
 from vm_agent.batching import Batcher, Ticket
 from vm_agent.enrolment import Enrolment, EnrolmentStore, certificate_ended, enrol, renew_ended
 from vm_agent.errors import AgentError, EnrolmentRefusedError, NotEnrolledError, RequestError, UnavailableError
@@ -46,6 +47,17 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between looks at the join infor
 SETTLE_TIME = 10.0  # seconds that a program waits for the first enrolment
 INVITED_PAUSE = 1.0  # seconds between looks for a new invitation of an enrolled agent
 STOP_GRACE = 2.0  # seconds that local calls may still take after SIGTERM
+# What one program can make the agent hold is small: what it sends is an operation (512 bytes and what is around them), and what it has
+# opened and not sent costs memory, too.
+SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", 4096),
+    ("grpc.max_concurrent_streams", 64),
+    ("grpc.max_metadata_size", 4096),
+    ("grpc.absolute_max_metadata_size", 8192),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 8192),
+    ("grpc.so_reuseport", 0),
+)
 SERVICE = local_pb2.DESCRIPTOR.services_by_name["LocalService"].full_name
 
 
@@ -82,14 +94,16 @@ class AgentService:
             folder = private_folder(self._options.state)
             stack.callback(os.close, lock_folder(folder))
             inner = folder / "s"
-            server = grpc.aio.server(
-                options=[("grpc.max_receive_message_length", 65536), ("grpc.max_concurrent_streams", 1024)]
-            )
-            local_pb2_grpc.add_LocalServiceServicer_to_server(LocalApi(self, self._options.limits), server)
+            server = grpc.aio.server(options=SERVER_OPTIONS)
+            api = LocalApi(self, self._options.limits, who=lambda peer: self._door.uid(peer) if self._door else None)
+            local_pb2_grpc.add_LocalServiceServicer_to_server(api, server)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             await self._tell_health(False)
             try:
-                server.add_insecure_port(f"unix:{inner}")
+                unix_target(self._options.socket)  # its clients use it, too
+                server.add_insecure_port(unix_target(inner))
+            except SocketPathError as error:
+                raise DoorError(str(error)) from None
             except RuntimeError:
                 raise DoorError(f"{inner} cannot be listened at: is the path of the state folder too long?") from None
             await server.start()

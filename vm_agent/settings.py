@@ -30,6 +30,7 @@ class Limits(Settings):
 
     connections: int = Field(default=64, ge=1, le=4096, description="open connections of local programs")
     waiting: int = Field(default=1024, ge=1, le=65536, description="operations that wait for an answer")
+    streams: int = Field(default=8, ge=1, le=64, description="open streams of operations, of one user")
     per_stream: int = Field(default=256, ge=1, le=4096, description="operations of one stream that wait for an answer")
     batch: int = Field(default=64, ge=1, le=64, description="operations in one batch to the middleware")
     batches_in_flight: int = Field(default=2, ge=1, le=4, description="batches sent and not yet answered")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from secfunet.service.files import private_folder
+from secfunet.service.unix_socket import unix_target
 from vm_agent.join import TCP, UNIX, VCHAN
 
 if TYPE_CHECKING:
@@ -49,10 +50,10 @@ class Transport:
         if scheme == VCHAN:
             end = self._guest_end or await self._open_channel()
             await end.opened(timeout=OPEN_TIMEOUT)
-            return f"unix:{end.socket(rest)}"
+            return unix_target(end.socket(rest))
         if scheme == TCP:
             return f"{'ipv6' if rest.startswith('[') else 'ipv4'}:{rest}"
-        return address
+        return unix_target(Path(rest))
 
     async def _open_channel(self) -> GuestEnd:
         # Only now: an agent on another transport needs none of Xen's libraries.

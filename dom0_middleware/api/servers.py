@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -29,6 +30,7 @@ from dom0_middleware.sessions import VmSessions
 from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc
 from secfunet.rpc.guard import Context, Guard
 from secfunet.service.audit import AuditLog
+from secfunet.service.unix_socket import unix_target
 
 MAX_MESSAGE = 256 * 1024  # bytes: 64 operations are some 40 KiB
 MAX_ENROL_MESSAGE = 32 * 1024
@@ -74,8 +76,10 @@ def add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
 
 def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials) -> int:
     """Raises Unavailable if the address cannot be used; the port, for TCP."""
+    scheme, _, path = address.partition(":")
+    target = unix_target(Path(path)) if scheme == "unix" else address
     try:
-        port = server.add_secure_port(address, credentials)
+        port = server.add_secure_port(target, credentials)
     except RuntimeError as error:
         raise Unavailable(Reason.INTERNAL, f"cannot listen on {address}: {error}") from error
     if port == 0:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from urllib.parse import quote
 
 from secfunet.errors import SecFuNetError
 
@@ -97,6 +98,17 @@ def bind_unix(
             raise SocketPathError(path, f"cannot be listened at: {error.strerror or error}") from error
         raise
     return listener, own
+
+
+def unix_target(path: Path) -> str:
+    """What gRPC calls the socket at ``path``, as a client and as a server: a URI (gRPC name resolution), in which some characters of a
+    path would mean something else.
+
+    Raises SocketPathError for a path that gRPC cannot reach, however it is written.
+    """
+    if "," in str(path):
+        raise SocketPathError(path, "has a comma, which gRPC takes for the end of a path: choose another path")
+    return f"unix:{quote(os.fsencode(path), safe='/')}"
 
 
 @contextlib.contextmanager

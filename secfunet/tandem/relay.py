@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from secfunet.errors import SecFuNetError
-from secfunet.service.unix_socket import OwnSocket, SocketPathError, bind_unix
+from secfunet.service.unix_socket import OwnSocket, SocketPathError, bind_unix, unix_target
 from secfunet.tandem.errors import RelayError
 
 _log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Relay:
     @property
     def target(self) -> str:
         """What gRPC calls the local end."""
-        return f"unix:{self._path}"
+        return unix_target(self._path)
 
     async def listen(self) -> None:
         """Begin to accept; called once, by start_relay()."""

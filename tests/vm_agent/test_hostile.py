@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import socket
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 
-from secfunet.agent.v1 import local_pb2
+from secfunet.agent.v1 import local_pb2, local_pb2_grpc
 from secfunet.gose.v1 import operation_pb2
 from tests.vm_agent.conftest import eventually
 from tests.vm_agent.double import MiddlewareDouble
@@ -125,3 +130,130 @@ async def test_a_small_message_does_not_unfold_into_a_large_one(
             await stub.Sign(bomb, timeout=10, compression=grpc.Compression.Gzip)
         assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         await stub.Sign(SIGN, timeout=10)
+
+
+def abstract_names() -> list[str]:
+    return [line.split("@")[1] for line in Path("/proc/net/unix").read_text().splitlines() if "@" in line]
+
+
+async def test_nobody_can_take_the_names_of_connections_to_come(
+    middleware: MiddlewareDouble, options: AgentOptions
+) -> None:
+    """Abstract names have no owner, and everybody on the host can read those in use."""
+    taken = []
+    known = set(abstract_names())
+    async with running(options) as (service, _):
+        await eventually(lambda: service.status().connected)
+        for number in range(20):
+            fresh = set(abstract_names()) - known
+            known |= fresh
+            for name in fresh:
+                # What a neighbour of each name would be, if names had neighbours: their numbers counted on, in each base.
+                for found in {*re.findall(r"\d+", name), *re.findall(r"[0-9a-f]{2,}", name)}:
+                    for base in (10, 16):
+                        squatter = socket.socket(socket.AF_UNIX)
+                        try:
+                            following = f"{int(found, base) + 1:{'d' if base == 10 else 'x'}}"
+                            wanted = name.replace(found, following, 1)
+                            squatter.bind(f"\0{wanted}")
+                            taken.append(squatter)
+                            known.add(wanted)
+                        except (OSError, ValueError):
+                            squatter.close()
+            async with grpc.aio.insecure_channel(
+                f"unix:{options.socket}", options=[("grpc.use_local_subchannel_pool", 1), ("test", number)]
+            ) as channel:
+                answer = await local_pb2_grpc.LocalServiceStub(channel).Sign(SIGN, timeout=10)
+                assert answer.signature
+    for squatter in taken:
+        squatter.close()
+
+
+async def test_one_user_does_not_open_streams_without_end(middleware: MiddlewareDouble, options: AgentOptions) -> None:
+    async with running(replace(options, limits=replace(options.limits, streams=2))) as (service, stub):
+        await eventually(lambda: service.status().connected)
+        calls = []
+        for number in range(3):
+            call = stub.Operate()
+            await call.write(local_pb2.OperateRequest(id=number, sign=SIGN.sign))
+            calls.append(call)
+            if number < 2:
+                assert (await call.read()).output
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await calls[2].read()
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        await calls[0].done_writing()
+        assert await calls[0].read() is grpc.aio.EOF
+        again = stub.Operate()
+        await again.write(local_pb2.OperateRequest(id=4, sign=SIGN.sign))
+        assert (await again.read()).output
+
+
+def rss(pid: int) -> float:
+    """MiB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
+
+
+async def test_one_user_does_not_make_the_agent_large(options: AgentOptions) -> None:
+    """47 connections of 600 streams each, on which much is sent and nothing read: below the unit's MemoryMax, and the next is served."""
+    config = options.socket.parent / "vm-agent.toml"
+    config.write_text(f'join = "none.json"\nstate = "{options.state}"\nsocket = "{options.socket}"\n')
+    agent = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        "from vm_agent.cli import main; main()",
+        "serve",
+        "--config",
+        str(config),
+        stderr=subprocess.DEVNULL,
+    )
+    flood = None
+    try:
+        await eventually(lambda: options.socket.exists(), timeout=20)
+        before = rss(agent.pid)
+        flood = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", STREAMS, str(options.socket), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        largest, end = before, time.monotonic() + 8
+        while time.monotonic() < end:
+            largest = max(largest, rss(agent.pid))
+            await asyncio.sleep(0.1)
+        async with grpc.aio.insecure_channel(f"unix:{options.socket}") as channel:
+            status = await local_pb2_grpc.LocalServiceStub(channel).GetStatus(local_pb2.GetStatusRequest(), timeout=10)
+            assert status.version
+        unit = (ROOT / "packaging/deb/tree/lib/systemd/system/secfunet-vm-agent.service").read_text()
+        allowed = int(re.findall(r"MemoryMax=(\d+)M", unit)[0])
+        print(f"{before:.0f} -> {largest:.0f} MiB")  # noqa: T201 - for whoever looks
+        assert largest < allowed
+    finally:
+        for process in (flood, agent):
+            if process is not None:
+                process.kill()
+                await process.wait()
+
+
+ROOT = Path(__file__).parents[2]
+STREAMS = """
+import asyncio, sys
+import grpc.aio
+from secfunet.agent.v1 import local_pb2, local_pb2_grpc
+from secfunet.gose.v1 import operation_pb2
+REQUEST = local_pb2.OperateRequest(id=1, encrypt=operation_pb2.EncryptOperation(scheme=1, plaintext=b"x" * 500)).SerializeToString()
+
+async def stream(channel):
+    while True:
+        try:
+            call = channel.stream_stream("/secfunet.agent.v1.LocalService/Operate")()
+            while True:
+                await call.write(REQUEST)
+        except Exception:
+            await asyncio.sleep(0.05)
+
+async def main():
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    channels = [grpc.aio.insecure_channel(f"unix:{sys.argv[1]}", options=options) for _ in range(47)]
+    await asyncio.gather(*(stream(channel) for channel in channels for _ in range(600)))
+
+asyncio.run(main())
+"""

@@ -34,12 +34,13 @@ from secfunet.middleware.v1 import agent_pb2
 from secfunet.rpc.facts import from_error
 from secfunet.rpc.reasons import Domain
 from secfunet.service.files import write_atomically
+from secfunet.service.inner import Half
 from tests.vm_agent.conftest import eventually
 from tests.vm_agent.double import Grid, MiddlewareDouble
 from vm_agent import middleware_client
 from vm_agent.enrolment import EnrolmentStore
 from vm_agent.errors import NotEnrolledError
-from vm_agent.local_socket import DoorError, _Half
+from vm_agent.local_socket import DoorError
 from vm_agent.options import AgentOptions
 from vm_agent.server import AgentService
 
@@ -729,7 +730,7 @@ async def test_a_handshake_that_takes_seconds_comes_to_its_end(
 async def test_what_comes_before_a_caller_is_connected_inside_is_not_lost() -> None:
     """asyncio up to 3.11.3 reads from a connection whose reading was paused as it was made."""
     left, right = socket.socketpair()
-    near, far = _Half(), _Half()
+    near, far = Half(), Half()
     loop = asyncio.get_running_loop()
     await loop.create_connection(lambda: far, sock=left)
     for piece in (b"first ", b"and second"):
