@@ -18,10 +18,10 @@ from OpenSSL import SSL
 
 from secfunet.card.parameters import MAX_PEER_CERTIFICATES, TLS_1_3, NegotiatedTls, TlsParameters
 from secfunet.errors import SecFuNetError
-from secfunet.tls.alerts import AlertDescription
+from secfunet.tls.alerts import Alert, AlertDescription
 from secfunet.tls.cipher_suites import SUITES
 from secfunet.tls.key_schedule import key_block_tls12
-from secfunet.tls.records import HEADER_LENGTH, MAX_CIPHERTEXT_TLS12, ContentType
+from secfunet.tls.records import HEADER_LENGTH, MAX_CIPHERTEXT_TLS12, ContentType, encode_record
 from secure_element import openssl_private
 from secure_element.server_hello import ServerHelloWatcher
 from secure_element.tls_context import NoApplicationProtocolError, is_valid_at
@@ -230,14 +230,16 @@ class TlsStack:
     def _check_resumed(self) -> None:
         """A resumed session brings a certificate that nobody checks again: its validity is ours to check."""
         if self.parameters.role == "server" and openssl_private.was_resumed(self._connection):
-            self._check_validity(self._peer_chain())
+            # Nothing was sent yet: the peer expects the alert in clear.
+            expired = AlertDescription.CERTIFICATE_EXPIRED
+            self._check_validity(self._peer_chain(), encode_record(ContentType.ALERT, Alert.fatal(expired).encode()))
 
-    def _check_validity(self, chain: list[x509.Certificate]) -> None:
+    def _check_validity(self, chain: list[x509.Certificate], flight: bytes = b"") -> None:
         if not chain or not all(is_valid_at(certificate, self._reference_time) for certificate in chain):
             raise TlsHandshakeError(
                 "the certificate of a resumed session is not valid now",
-                flight=b"",
-                alert=None,
+                flight=flight,
+                alert=AlertDescription.CERTIFICATE_EXPIRED if flight else None,
                 from_peer=False,
                 certificate_error=openssl_private.CERT_HAS_EXPIRED,
             )

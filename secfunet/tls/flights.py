@@ -33,6 +33,7 @@ from secfunet.tls.records import (
     Record,
     RecordBuffer,
     parse_alert,
+    parse_header,
     split_records,
 )
 
@@ -298,16 +299,18 @@ class FlightDetector:
                 is_worth_asking = True
                 if not self.reports_unused:
                     break
-        if not chosen:
-            chosen = self._unreadable(buffer)
-            is_worth_asking = bool(chosen)
-        return chosen if is_worth_asking or size >= FIRST_PIECE else []
+        if is_worth_asking or size >= FIRST_PIECE:
+            return chosen
+        unreadable = self._unreadable(buffer, size)
+        return [*chosen, unreadable] if unreadable else []
 
-    def _unreadable(self, buffer: RecordBuffer) -> list[int]:
-        """What cannot be the beginning of a record: the card has the alert for it."""
-        try:
-            buffer.peek(MAX_CIPHERTEXT_TLS12)
-        except RecordError as error:
-            self._malformed = error
-            return [min(len(buffer), FIRST_PIECE)]
-        return []
+    def _unreadable(self, buffer: RecordBuffer, offset: int) -> int:
+        """How much at ``offset`` cannot be the beginning of a record: the card has the alert for it."""
+        left = len(buffer) - offset
+        if left >= HEADER_LENGTH:
+            try:
+                parse_header(buffer.view, buffer.start + offset, MAX_CIPHERTEXT_TLS12)
+            except RecordError as error:
+                self._malformed = error
+                return min(left, FIRST_PIECE)
+        return 0

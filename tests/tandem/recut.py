@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import ssl
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -40,14 +40,25 @@ def new_key(kind: str) -> PrivateKey:
 class Identities:
     """Certificates and keys of peers as files, one for each kind of key."""
 
-    def __init__(self, folder: Path, authority: CertificateAuthority) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        authority: CertificateAuthority,
+        *,
+        expired: bool = False,
+        kinds: tuple[str, ...] = KINDS,
+    ) -> None:
         self.folder = folder
         self.ca = folder / "ca.pem"
         self.ca.write_bytes(authority.pem)
-        for kind in KINDS:
+        for kind in kinds:
             key = new_key(kind)
             certificate = authority.issue(
-                key.public_key(), kind, names=[x509.DNSName("localhost")], not_after=timedelta(hours=1)
+                key.public_key(),
+                kind,
+                names=[x509.DNSName("localhost")],
+                not_before=timedelta(hours=-2),
+                not_after=timedelta(hours=-1 if expired else 1),
             )
             (folder / f"{kind}.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
             (folder / f"{kind}.key").write_bytes(key_pem(key))
@@ -142,9 +153,13 @@ def reseal(sealer: RecordSealer, kind: int, content: bytes, padding: int = 0) ->
 class Recut:
     """Splits a peer's flight into its clear and its encrypted part, and protects the latter anew."""
 
-    def __init__(self, peer: MemoryPeer, suite: CipherSuite) -> None:
+    def __init__(
+        self, peer: MemoryPeer, suite: CipherSuite, *, change: Callable[[bytes], bytes] = lambda content: content
+    ) -> None:
+        """``change``: what is done to the messages on the way."""
         self.peer = peer
         self.suite = suite
+        self._change = change
         self._etm = suite.cipher is Cipher.AES_CBC  # both ends are OpenSSL's
 
     def _open(self, keys: DirectionKeys, records: list[bytes]) -> bytes:
@@ -160,13 +175,21 @@ class Recut:
 
     def tls13(self, flight: bytes, how: Records) -> tuple[bytes, bytes]:
         """What is in clear (ServerHello, ChangeCipherSpec) and the rest, cut anew; tickets behind a server's Finished are not in it."""
-        name = self.peer.role.upper()
-        keys = traffic_keys(self.suite, self.peer.secret(f"{name}_HANDSHAKE_TRAFFIC_SECRET"))
         records = split_records(flight)
         clear = b"".join(record.raw for record in records if record.kind != ContentType.APPLICATION_DATA)
-        content = self._open(keys, [record.raw for record in records if record.kind == ContentType.APPLICATION_DATA])
-        sealer = make_sealer(self.suite, keys, 0, encrypt_then_mac=self._etm, randbytes=os.urandom)
-        return clear, b"".join(reseal(sealer, ContentType.HANDSHAKE, piece, pad) for piece, pad in how.of(content))
+        encrypted = [record.raw for record in records if record.kind == ContentType.APPLICATION_DATA]
+        content = self._open(self._handshake_keys(), encrypted)
+        sealer = self.sealer13()
+        return clear, b"".join(
+            reseal(sealer, ContentType.HANDSHAKE, piece, pad) for piece, pad in how.of(self._change(content))
+        )
+
+    def _handshake_keys(self) -> DirectionKeys:
+        return traffic_keys(self.suite, self.peer.secret(f"{self.peer.role.upper()}_HANDSHAKE_TRAFFIC_SECRET"))
+
+    def sealer13(self) -> RecordSealer:
+        """What protects the peer's handshake, from its first record on."""
+        return make_sealer(self.suite, self._handshake_keys(), 0, encrypt_then_mac=False, randbytes=os.urandom)
 
     def data13(self, sizes: list[int]) -> tuple[bytes, bytes]:
         """Records of application data of these lengths, the first ones under the peer's application keys; and the data."""
@@ -192,7 +215,9 @@ class Recut:
                 content += record.fragment
             else:
                 rest += record.raw
-        return b"".join(encode_record(ContentType.HANDSHAKE, piece) for piece, _ in how.of(content)) + rest
+        return (
+            b"".join(encode_record(ContentType.HANDSHAKE, piece) for piece, _ in how.of(self._change(content))) + rest
+        )
 
     def finished12(self, flight: bytes, hello: bytes, how: Records, sizes: list[int]) -> tuple[bytes, bytes, bytes]:
         """The flight with its Finished cut anew, records of data behind it, and the data."""
