@@ -12,7 +12,6 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import grpc
-import prometheus_client
 
 from dom0_middleware.api.guard import Callers
 from dom0_middleware.api.orchestrator import OrchestratorDoor, OrchestratorService
@@ -43,6 +42,7 @@ from secfunet.errors import SecFuNetError
 from secfunet.middleware.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from secfunet.service.files import private_folder
 from secfunet.service.flood_log import FloodLog
+from secfunet.service.metrics import MetricsServer
 from secfunet.service.reload import Reloaded, Rereading, changed_keys
 from secfunet.service.unix_socket import move_into_place, unix_target
 
@@ -153,7 +153,7 @@ class MiddlewareService:
             for path in (self._settings.orchestrator_socket, self._settings.state / "guests"):
                 unix_target(path)  # gRPC cannot reach every path: better said now than when a VM starts
             await self._serve_orchestrators(stack)
-            self._serve_metrics(stack)
+            stack.enter_context(MetricsServer(self.metrics.registry, self._settings.metrics_port))
             self._stack = stack.pop_all()
         return self
 
@@ -224,15 +224,6 @@ class MiddlewareService:
         # The folder may be another than ours: the socket itself is for its owner only.
         made.chmod(0o600)
         stack.enter_context(move_into_place(made, socket))
-
-    def _serve_metrics(self, stack: AsyncExitStack) -> None:
-        if self._settings.metrics_port is not None:
-            server, thread = prometheus_client.start_http_server(
-                self._settings.metrics_port, addr="127.0.0.1", registry=self.metrics.registry
-            )
-            stack.callback(thread.join, 5.0)
-            stack.callback(server.server_close)
-            stack.callback(server.shutdown)
 
     def _channel_refused(self, uuid: str, why: str) -> None:
         """A connection that is not the domain's came to its channel."""

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from types import TracebackType
-from typing import Self
-
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-
-log = logging.getLogger(__name__)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _FAST = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
@@ -44,26 +38,3 @@ class Metrics:
         self.batch = Histogram(
             "gose_batch_operations", "Operations in a batch", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
         )
-
-
-class MetricsServer:
-    """Serves the metrics on the loopback interface; does nothing without a port."""
-
-    def __init__(self, registry: CollectorRegistry, port: int | None) -> None:
-        self._registry = registry
-        self._port = port
-
-    def __enter__(self) -> Self:
-        self._running = (
-            start_http_server(self._port, addr="127.0.0.1", registry=self._registry) if self._port is not None else None
-        )
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._running is not None:
-            server, thread = self._running
-            server.shutdown()
-            server.server_close()
-            thread.join(timeout=2)

@@ -21,7 +21,7 @@ from gose.authority import OPENID_PROVIDER, SERVICE_PROVIDER, AuthorityFolder
 from gose.certificates import ServerCertificates, client_context
 from gose.errors import GoseError
 from gose.http import Door, RunningServer
-from gose.metrics import Metrics, MetricsServer
+from gose.metrics import Metrics
 from gose.openid_provider.endpoint import ENDPOINT_PATH, Endpoint
 from gose.openid_provider.login import Login
 from gose.openid_provider.sign_on import SignOns
@@ -52,6 +52,7 @@ from secfunet.openid.provider import CheckidRequest, OpenIdProvider
 from secfunet.openid.relying_party import RelyingParty
 from secfunet.service.doorkeeper import Doorkeeper
 from secfunet.service.files import private_folder
+from secfunet.service.metrics import MetricsServer
 from secfunet.service.reload import Reloaded, Rereading, changed_keys
 from secfunet.tandem.aio import start_tandem_server
 from secfunet.tandem.parameters import TandemParameters

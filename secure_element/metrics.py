@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from secfunet.service.metrics import MetricsServer
+
 
 class CardMetrics:
     """Counts commands; serves http://127.0.0.1:port/metrics if there is a port."""
 
     def __init__(self, port: int | None) -> None:
-        self._server = None
+        self._server: MetricsServer | None = None
         if port is None:
             return
         # Late: a card without a port starts without the web server's imports.
-        from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+        from prometheus_client import CollectorRegistry, Counter, Histogram
+
+        from secfunet.service.metrics import MetricsServer
 
         registry = CollectorRegistry()
         self._commands = Counter(
@@ -27,7 +34,8 @@ class CardMetrics:
             buckets=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 1, 10, 60),
             registry=registry,
         )
-        self._server, _ = start_http_server(port, addr="127.0.0.1", registry=registry)
+        self._server = MetricsServer(registry, port)
+        self._server.start()
 
     def observe(self, command: str, sw: int, seconds: float) -> None:
         """One command is done."""
@@ -38,5 +46,4 @@ class CardMetrics:
     def close(self) -> None:
         """Stops serving."""
         if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
+            self._server.close()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from secfunet.service.metrics import MetricsServer
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,10 @@ class _AgentCollector(Collector):
             yield CounterMetricFamily(name, text, value=total)
 
 
-def serve_metrics(port: int, read: Callable[[], Reading]) -> tuple[WSGIServer, Thread]:
-    """Serves /metrics on 127.0.0.1; ``shutdown()`` of the server ends it."""
+def serve_metrics(port: int, read: Callable[[], Reading]) -> MetricsServer:
+    """Serves /metrics on 127.0.0.1 from now on; leaving the returned context ends it. Raises OSError."""
     registry = CollectorRegistry()
     registry.register(_AgentCollector(read))
-    return start_http_server(port, addr="127.0.0.1", registry=registry)
+    server = MetricsServer(registry, port)
+    server.start()
+    return server

@@ -412,10 +412,7 @@ class AgentService:
                 refused_answers=client.checker.refused if client is not None else 0,
             )
 
-        http, thread = serve_metrics(port, read)
-        stack.callback(thread.join, 2.0)
-        stack.callback(http.server_close)
-        stack.callback(http.shutdown)
+        stack.callback(serve_metrics(port, read).close)
 
 
 def lock_folder(folder: Path) -> int:

@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Self
 
 from gose.errors import GoseError
-from gose.metrics import MetricsServer
 from gose.racs.access import Access, AccessDeniedError
 from gose.racs.conversation import Conversation
 from gose.racs.hosted import HostedCard
@@ -28,6 +27,7 @@ from secfunet.errors import SecFuNetError
 from secfunet.identity import load_certificate
 from secfunet.service.doorkeeper import TOO_MANY, DoorBounds, DoorFullError, Doorkeeper, Doorway, Visit
 from secfunet.service.flood_log import FloodLog
+from secfunet.service.metrics import MetricsServer
 from secfunet.service.reload import Reloaded, Rereading, changed_keys
 from secfunet.service.tcp import watch_peer
 
