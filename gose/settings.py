@@ -6,6 +6,7 @@ Relative paths are relative to the folder of the file.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
 
@@ -13,6 +14,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, mod
 
 from secfunet.card.settings import CardUserSettings
 from secfunet.container import ProfileName
+from secfunet.errors import SecFuNetError
+from secfunet.host_names import canonical_host, canonical_url
+from secfunet.openid.realm import check_realm, parse_url
 from secfunet.racs.errors import RacsValueError
 from secfunet.racs.syntax import check_seid
 from secfunet.service.addresses import canonical_network
@@ -43,9 +47,31 @@ def parse_address(untrusted: object) -> object:
         raise ValueError("an IPv6 address is written '[address]:port'")
     if not separator or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ValueError("an address is written 'host:port'")
-    return Address(host, int(port))
+    return Address(canonical_host(host), int(port))
 
 
+def _origin(untrusted: str) -> str:
+    url = parse_url(canonical_url(untrusted))
+    if url.scheme != "https" or (url.path, url.query, url.fragment) != ("/", "", ""):
+        raise ValueError("an origin is written 'https://host[:port]'")
+    return url.origin
+
+
+def _realm(untrusted: str) -> str:
+    return str(check_realm(canonical_url(untrusted)))
+
+
+def _valued(check: Callable[[str], str]) -> AfterValidator:
+    def checked(untrusted: str) -> str:
+        try:
+            return check(untrusted)
+        except SecFuNetError as error:
+            raise ValueError(str(error)) from None
+
+    return AfterValidator(checked)
+
+
+HostName = Annotated[str, _valued(canonical_host)]
 ListenAddress = Annotated[Address, BeforeValidator(parse_address)]
 Seconds = Annotated[float, Field(gt=0, le=366 * 86400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -57,10 +83,10 @@ class ServiceProviderSettings(Settings):
 
     https: ListenAddress = Address("127.0.0.1", 8443)
     grpc: ListenAddress = Address("127.0.0.1", 8444)
-    # How others reach the two doors, where that is not the address they listen on (host or host:port).
-    public_host: str | None = None
+    # The name under which others reach the two doors; None: the first of ``names``.
+    public_host: HostName | None = None
     # The OpenID provider that hypervisors log in at; None: the one of this grid.
-    openid_provider: str | None = None
+    openid_provider: Annotated[str, _valued(_origin)] | None = None
 
 
 class OpenIdProviderSettings(Settings):
@@ -68,9 +94,9 @@ class OpenIdProviderSettings(Settings):
 
     endpoint: ListenAddress = Address("127.0.0.1", 9443)
     login: ListenAddress = Address("127.0.0.1", 9444)
-    public_host: str | None = None
+    public_host: HostName | None = None
     # Relying parties that are answered beside this grid's service provider, by their realms.
-    realms: tuple[str, ...] = ()
+    realms: tuple[Annotated[str, _valued(_realm)], ...] = ()
 
 
 def _seid(untrusted: str) -> str:
@@ -218,7 +244,7 @@ class GoseSettings(Settings):
     """The whole file ``gose.toml``."""
 
     state: FilePath = Field(default=Path("state"), validate_default=True)
-    names: Annotated[tuple[str, ...], Field(min_length=1, max_length=64)] = ("localhost", "127.0.0.1")
+    names: Annotated[tuple[HostName, ...], Field(min_length=1, max_length=64)] = ("localhost", "127.0.0.1")
     service_provider: ServiceProviderSettings = ServiceProviderSettings()
     openid_provider: OpenIdProviderSettings = OpenIdProviderSettings()
     secure_elements: tuple[SecureElementSettings, ...] = ()

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from secfunet.container import ProfileName
+from secfunet.host_names import HostNameError, canonical_url
 from secfunet.openid.errors import OpenIdFormatError
 from secfunet.openid.realm import parse_url
 from secfunet.service.settings import FilePath, Settings
@@ -14,8 +15,8 @@ from secfunet.service.settings import FilePath, Settings
 
 def _origin(untrusted: str) -> str:
     try:
-        url = parse_url(untrusted)
-    except OpenIdFormatError as error:
+        url = parse_url(canonical_url(untrusted))
+    except (OpenIdFormatError, HostNameError) as error:
         raise ValueError(str(error)) from None
     if url.scheme != "https" or (url.path, url.query, url.fragment) != ("/", "", ""):
         raise ValueError("an origin is written 'https://host[:port]'")
@@ -26,7 +27,8 @@ def _endpoint(untrusted: str) -> str:
     _origin(f"https://{untrusted}")
     if untrusted.rpartition("]")[2].count(":") != 1:
         raise ValueError("it is written 'host:port'")
-    return untrusted
+    # With its port even where that is the one of https.
+    return canonical_url(f"https://{untrusted}").partition("://")[2]
 
 
 Origin = Annotated[str, AfterValidator(_origin)]

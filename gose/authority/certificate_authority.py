@@ -19,6 +19,7 @@ from cryptography.x509.oid import NameOID
 
 from gose.authority.errors import IssuanceError
 from gose.authority.ledger import Action, AuthorityRecord, OnRecord, unrecorded
+from secfunet.host_names import HostNameError, canonical_host
 from secfunet.identity import (
     CONTAINER_AUTHORITY_URI,
     CONTAINER_SIGNING,
@@ -220,16 +221,13 @@ def check_holder_key(role: Role, key: HolderKey) -> None:
 
 def _server_name(name: str) -> x509.GeneralName:
     try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        pass
+        host = canonical_host(name)
+    except HostNameError as error:
+        raise IssuanceError(str(error)) from None
     try:
-        ascii_name = name.encode("idna").decode("ascii")
-    except UnicodeError:
-        raise IssuanceError(f"'{name}' is neither a DNS name nor an IP address") from None
-    if not ascii_name or "/" in ascii_name or ":" in ascii_name or " " in ascii_name:
-        raise IssuanceError(f"'{name}' is neither a DNS name nor an IP address")
-    return x509.DNSName(ascii_name)
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
 
 
 def _moment(now: float) -> datetime:

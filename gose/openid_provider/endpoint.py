@@ -17,6 +17,7 @@ from secfunet.openid.discovery import SERVICE_SERVER, SERVICE_SIGNON, XRDS_CONTE
 from secfunet.openid.errors import CheckidError, OpenIdFormatError
 from secfunet.openid.form import FORM_CONTENT_TYPE, decode_form
 from secfunet.openid.provider import CheckidRequest, OpenIdProvider
+from secfunet.openid.realm import same_url
 
 SID_COOKIE = "sid"
 SIGN_ON_COOKIE = "sso"
@@ -177,7 +178,7 @@ class Endpoint:
         return hvid
 
     def _may_assert(self, checkid: CheckidRequest, hvid: str) -> bool:
-        return checkid.provider_chooses or checkid.claimed_id == self.claimed_id(hvid)
+        return checkid.provider_chooses or same_url(checkid.claimed_id, self.claimed_id(hvid))
 
 
 def checked_sid(untrusted: web.Request) -> str:

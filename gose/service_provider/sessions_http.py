@@ -29,6 +29,7 @@ from secfunet.identity import IdentityError, Role, der_of, load_certificate, pem
 from secfunet.openid.discovery import DiscoveredService
 from secfunet.openid.effects import drive
 from secfunet.openid.errors import AssociationRefusedError, NegativeAssertion, OpenIdError
+from secfunet.openid.realm import same_url
 from secfunet.openid.relying_party import RelyingParty
 from secfunet.vm_auth_token import TokenError, TokenVerifier, VmAuthToken
 
@@ -169,7 +170,7 @@ class SessionDoor:
             raise Refusal(Reason.LOGIN_REFUSED, "the OpenID provider did not log you in", detail=str(error)) from None
         except OpenIdError as error:
             raise Refusal(Reason.LOGIN_REFUSED, "the login does not hold", detail=str(error)) from None
-        if claimed_id != f"{self._provider}/id/{hvid}":
+        if not same_url(claimed_id, f"{self._provider}/id/{hvid}"):
             raise Refusal(Reason.LOGIN_REFUSED, "another hypervisor has logged in", detail=f"{claimed_id} for {hvid}")
         token = self._verify_token(pending.token, pending.vmid, hvid)
         self._standing.check(vmid=pending.vmid, hvid=hvid, token_id=token.jti)

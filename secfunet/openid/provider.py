@@ -31,7 +31,7 @@ from secfunet.openid.diffie_hellman import (
 from secfunet.openid.errors import CheckidError, OpenIdFormatError, RealmError
 from secfunet.openid.form import IDENTIFIER_SELECT, NAMESPACE, encode_key_values, message_of, url_with_message
 from secfunet.openid.nonce import make_nonce
-from secfunet.openid.realm import check_realm, check_return_to, parse_url
+from secfunet.openid.realm import check_realm, check_return_to, parse_url, same_url
 from secfunet.openid.store import OpenIdStore
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class _UnsupportedTypeError(Exception):
 class OpenIdProvider:
     """One OP endpoint.
 
-    ``accepts_realm`` is asked about every realm (already well-formed): a provider of a closed house serves its own relying parties only.
+    ``accepts_realm`` is asked about every realm (normalised): a provider of a closed house serves its own relying parties only.
     """
 
     def __init__(
@@ -203,11 +203,11 @@ class OpenIdProvider:
         if not return_to:
             raise CheckidError("the request has no return_to")
         try:
-            check_realm(realm)
+            whom = check_realm(realm)
             check_return_to(return_to, realm)
         except RealmError as error:
             raise CheckidError(str(error)) from None
-        if self._accepts_realm is not None and not self._accepts_realm(realm):
+        if self._accepts_realm is not None and not self._accepts_realm(str(whom)):
             raise CheckidError("this provider does not serve that realm")
 
         def refused(text: str) -> CheckidError:
@@ -236,7 +236,7 @@ class OpenIdProvider:
 
         Raises CheckidError if the relying party asked about somebody else.
         """
-        if not request.provider_chooses and claimed_id != request.claimed_id:
+        if not request.provider_chooses and not same_url(request.claimed_id, claimed_id):
             text = "the relying party asks about another identifier"
             raise CheckidError(text, redirect=self.cancel(request))
         now = self._clock()

@@ -16,12 +16,14 @@ from secfunet.openid.errors import OpenIdFormatError, RealmError
 MAX_URL = 2048
 _DEFAULT_PORTS = {"https": 443, "http": 80}
 _URL_CHARACTERS = re.compile(r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]{1,2048}")
-_HOST = re.compile(r"(?:[a-z0-9](?:[a-z0-9_-]{0,61}[a-z0-9])?\.)*[a-z0-9](?:[a-z0-9_-]{0,61}[a-z0-9])?\.?")
+_HOST = re.compile(r"(?:[a-z0-9](?:[a-z0-9_-]{0,61}[a-z0-9])?\.)*[a-z0-9](?:[a-z0-9_-]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True)
 class WebUrl:
-    """An absolute http or https URL, taken apart; ``host`` in lower case, the port always there, the path never empty."""
+    """An absolute http or https URL, taken apart; ``host`` in lower case and without a final dot, an address in its one spelling; the port
+    always there, the path never empty.
+    """
 
     scheme: str
     host: str
@@ -55,12 +57,15 @@ def parse_url(untrusted: str, *, wildcard: bool = False) -> WebUrl:
         port = parts.port
     except ValueError:
         raise OpenIdFormatError("this is no URL") from None
-    host = (parts.hostname or "").lower()
+    host = (parts.hostname or "").lower().removesuffix(".")
     if parts.scheme not in _DEFAULT_PORTS or not host or "@" in parts.netloc or port == 0 or "\\" in untrusted:
         raise OpenIdFormatError("this is no absolute http or https URL without user information")
     if parts.netloc.endswith(":"):
         raise OpenIdFormatError("a URL has an empty port")
-    _check_host(host.removeprefix("*.") if wildcard else host, bracketed="[" in parts.netloc)
+    bracketed = "[" in parts.netloc
+    _check_host(host.removeprefix("*.") if wildcard else host, bracketed=bracketed)
+    if bracketed:
+        host = ip_address(host).compressed
     return WebUrl(
         parts.scheme, host, port or _DEFAULT_PORTS[parts.scheme], parts.path or "/", parts.query, parts.fragment
     )
@@ -87,12 +92,20 @@ def check_realm(untrusted: str) -> WebUrl:
     if realm.fragment or "#" in untrusted or realm.query or "?" in untrusted:
         raise RealmError("a realm has no fragment and no query")
     if realm.host.startswith("*."):
-        name = realm.host[2:].rstrip(".")
+        name = realm.host[2:]
         # "*.com" would be the realm of everybody (§9.2 leaves the list of such names to the provider); an address has no names below it.
         if "." not in name or _is_address(name):
             raise RealmError("the realm's wildcard covers too much")
     _check_path(realm.path)
     return realm
+
+
+def same_url(untrusted: str, ours: str) -> bool:
+    """Whether both name the same place, whatever their spelling; what is no URL names none."""
+    try:
+        return str(parse_url(untrusted)) == str(parse_url(ours))
+    except OpenIdFormatError:
+        return False
 
 
 def check_return_to(untrusted_return_to: str, untrusted_realm: str) -> WebUrl:

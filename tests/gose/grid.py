@@ -290,7 +290,10 @@ async def new_grid(
         settings = GoseSettings.model_validate(
             {
                 "state": folder / "state",
-                "names": ["localhost", "127.0.0.1"],
+                "names": [
+                    "LOCALHOST.",
+                    "127.0.0.1",
+                ],  # as somebody may write it: everything below works with the one spelling
                 "service_provider": {"https": f"127.0.0.1:{ports[0]}", "grpc": f"127.0.0.1:{ports[1]}"},
                 "openid_provider": {"endpoint": f"127.0.0.1:{ports[2]}", "login": f"127.0.0.1:{ports[3]}"},
                 "secure_elements": [

@@ -462,6 +462,9 @@ async def test_realms_and_return_tos_are_checked(grid: TestGrid, service: GridSe
         return f"{grid.op}/openid?{urlencode(fields)}"
 
     assert (await fetch(grid, checkid(f"{grid.sp}/", f"{grid.sp}/v1/openid/return"))).status == 303
+    # A realm is a URL: its host's letters, a final dot, and a path that is not there make no other.
+    for spelling in (grid.sp, grid.sp.replace("localhost", "LOCALHOST"), grid.sp.replace("localhost", "localhost.")):
+        assert (await fetch(grid, checkid(spelling, f"{grid.sp}/v1/openid/return"))).status == 303
     for realm, return_to in (
         ("https://elsewhere.example/", "https://elsewhere.example/return"),
         (f"{grid.sp}/", "https://elsewhere.example/return"),

@@ -147,6 +147,19 @@ def test_a_realm_that_is_not_served() -> None:
     assert refused.value.redirect is None
 
 
+@pytest.mark.parametrize("realm", ["https://sp.test", "https://SP.test/", "https://sp.test.:443/"])
+def test_a_realm_is_served_in_every_spelling(realm: str) -> None:
+    provider = OpenIdProvider(ENDPOINT, MemoryStore(), accepts_realm=lambda realm: realm == "https://sp.test/")
+    assert provider.parse_checkid(request(**{**CHECKID, "realm": realm})).return_to == RETURN_TO
+
+
+def test_an_identifier_is_the_same_in_every_spelling() -> None:
+    world = World()
+    asked = ALICE.replace(".test", ".TEST")
+    parsed = world.provider.parse_checkid(request(**{**CHECKID, "claimed_id": asked, "identity": asked}))
+    assert message_in(world.provider.positive_assertion(parsed, ALICE))["claimed_id"] == ALICE
+
+
 def test_a_missing_realm_is_the_return_to() -> None:
     parsed = World().provider.parse_checkid(request(**{**CHECKID, "realm": ""}))
     assert parsed.realm == "https://sp.test/return"
