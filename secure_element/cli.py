@@ -37,6 +37,7 @@ from secfunet.service.cli import ExitCode, print_version, run
 from secfunet.service.daemon import run_daemon, survive_hangup
 from secfunet.service.files import private_folder, read_secret, write_atomically
 from secfunet.service.logs import configure_logs
+from secfunet.service.results import write_result
 from secfunet.service.settings import load_settings
 from secfunet.tls.errors import ServerNameError
 from secfunet.user_token import UserTokenError
@@ -212,7 +213,7 @@ def request(
         async with administrator_of(settings.place, keys) as client:
             return await request_certificate(client, label=identity, name=name, algorithm=_ALGORITHMS[key], renew=renew)
 
-    write_atomically(out, asyncio.run(act()), mode=0o644)
+    write_result(asyncio.run(act()), out, mode=0o644)
     typer.echo(f"request for {name}: {out}")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Final
@@ -18,7 +17,8 @@ from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.card.place import connect_card, segmentation_at
 from secfunet.card.tokens import CardTokens
 from secfunet.container import ContainerProfile, ProfileName
-from secfunet.service.files import read_secret, write_atomically
+from secfunet.service.files import read_secret
+from secfunet.service.results import write_result
 from secfunet.service.settings import load_settings
 from secfunet.user_token import MAX_CONTAINER, UserTokenError, key_digest, load_authority_key
 from secure_element.personalise import CONNECT_TIMEOUT, administrator_of
@@ -103,10 +103,7 @@ def read(
             return await tokens.value(name)
 
     value = asyncio.run(act())
-    if out is not None:
-        write_atomically(out, value)
-    else:
-        sys.stdout.buffer.write(value)
+    write_result(value, out)
 
 
 @token_app.command()

@@ -26,14 +26,14 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from secfunet.errors import SecFuNetError
 from secfunet.service.cli import ExitCode, print_version, run
 from secfunet.service.daemon import survive_hangup
-from secfunet.service.files import write_atomically
+from secfunet.service.results import opened_input, write_result
 from secfunet.service.settings import load_settings
 from vm_agent.options import ENVIRONMENT
 from vm_agent.settings import DEFAULT_CONFIG, DEFAULT_SOCKET, AgentSettings
@@ -298,26 +298,17 @@ def _default_scheme(client: LocalClient) -> operation_pb2.SignatureScheme:
     return signature_scheme("rsassa-pss-sha256")
 
 
-@contextlib.contextmanager
-def _opened(file: str) -> Iterator[IO[bytes]]:
-    if file == "-":
-        yield sys.stdin.buffer
-        return
-    with Path(file).open("rb") as stream:
-        yield stream
-
-
 def _hash(file: str, name: str) -> bytes:
     """In pieces: a file may be larger than the memory."""
     hasher = hashlib.new(name)
-    with _opened(file) as stream:
+    with opened_input(file) as stream:
         while piece := stream.read(1 << 18):
             hasher.update(piece)
     return hasher.digest()
 
 
 def _read_short(file: str) -> bytes:
-    with _opened(file) as stream:
+    with opened_input(file) as stream:
         content = stream.read(MAX_SHORT_INPUT + 1)
     if not 0 < len(content) <= MAX_SHORT_INPUT:
         raise InputError(f"the input must have 1 to {MAX_SHORT_INPUT} bytes")
@@ -325,13 +316,10 @@ def _read_short(file: str) -> bytes:
 
 
 def _write(result: bytes, out: Path | None) -> None:
-    if out is not None:
-        write_atomically(out.absolute(), result)
-    elif sys.stdout.isatty():
+    if out is None and sys.stdout is not None and sys.stdout.isatty():
         typer.echo(base64.b64encode(result).decode())
     else:
-        sys.stdout.buffer.write(result)
-        sys.stdout.buffer.flush()
+        write_result(result, out)
 
 
 def _time(seconds: int) -> str:

@@ -6,7 +6,6 @@ xorriso (or genisoimage) of the distribution writes it.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import tempfile
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dom0_middleware.cloud_init.user_data import FOLDER, LABEL, CloudInitError, Package, meta_data, user_data
+from secfunet.service.results import write_result
 
 WRITERS = (("xorriso", "-as", "genisoimage"), ("genisoimage",))
 MAX_PACKAGE_BYTES = 256 * 1024 * 1024
@@ -57,7 +57,7 @@ def write_seed(
     if writer is None:
         raise CloudInitError("neither xorriso nor genisoimage is here: install one of these packages")
     said = user_data([*(file.package for file in files), *fetched])
-    with tempfile.TemporaryDirectory(prefix=".seed-", dir=target.absolute().parent) as work:
+    with tempfile.TemporaryDirectory(prefix="seed-") as work:
         root, image = Path(work) / "root", Path(work) / "image"
         (root / FOLDER).mkdir(parents=True)
         (root / "user-data").write_bytes(said)
@@ -73,10 +73,7 @@ def write_seed(
             raise CloudInitError(f"{writer[0]} did not end within {_TIMEOUT:g} s") from None
         if done.returncode != 0:
             raise CloudInitError(f"{writer[0]}: {done.stderr.decode(errors='replace').strip()[-500:]}")
-        image.chmod(0o644)
-        with image.open("rb") as written:
-            os.fsync(written.fileno())
-        image.replace(target)
+        write_result(image.read_bytes(), target, mode=0o644)
 
 
 def _network(path: Path) -> bytes:

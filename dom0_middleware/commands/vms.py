@@ -15,6 +15,7 @@ from dom0_middleware.commands.options import DEFAULT_CONFIG, FIRST_ORCHESTRATOR,
 from dom0_middleware.vm_file import MAX_DEFINITION, DefinitionError, definition_from_json, definition_to_json
 from secfunet.identity import IdentityError, der_of, load_certificate
 from secfunet.middleware.v1 import orchestrator_pb2 as pb
+from secfunet.service.results import write_result
 
 if TYPE_CHECKING:
     from secfunet.middleware.v1.orchestrator_pb2_grpc import OrchestratorServiceAsyncStub as Stub
@@ -207,10 +208,7 @@ def export(
         return stub.GetVm(pb.GetVmRequest(uuid=uuid), timeout=timeout)
 
     text = definition_to_json(call_for_vm(vm, config, orchestrator, timeout, ask).definition)
-    if out is None:
-        typer.echo(text, nl=False)
-    else:
-        out.write_text(text, encoding="ascii")
+    write_result(text.encode("ascii"), out, mode=0o644)
 
 
 @app.command("expect")

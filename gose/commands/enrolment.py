@@ -28,7 +28,7 @@ from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.card.parameters import KeyAlgorithm
 from secfunet.card.place import parse_place
 from secfunet.identity import Role, pem_of
-from secfunet.service.files import write_atomically
+from secfunet.service.results import write_result
 from secfunet.service.settings import load_settings
 
 app = typer.Typer()
@@ -165,5 +165,5 @@ def _attempt(order: EnrolmentOrder) -> AuthorityRecord:
 
 def _write_certificate(identity: Identity, out: Path | None) -> None:
     if out is not None:
-        write_atomically(out, pem_of(identity.certificate), mode=0o644)
+        write_result(pem_of(identity.certificate), out, mode=0o644)
     typer.echo(f"{identity.role} {identity.name} is enrolled: {identity.thumbprint}")

@@ -16,7 +16,7 @@ from gose.authority.folder import DAY
 from gose.authority.ledger import Action, AuthorityRecord
 from gose.settings import GoseSettings
 from secfunet.identity import Holder, der_of, pem_of, thumbprint
-from secfunet.service.files import write_atomically
+from secfunet.service.results import write_result
 
 MAX_FILE = 65536  # bytes
 
@@ -46,5 +46,5 @@ def certify(
             holder, key, now=time.time(), valid=days * DAY, server_names=tuple(server_names)
         )
     issued = der_of(certificate)
-    write_atomically(out, pem_of(issued), mode=0o644)
+    write_result(pem_of(issued), out, mode=0o644)
     return thumbprint(issued)

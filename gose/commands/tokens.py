@@ -19,7 +19,7 @@ from gose.registry import open_registry
 from gose.settings import GoseSettings
 from secfunet.identity import Role
 from secfunet.operation import OPERATIONS
-from secfunet.service.files import write_atomically
+from secfunet.service.results import write_result
 from secfunet.service.settings import load_settings
 
 app = typer.Typer()
@@ -58,10 +58,7 @@ def issue_token(
             valid=valid,
         )
         seid = registry.named(Role.VM, vm).seid
-    if out is None:
-        typer.echo(token)
-    else:
-        write_atomically(out, token.encode("ascii") + b"\n", mode=0o600)
+    write_result(token.encode("ascii") + b"\n", out)
     note_missing_card(settings, seid)
 
 

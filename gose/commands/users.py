@@ -16,7 +16,8 @@ from gose.registry import open_registry
 from gose.settings import GoseSettings
 from secfunet.container import ContainerProfile
 from secfunet.identity import Holder, Role, check_name, load_certificate
-from secfunet.service.files import read_secret, write_atomically
+from secfunet.service.files import read_secret
+from secfunet.service.results import write_result
 from secfunet.service.settings import load_settings
 from secfunet.user_token import MAX_VALUE
 
@@ -57,7 +58,7 @@ def issue_token(
             profile=ContainerProfile.named(settings.container_profile),
             now=time.time(),
         )
-    write_atomically(out, container, mode=0o644)
+    write_result(container, out, mode=0o644)
     typer.echo(f"{out}: {len(container)} bytes; load containers in the order in which they were made")
 
 
@@ -72,5 +73,5 @@ def token_authority(
     settings = load_settings(GoseSettings, config)
     authority = AuthorityFolder(settings.authority)
     _ = authority.user_token_authority
-    write_atomically(out, authority.user_tokens_path.read_bytes(), mode=0o644)
+    write_result(authority.user_tokens_path.read_bytes(), out, mode=0o644)
     typer.echo(f"tokens of users are signed by {out}")

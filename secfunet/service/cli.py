@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from enum import IntEnum
+from typing import NoReturn
 
 import typer
 
 from secfunet.errors import SecFuNetError
 from secfunet.service.files import UnsafeFileError
+from secfunet.service.results import StreamClosedError
 from secfunet.service.settings import SettingsError
 from secfunet.service.unix_socket import SocketPathError
 
@@ -18,16 +23,16 @@ log = logging.getLogger(__name__)
 
 
 class ExitCode(IntEnum):
-    """What the commands end with (values as in sysexits.h where it has one)."""
+    """What every command ends with (values as in sysexits.h where it has one); docs/operations.md has the causes of each."""
 
     OK = 0
     FAILED = 1  # the operation failed; the message says why
     USAGE = 2  # wrong arguments
-    DATA = 65  # the input is not what it should be
-    UNAVAILABLE = 69  # a service cannot be reached, or is busy: try again
-    INTERNAL = 70  # a fault of ours
-    REFUSED = 77  # not permitted
-    CONFIG = 78  # the settings cannot be used
+    DATA = 65  # something named is not known, or what was given is not what it should be
+    UNAVAILABLE = 69  # a service or a card cannot be reached, or is busy: try again
+    INTERNAL = 70  # a fault of this program
+    REFUSED = 77  # not permitted, or it would destroy what is there
+    CONFIG = 78  # the settings cannot be used, or another process runs on the same state or address
 
 
 def print_version(program: str) -> Callable[[bool], None]:
@@ -44,28 +49,66 @@ def print_version(program: str) -> Callable[[bool], None]:
 
 
 def run(app: typer.Typer, exit_codes: Mapping[type[SecFuNetError], ExitCode] | None = None) -> None:
-    """Runs a typer application; a SecFuNetError becomes its sentence and its exit code (most specific class first)."""
+    """Runs a typer application; a SecFuNetError becomes its sentence and its exit code (most specific class first).
+
+    With ``--json`` among the arguments the error is a JSON object, on standard error as well.
+    """
     table: dict[type[SecFuNetError], ExitCode] = {
         SettingsError: ExitCode.CONFIG,
         UnsafeFileError: ExitCode.CONFIG,
         SocketPathError: ExitCode.CONFIG,
+        StreamClosedError: ExitCode.USAGE,
         **(exit_codes or {}),
     }
+    _open_standard_descriptors()
     try:
         app()
     except SecFuNetError as error:
         code = next((table[kind] for kind in type(error).__mro__ if kind in table), ExitCode.FAILED)
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(code)
-    except OSError as error:
-        typer.echo(
-            f"error: {error.strerror or error}: {error.filename}" if error.filename else f"error: {error}", err=True
-        )
+        _end(str(error), code, error)
+    except BrokenPipeError:
+        # The reader of a pipe had enough. What Python would still write at its end has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(ExitCode.FAILED)
+    except OSError as error:
+        _end(said_by(error), _code_of(error))
     except Exception as error:
         # A daemon's log gets the whole of it; a person at a terminal gets a sentence.
         if logging.getLogger().handlers:
             log.exception("a fault in this program")
-        else:
-            typer.echo(f"error: a fault in this program, please report it: {type(error).__name__}: {error}", err=True)
-        sys.exit(ExitCode.INTERNAL)
+            sys.exit(ExitCode.INTERNAL)
+        _end(f"a fault in this program, please report it: {type(error).__name__}: {error}", ExitCode.INTERNAL)
+
+
+def said_by(error: OSError) -> str:
+    """What the system refused, and at which file, without the number of the error."""
+    said = (error.strerror or str(error) or type(error).__name__).strip()
+    return f"{os.fsdecode(error.filename)}: {said}" if isinstance(error.filename, str | bytes) else said
+
+
+def _code_of(error: OSError) -> ExitCode:
+    match error.errno:
+        case errno.EACCES | errno.EPERM:
+            return ExitCode.REFUSED
+        case errno.EADDRINUSE | errno.EADDRNOTAVAIL:
+            return ExitCode.CONFIG
+    return ExitCode.FAILED
+
+
+def _end(message: str, code: ExitCode, error: Exception | None = None) -> NoReturn:
+    if "--json" in sys.argv[1:]:
+        facts: dict[str, object] = {"message": message, "exit_code": int(code)}
+        facts |= {name: str(value) for name in ("reason", "correlation") if (value := getattr(error, name, None))}
+        typer.echo(json.dumps({"error": facts}), err=True)
+    else:
+        typer.echo(f"error: {message}", err=True)
+    sys.exit(code)
+
+
+def _open_standard_descriptors() -> None:
+    """A standard stream that the caller closed leads nowhere: else the next file that is opened would take its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)

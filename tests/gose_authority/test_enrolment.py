@@ -199,7 +199,7 @@ async def test_a_card_in_use_is_not_personalised(
     monkeypatch.setattr("gose.authority.enrolment.CONNECT_TIMEOUT", 0.5)
     held = await card.connect()
     try:
-        with pytest.raises(EnrolmentError, match="gose serve"):
+        with pytest.raises(EnrolmentError, match="secure-middleware serve"):
             await run(QUICK, CardAccess.at(card.socket, card.keys), registry)
     finally:
         await held.close()

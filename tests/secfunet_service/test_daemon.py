@@ -163,4 +163,4 @@ def test_an_error_is_a_sentence_and_an_exit_code() -> None:
     assert fault.stderr == "error: a fault in this program, please report it: ZeroDivisionError: division by zero\n"
     missing = subprocess.run([sys.executable, "-c", PROGRAM, "missing"], capture_output=True, text=True, check=False)
     assert missing.returncode == 1
-    assert missing.stderr == "error: No such file or directory: /nonexistent/file\n"
+    assert missing.stderr == "error: /nonexistent/file: No such file or directory\n"

@@ -1,0 +1,130 @@
+"""Where a command's result goes: standard output, or what a user names with ``--out``, which may be any kind of file.
+
+A path that a user names is the user's: links are followed, devices, pipes and descriptors are written into, and a regular file is replaced
+whole while it keeps its owner and its mode. ``secfunet.service.files`` is for the programs' own state, which is another matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from secfunet.errors import SecFuNetError
+
+_DESCRIPTOR: Final = re.compile(r"/(?:dev/fd|proc/(?:self|thread-self)/fd)/([0-9]{1,7})", re.ASCII)
+_STANDARD: Final = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+
+
+class StreamClosedError(SecFuNetError):
+    """A standard stream is needed that whoever started this program has closed."""
+
+
+class NotWrittenError(SecFuNetError):
+    """A result could not be written to where it was to go; what is there is as it was, if it is a regular file."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(f"{path}: {error.strerror or error}: the result was not written")
+        self.path = path
+        self.errno = error.errno
+
+
+def standard_input() -> BinaryIO:
+    """The bytes of standard input. Raises StreamClosedError."""
+    if sys.stdin is None:
+        raise StreamClosedError("standard input is closed: name a file in place of '-'")
+    return sys.stdin.buffer
+
+
+def standard_output() -> BinaryIO:
+    """For bytes to standard output. Raises StreamClosedError."""
+    if sys.stdout is None:
+        raise StreamClosedError("standard output is closed: name a file with --out")
+    return sys.stdout.buffer
+
+
+@contextlib.contextmanager
+def opened_input(name: str) -> Iterator[BinaryIO]:
+    """The file ``name``, or standard input for ``-``. Raises StreamClosedError; OSError with the name as its file."""
+    if name == "-":
+        yield standard_input()
+        return
+    with Path(name).open("rb") as file:
+        yield file
+
+
+def write_result(content: bytes, out: Path | None, *, mode: int = 0o600) -> None:
+    """Writes ``content`` to ``out`` (None or ``-``: standard output). ``mode``: of a file that is made, as far as the umask allows.
+
+    Raises NotWrittenError, which names the path that was given; StreamClosedError.
+    """
+    if out is None or str(out) == "-":
+        stream = standard_output()
+        stream.write(content)
+        stream.flush()
+        return
+    try:
+        descriptor = _descriptor_of(out)
+        if descriptor is not None:
+            _write_and_close(os.dup(descriptor), content)
+            return
+        target = Path(os.path.realpath(out))
+        try:
+            there = target.stat()
+        except FileNotFoundError:
+            there = None
+        if there is None or stat.S_ISREG(there.st_mode):
+            _replace(target, content, there, mode)
+        else:
+            _write_and_close(os.open(out, os.O_WRONLY | os.O_CLOEXEC), content)
+    except OSError as error:
+        raise NotWrittenError(out, error) from error
+
+
+def _descriptor_of(path: Path) -> int | None:
+    """The number of an open file of this process, if that is what the path names: it is written at its place, not opened anew."""
+    name = os.path.normpath(path)
+    if name in _STANDARD:
+        return _STANDARD[name]
+    match = _DESCRIPTOR.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def _write_and_close(descriptor: int, content: bytes) -> None:
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+
+
+def _replace(target: Path, content: bytes, there: os.stat_result | None, mode: int) -> None:
+    """The old content or the new, never a part of it; in place where the folder takes no new file but the file may be written."""
+    if there is not None and not os.access(target, os.W_OK):
+        raise PermissionError(13, os.strerror(13), str(target))
+    unfinished = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        descriptor = os.open(unfinished, flags, mode if there is None else 0o600)
+    except PermissionError:
+        if there is None:
+            raise
+        _write_and_close(os.open(target, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC), content)
+        return
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            if there is not None:
+                if (there.st_uid, there.st_gid) != (os.geteuid(), os.getegid()):
+                    os.fchown(descriptor, there.st_uid, there.st_gid)
+                os.fchmod(descriptor, stat.S_IMODE(there.st_mode))
+            file.flush()
+            os.fsync(descriptor)
+        unfinished.rename(target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            unfinished.unlink()
+        raise
