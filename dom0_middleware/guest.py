@@ -15,7 +15,14 @@ from dom0_middleware.guest_authority import AgentCertificate
 from dom0_middleware.hypervisor import DomainState
 from dom0_middleware.policy import Subject
 from dom0_middleware.presence import Presence
-from dom0_middleware.refusals import RefusalMeter
+from dom0_middleware.refusals import (
+    CALLS_BURST,
+    CALLS_PER_SECOND,
+    OPERATIONS_BURST,
+    OPERATIONS_PER_SECOND,
+    RefusalMeter,
+    RefusalPace,
+)
 from dom0_middleware.state import RunRecord, StateStore, VmRecord
 
 # An agent renews once in two thirds of a certificate's life; this leaves room for one that restarts again and again.
@@ -63,6 +70,8 @@ class GuestDomain:
         self._streams = 0
         self.presence = Presence(clock)
         self.refusals = RefusalMeter(time.monotonic)
+        self.refused_calls = RefusalPace(time.monotonic, burst=CALLS_BURST, per_second=CALLS_PER_SECOND)
+        self.refused_operations = RefusalPace(time.monotonic, burst=OPERATIONS_BURST, per_second=OPERATIONS_PER_SECOND)
         self.renewals = RefusalMeter(time.monotonic, burst=RENEWALS, per_second=RENEWALS_PER_SECOND)
 
     @property

@@ -1,4 +1,6 @@
-"""A bound on how fast one guest can fill the audit log with its own refusals: a full disk would refuse every other guest, too.
+"""Bounds on what a guest can do with its own refusals.
+
+How fast it can fill the audit log with them: a full disk would refuse every other guest, too.
 
 Permitted operations need no such bound: policy has rates for them. Far above what an honest agent ever causes, refusals are counted
 instead of recorded, and the next record that there is room for says how many they were.
@@ -10,6 +12,9 @@ from collections.abc import Callable
 
 from secfunet.service.rate import TokenBucket
 
+# Refusals that are answered at once; those beyond are answered late, so that whoever has himself refused in a loop waits.
+CALLS_BURST, CALLS_PER_SECOND = 50.0, 20.0
+OPERATIONS_BURST, OPERATIONS_PER_SECOND = 2000.0, 400.0
 BURST = 2000.0  # records
 PER_SECOND = 20.0
 
@@ -28,3 +33,23 @@ class RefusalMeter:
             return None
         left_out, self._left_out = self._left_out, 0
         return f"after {left_out} refusals that were only counted" if left_out else ""
+
+
+class RefusalPace:
+    """How late a refusal of one domain is answered: ``burst`` at once, then ``per_second`` on the long run, each in its turn.
+
+    A refusal costs dom0 time, and nobody else pays for it: policy has rates for what is permitted, calls have none. Those who wait for an
+    answer are bounded by the streams and connections of a server.
+    """
+
+    def __init__(self, monotonic: Callable[[], float], *, burst: float, per_second: float) -> None:
+        self._monotonic = monotonic
+        self._burst = burst / per_second
+        self._each = 1 / per_second
+        self._next = monotonic() - self._burst
+
+    def delay(self, refused: int = 1) -> float:
+        """Seconds to wait before the answer to ``refused`` more."""
+        now = self._monotonic()
+        self._next = max(self._next, now - self._burst) + refused * self._each
+        return max(0.0, self._next - now)

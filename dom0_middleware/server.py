@@ -197,8 +197,8 @@ class MiddlewareService:
             return self._allowed
 
         door = OrchestratorDoor(Orchestrators(self._settings.state), allowed=allowed, clock=self._clock)
-        guard = Callers(door.admit, audit=self.audit, metrics=self.metrics).guard()
-        server = make_server(guard, max_message=MAX_MESSAGE, concurrent_calls=64)
+        guard = Callers(door.admit, audit=self.audit, metrics=self.metrics, max_request=MAX_MESSAGE).guard()
+        server = make_server(guard, max_message=MAX_MESSAGE, concurrent_calls=256)
         service = OrchestratorService(self.vms, events=self.events, audit=self.audit, door=door)
         orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(service, server)
         name = orchestrator_pb2.DESCRIPTOR.services_by_name["OrchestratorService"].full_name

@@ -149,6 +149,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             late = Refused(Reason.DEADLINE_REQUIRED, "a batch needs timeout_ms, of at most an hour")
             facts = told_to_guest(late, call.correlation)
             response.failures.extend(facts.failure(operation.request_id[:ID_SIZE]) for operation in request.operations)
+            await self._late(len(request.operations))
             return response
         outcome = await self._operations.perform(
             call,
@@ -158,11 +159,17 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             untrusted_origins=request.origins,
         )
         response.results.extend(outcome.results)
+        await self._late(sum(isinstance(failure.error, Refused) for failure in outcome.failures))
         response.failures.extend(
             told_to_guest(failure.error, failure.correlation).failure(failure.request_id)
             for failure in outcome.failures
         )
         return response
+
+    async def _late(self, refused: int) -> None:
+        """Many refusals are answered late; see ``refusals.RefusalPace``."""
+        if refused:
+            await asyncio.sleep(self._guest.refused_operations.delay(refused))
 
     def _require_current(self, call: Call) -> None:
         """For what runs on under a certificate that the guard saw long ago."""

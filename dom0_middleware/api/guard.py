@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -17,17 +18,23 @@ from dom0_middleware.refusals import RefusalMeter
 from secfunet.errors import SecFuNetError
 from secfunet.rpc.correlation import CORRELATION_KEY, clean_correlation, guest_id, new_correlation
 from secfunet.rpc.facts import abort
-from secfunet.rpc.guard import Context, Guard, Method
+from secfunet.rpc.guard import Context, Guard, Method, Receiving
 from secfunet.service.audit import AuditLog
 from secfunet.service.flood_log import FloodLog
 
 log = logging.getLogger(__name__)
 
+MAX_REQUEST = 16 * 1024  # bytes of a call's one request; only a batch of operations is larger, and that is a stream's
+RECEIVE_TIMEOUT = 15.0  # seconds for it to come
 MAX_TIMEOUT = 3600.0  # seconds; a longer deadline is none
 
 
 class Callers:
-    """``admit(context, call) -> Call`` raises MiddlewareError to refuse. ``guest``: the domain whose server this is."""
+    """``admit(context, call) -> Call`` raises MiddlewareError to refuse. ``guest``: the domain whose server this is.
+
+    A guest that has itself refused again and again is answered later and later (``refusals.RefusalPace``). ``max_request``: bytes of a
+    call's one request.
+    """
 
     def __init__(
         self,
@@ -36,24 +43,27 @@ class Callers:
         audit: AuditLog,
         metrics: Metrics,
         guest: GuestDomain | None = None,
+        max_request: int = MAX_REQUEST,
     ) -> None:
         self._admit = admit
         self._audit = audit
         self._metrics = metrics
         self._guest = guest
+        self._receiving = Receiving(
+            RECEIVE_TIMEOUT, max_request, lambda problem: Refused(Reason.REQUEST_INVALID, problem)
+        )
         self._vm = guest.uuid if guest is not None else ""
         self._flood_log = FloodLog(log)
         self._refusals = guest.refusals if guest is not None else RefusalMeter(time.monotonic)
 
     def guard(self) -> Guard:
         """The interceptor."""
-        return Guard(self.admit, self.refuse)
+        return Guard(self.admit, self.refuse, receiving=self._receiving)
 
     @contextlib.contextmanager
     def admit(self, context: Context, method: Method) -> Iterator[None]:
         """Raises MiddlewareError."""
-        metadata = dict(context.invocation_metadata() or ())
-        call = self._call(method, metadata.get(CORRELATION_KEY))
+        call = self._call(context, method)
         current_call.set(call)
         remaining = context.time_remaining()
         if method.is_unary and (remaining is None or remaining > MAX_TIMEOUT):
@@ -63,13 +73,20 @@ class Callers:
 
     async def refuse(self, context: Context, method: Method, error: Exception, *, admitted: bool) -> None:
         """Ends the call for ``error``, whatever it is; a refusal at the door is a decision, and on record."""
+        try:
+            call = current_call.get()
+        except LookupError:  # its request was never there
+            call = self._call(context, method)
         if isinstance(error, MiddlewareError) and not admitted:
-            self._note(method, error)
-        correlation = current_call.get().correlation
+            self._note(call, method, error)
+        correlation = call.correlation
         self._log(method, error, correlation)
+        if self._guest is not None:
+            await asyncio.sleep(self._guest.refused_calls.delay())
         await abort(context, facts_of(error) if self._guest is None else told_to_guest(error, correlation))
 
-    def _call(self, method: Method, untrusted_id: object) -> Call:
+    def _call(self, context: Context, method: Method) -> Call:
+        untrusted_id = dict(context.invocation_metadata() or ()).get(CORRELATION_KEY)
         if self._guest is None:
             return Call(method.path, clean_correlation(untrusted_id))
         return Call(method.path, new_correlation(), guest_correlation=guest_id(untrusted_id))
@@ -83,10 +100,9 @@ class Callers:
         else:
             self._flood_log.exception(reason, "a call failed", facts, error=error)
 
-    def _note(self, method: Method, error: MiddlewareError) -> None:
+    def _note(self, call: Call, method: Method, error: MiddlewareError) -> None:
         """That a refusal cannot be recorded does not make it less of a refusal."""
         self._metrics.refused_calls.labels(str(error.reason)).inc()
-        call = current_call.get()
         note = self._refusals.admit()
         if note is None:
             return

@@ -32,10 +32,12 @@ from secfunet.rpc.guard import Context, Guard
 from secfunet.service.audit import AuditLog
 from secfunet.service.unix_socket import unix_target
 
-MAX_MESSAGE = 256 * 1024  # bytes: 64 operations are some 40 KiB
-MAX_ENROL_MESSAGE = 32 * 1024
+MAX_MESSAGE = 64 * 1024  # bytes: a batch of 64 operations has at most 40 KiB
+MAX_ENROL_MESSAGE = 16 * 1024
 _MAX_CERTIFICATES = 8  # parsed ones that are remembered, a domain
-MAX_CONNECTIONS = 64  # of one server: one guest must not use up the descriptors that all of them share
+# Of one server: one guest must not use up the descriptors that all of them share. An agent needs one, and another while it renews.
+MAX_CONNECTIONS = 6
+ENROL_CALLS = 24
 HANDSHAKE_TIMEOUT_MS = 10_000
 KEEPALIVE_MS = 12_000
 
@@ -43,7 +45,13 @@ ServerOptions = Sequence[tuple[str, int]]
 
 
 def make_server(guard: Guard, *, max_message: int, concurrent_calls: int) -> grpc.aio.Server:
+    """At most ``concurrent_calls`` calls at once, and as many messages of ``max_message`` bytes that are not complete or not read."""
     options: ServerOptions = (
+        # No more calls than there are places, so that none is turned away, which would cost time, too: a client sends the next one later.
+        ("grpc.max_concurrent_streams", max(1, concurrent_calls // MAX_CONNECTIONS)),
+        # What a caller may send before anybody reads it is this much a stream, whatever the connection's speed.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", 64 * 1024),
         ("grpc.max_receive_message_length", max_message),
         # Each socket is one server's: a second one on the same path is a fault.
         ("grpc.so_reuseport", 0),
@@ -155,7 +163,7 @@ class GuestServerPairs:
         server = make_server(
             Callers(admit, audit=self._audit, metrics=self._metrics, guest=guest).guard(),
             max_message=MAX_ENROL_MESSAGE,
-            concurrent_calls=4,
+            concurrent_calls=ENROL_CALLS,
         )
         service = EnrolmentService(
             guest,

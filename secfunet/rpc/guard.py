@@ -3,10 +3,14 @@
 grpc.aio shows an interceptor no more than a call's method and metadata; the connection's certificate is in the context that the handler
 gets. So the interceptor wraps every handler that there is, of all four kinds and those that are added later, too. A handler of an unknown
 kind is not served at all.
+
+Where a caller's one message has a bound (``Receiving``), the guard reads it itself: gRPC would wait for its end as long as the caller
+likes, and holds what has come of it meanwhile.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
@@ -43,12 +47,41 @@ class Refuse(Protocol):
     async def __call__(self, context: Context, method: Method, error: Exception, *, admitted: bool) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Receiving:
+    """Of the one message of a call that has one: ``seconds`` from the call's begin until it is there, and its ``size`` in bytes.
+
+    ``refusal`` makes the error of one that is late, too large, or not a message, for ``Refuse``.
+    """
+
+    seconds: float
+    size: int
+    refusal: Callable[[str], Exception]
+
+    async def read(self, context: Context, parse: Callable[[bytes], Any]) -> Any:
+        """The message. Raises what ``refusal`` makes."""
+        try:
+            async with asyncio.timeout(self.seconds):
+                untrusted = await context.read()
+        except TimeoutError:
+            raise self.refusal(f"the request was not there within {self.seconds:g} seconds") from None
+        if not isinstance(untrusted, bytes):
+            raise self.refusal("there is no request")
+        if len(untrusted) > self.size:
+            raise self.refusal(f"the request has more than {self.size} bytes")
+        try:
+            return parse(untrusted)
+        except Exception:  # noqa: BLE001 - whatever protobuf makes of such bytes
+            raise self.refusal("the request is not well-formed") from None
+
+
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, unused-ignore] # generic only in some stub versions
     """Wraps each handler once; see the module's docstring."""
 
-    def __init__(self, admit: Admit, refuse: Refuse) -> None:
+    def __init__(self, admit: Admit, refuse: Refuse, *, receiving: Receiving | None = None) -> None:
         self._admit = admit
         self._refuse = refuse
+        self._receiving = receiving
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     async def intercept_service(
@@ -69,6 +102,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, unused-ignore
     def _wrap(self, handler: grpc.RpcMethodHandler[Any, Any], path: str) -> grpc.RpcMethodHandler[Any, Any]:
         how = {"request_deserializer": handler.request_deserializer, "response_serializer": handler.response_serializer}
         unary, stream = Method(path, is_unary=True), Method(path, is_unary=False)
+        if self._receiving is not None and (handler.unary_unary is not None or handler.unary_stream is not None):
+            return self._reading(handler, unary if handler.unary_unary is not None else stream, self._receiving)
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(self._guarded(handler.unary_unary, unary), **how)
         if handler.stream_unary is not None:
@@ -78,6 +113,25 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, unused-ignore
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(self._guarded(handler.stream_stream, stream), **how)
         raise TypeError(f"{path} is of a kind that the guard does not know: it would go unguarded")
+
+    def _reading(
+        self, handler: grpc.RpcMethodHandler[Any, Any], method: Method, receiving: Receiving
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """On the wire a call with one message is a call with a stream of messages of which there is one."""
+        parse = handler.request_deserializer or bytes
+        behaviour: Callable[..., Any] = (handler.unary_unary if method.is_unary else handler.unary_stream) or parse
+        guarded = self._guarded(behaviour, method)
+
+        async def read(_: Any, context: Context) -> Any:
+            try:
+                request = await receiving.read(context, parse)
+            except Exception as error:  # noqa: BLE001 - as in ``guarded``
+                await self._refuse(context, method, error, admitted=False)
+            else:
+                return await guarded(request, context)
+
+        make = grpc.stream_unary_rpc_method_handler if method.is_unary else grpc.stream_stream_rpc_method_handler
+        return make(read, response_serializer=handler.response_serializer)
 
     # The stubs know the handlers of grpc's threads only; those of grpc.aio are given a context of its own.
     def _guarded(self, behaviour: Callable[..., Any], method: Method) -> Callable[..., Any]:

