@@ -1,7 +1,7 @@
-"""A listening port that is for one address: whoever else knocks is gone before anything is done about it.
+"""A socket that listens for one guest: it is served at a bounded rate, and whoever else knocks is gone before anything is done about it.
 
 Strangers are told by their source address alone and closed at once. While many come, the kernel drops what they send (a socket filter on
-the port), so that they cost this program nothing. The rate at which the entitled address is served is bounded, too.
+the port), so that they cost this program nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from secfunet.service.rate import TokenBucket
 ACCEPTED_A_TURN = 16
 BACKLOG = 128
 PER_SECOND, AT_ONCE = 8, 64  # connections of the entitled
-PAUSE = 0.25  # seconds without accepting, beyond that
+PAUSE = 0.25  # seconds at least without accepting, beyond that
 STRANGERS_PER_SECOND, STRANGERS_AT_ONCE = 10, 64
 FILTERED = 10.0  # seconds for which strangers are dropped by the kernel, beyond that
 NO_ROOM = 1.0  # seconds without accepting, when there are no descriptors
@@ -51,37 +51,44 @@ def attach(listener: socket.socket, address: Address) -> None:
     listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, described)
 
 
+def listen(address: str, port: int) -> socket.socket:
+    """Raises OSError."""
+    listener = socket.socket(socket.AF_INET6 if ip_address(address).version == 6 else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
 class Door:
-    """Listens at (``address``, ``port``) once it is made. Raises OSError if it cannot."""
+    """Takes connections of ``listener``, which is its own from now on."""
 
     def __init__(
         self,
-        address: str,
-        port: int,
+        listener: socket.socket,
         *,
-        entitled: str,
         welcome: Callable[[socket.socket], None],
-        stranger: Callable[[str], None],
         no_room: Callable[[OSError], None],
+        entitled: str = "",
+        stranger: Callable[[str], None] = lambda source: None,
     ) -> None:
-        """``welcome`` is given each connection from ``entitled``, to be closed by it; ``stranger`` told the address of each other one."""
-        self._entitled = ip_address(entitled)
+        """``welcome`` is given each connection, to be closed by it. With ``entitled``, only those from that address; ``stranger`` is told
+        the address of each other one.
+        """
+        self._socket = listener
+        self._entitled = ip_address(entitled) if entitled else None
         self._welcome, self._stranger, self._no_room = welcome, stranger, no_room
         self._served = TokenBucket(PER_SECOND, AT_ONCE)
         self._strangers = TokenBucket(STRANGERS_PER_SECOND, STRANGERS_AT_ONCE)
         self._loop = asyncio.get_running_loop()
         self._timers: set[asyncio.TimerHandle] = set()
         self._filtered = False
-        self._socket = socket.socket(socket.AF_INET6 if ip_address(address).version == 6 else socket.AF_INET)
-        try:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._socket.bind((address, port))
-            self._socket.listen(BACKLOG)
-            self._socket.setblocking(False)
-        except BaseException:
-            self._socket.close()
-            raise
-        self._loop.add_reader(self._socket, self._accept)
+        listener.setblocking(False)
+        self._loop.add_reader(listener, self._accept)
 
     def close(self) -> None:
         for timer in self._timers:
@@ -99,31 +106,28 @@ class Door:
                 self._no_room(error)
                 self._pause(NO_ROOM)
                 return
-            source = str(peer[0])
-            if ip_address(source.partition("%")[0]) != self._entitled:
-                # RST: nothing of it stays behind.
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                connection.close()
-                if self._strangers.take():
-                    self._filter()
-                self._stranger(source)
+            if self._entitled is not None and ip_address(peer[0].partition("%")[0]) != self._entitled:
+                self._turn_away(connection, str(peer[0]), self._entitled)
                 continue
             connection.setblocking(False)
             self._welcome(connection)
-            if self._served.take():
-                self._pause(PAUSE)
+            if wait := self._served.spend(1):
+                self._pause(max(wait, PAUSE))
                 return
+
+    def _turn_away(self, connection: socket.socket, source: str, entitled: Address) -> None:
+        # RST: nothing of it stays behind.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+        if self._strangers.take() and not self._filtered:
+            attach(self._socket, entitled)
+            self._filtered = True
+            self._later(FILTERED, self._unfilter)
+        self._stranger(source)
 
     def _pause(self, seconds: float) -> None:
         self._loop.remove_reader(self._socket)
         self._later(seconds, lambda: self._loop.add_reader(self._socket, self._accept))
-
-    def _filter(self) -> None:
-        if self._filtered:
-            return
-        attach(self._socket, self._entitled)
-        self._filtered = True
-        self._later(FILTERED, self._unfilter)
 
     def _unfilter(self) -> None:
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)

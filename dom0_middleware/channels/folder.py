@@ -6,19 +6,28 @@ nothing of them over.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
+from dom0_middleware.channels.door import BACKLOG, Door
 from dom0_middleware.channels.port import (
     UUID,
     ChannelAddresses,
     ChannelDomain,
     ChannelError,
+    ChannelState,
     ChannelStatus,
     JoinInformation,
 )
+from dom0_middleware.channels.relay import Relay
 from secfunet.service.files import private_folder, sync_folder, write_atomically
+from secfunet.service.flood_log import FloodLog
+from secfunet.service.unix_socket import OwnSocket, SocketPathError, bind_unix
+
+_flood = FloodLog(logging.getLogger(__name__))
 
 MAX_SOCKET_PATH = 107  # bytes: sun_path of unix(7), less its final zero
 
@@ -33,6 +42,19 @@ class DomainFolders:
         longest = self._folder / ("0" * 36) / "enrol.sock"
         if len(str(longest).encode()) > MAX_SOCKET_PATH:
             raise ChannelError(f"{folder}: its path is too long for Unix sockets in it; choose a shorter state folder")
+
+    def make_inner(self, uuid: str) -> None:
+        """A new, empty folder for servers whose guest has the other one."""
+        _remove(self._inner(uuid))
+        self._inner(uuid).mkdir(mode=0o700)
+
+    def inner_sockets(self, uuid: str) -> tuple[Path, Path]:
+        """As ``sockets``, in that folder."""
+        return self._inner(uuid) / "e", self._inner(uuid) / "a"
+
+    def _inner(self, uuid: str) -> Path:
+        path = self.path(uuid)
+        return path.with_name(f".{path.name}")
 
     def make(self, uuid: str) -> Path:
         """A new, empty folder."""
@@ -53,18 +75,16 @@ class DomainFolders:
         return path
 
     def remove(self, uuid: str) -> None:
-        path = self.path(uuid)
-        if path.is_symlink():
-            path.unlink()
-        elif path.exists():
-            shutil.rmtree(path)
+        _remove(self.path(uuid))
+        _remove(self._inner(uuid))
 
     def sweep(self, running: Iterable[str]) -> None:
         """Removes the folders of all other domains."""
         keep = set(running)
         for path in self._folder.iterdir():
-            if path.name not in keep and UUID.fullmatch(path.name):
-                self.remove(path.name)
+            uuid = path.name.removeprefix(".")
+            if uuid not in keep and UUID.fullmatch(uuid):
+                self.remove(uuid)
 
     def uuids(self) -> tuple[str, ...]:
         """Domains that have a folder."""
@@ -82,27 +102,51 @@ class DomainFolders:
         return path / "enrol.sock", path / "agent.sock"
 
 
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+class _Doors:
+    """Of one domain: where its guest knocks, and what is behind it."""
+
+    def __init__(self, uuid: str) -> None:
+        self.relay = Relay(partial(_note_refused, uuid))
+        self.doors: list[tuple[Door, OwnSocket]] = []
+
+    async def close(self) -> None:
+        for door, own in self.doors:
+            door.close()
+            own.remove()
+        await self.relay.close()
+
+
 class FolderChannel:
-    """See ``port.GuestChannel``."""
+    """See ``port.GuestChannel``. The servers' own sockets are in a folder beside, which is not handed over."""
 
     through_xen = False
 
     def __init__(self, folder: Path) -> None:
         self._folders = DomainFolders(folder)
+        self._doors: dict[str, _Doors] = {}
 
     async def open(self, domain: ChannelDomain) -> ChannelAddresses:
         self._folders.make(domain.uuid)
-        return self._addresses(domain.uuid)
+        return await self._serve(domain.uuid)
 
     async def reopen(self, domain: ChannelDomain) -> ChannelAddresses:
         self._folders.keep(domain.uuid)
-        return self._addresses(domain.uuid)
+        return await self._serve(domain.uuid)
 
     def folder(self, uuid: str) -> str:
         return str(self._folders.path(uuid))
 
     def status(self, uuid: str) -> ChannelStatus:
-        return ChannelStatus()
+        if (doors := self._doors.get(uuid)) is None:
+            return ChannelStatus()
+        return ChannelStatus(ChannelState.OPEN if doors.relay.is_used else ChannelState.WAITING, doors.relay.since)
 
     async def hand_over(self, join: JoinInformation) -> None:
         write_atomically(self._folders.path(join.uuid) / "join.json", join.to_json())
@@ -114,14 +158,45 @@ class FolderChannel:
             sync_folder(path)
 
     async def close(self, uuid: str, *, grace: float = 0.0) -> None:
+        await self._shut(uuid)
         self._folders.remove(uuid)
 
     async def sweep(self, running: Iterable[str]) -> None:
         self._folders.sweep(running)
 
     async def stop(self) -> None:
-        return
+        for uuid in list(self._doors):
+            await self._shut(uuid)
+
+    async def _serve(self, uuid: str) -> ChannelAddresses:
+        await self._shut(uuid)
+        self._folders.make_inner(uuid)
+        doors = self._doors[uuid] = _Doors(uuid)
+        for outside, inside in zip(self._folders.sockets(uuid), self._folders.inner_sockets(uuid), strict=True):
+            try:
+                listener, own = bind_unix(outside, backlog=BACKLOG)
+            except SocketPathError as error:
+                raise ChannelError(str(error)) from error
+            welcome = partial(doors.relay.take, inside)
+            doors.doors.append((Door(listener, welcome=welcome, no_room=_note_no_room), own))
+        return self._addresses(uuid)
+
+    async def _shut(self, uuid: str) -> None:
+        doors = self._doors.pop(uuid, None)
+        if doors is not None:
+            await doors.close()
 
     def _addresses(self, uuid: str) -> ChannelAddresses:
-        enrol, agent = (f"unix:{socket}" for socket in self._folders.sockets(uuid))
-        return ChannelAddresses(enrol, agent, guest_enrol=enrol, guest_agent=agent, folder=self.folder(uuid))
+        enrol, agent = (f"unix:{socket}" for socket in self._folders.inner_sockets(uuid))
+        guest_enrol, guest_agent = (f"unix:{socket}" for socket in self._folders.sockets(uuid))
+        return ChannelAddresses(
+            enrol, agent, guest_enrol=guest_enrol, guest_agent=guest_agent, folder=self.folder(uuid)
+        )
+
+
+def _note_refused(uuid: str, reason: str, why: str) -> None:
+    _flood.warning(reason, "a connection to a domain's socket is refused", {"vm": uuid, "why": why})
+
+
+def _note_no_room(error: OSError) -> None:
+    _flood.warning("no room", f"a connection of a domain cannot be taken: {error.strerror}")

@@ -14,14 +14,13 @@ import contextlib
 import json
 import logging
 import socket
-import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
-from dom0_middleware.channels.door import Door
+from dom0_middleware.channels.door import Door, listen
 from dom0_middleware.channels.folder import DomainFolders
 from dom0_middleware.channels.interfaces import BridgeFacts, back_ends, objection, read_facts
 from dom0_middleware.channels.iproute import FactsUnavailable
@@ -34,18 +33,15 @@ from dom0_middleware.channels.port import (
     ChannelStatus,
     JoinInformation,
 )
+from dom0_middleware.channels.relay import Relay
 from dom0_middleware.channels.xenstore_join import XenstoreJoin
 from secfunet.service.files import write_atomically
 from secfunet.service.flood_log import FloodLog
-from secfunet.xen.budget import Budget
 
 log = logging.getLogger(__name__)
 
 CHECK_INTERVAL = 10.0  # seconds between looks at the source of a connection that lasts
 FACTS_AGE = 1.0  # seconds for which what the tables said is believed
-MAX_CONNECTIONS = 16  # of one domain, each port
-_READ_SIZE = 65536
-_CLOSE_TIMEOUT = 1.0  # seconds
 _PORTS_FILE, _PIN_FILE = "ports.json", "pin.json"
 
 Refused = Callable[[str, str], None]
@@ -59,19 +55,10 @@ class _Ports:
     """Of one domain. ``asked``: when its facts were read, and what was found against it then ("": nothing)."""
 
     domain: ChannelDomain
+    relay: Relay
     doors: list[Door] = field(default_factory=list)
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
     looking: asyncio.Lock = field(default_factory=asyncio.Lock)
     asked: tuple[float, str] = (float("-inf"), "")
-    budget: Budget = field(default_factory=Budget)
-    since: float = field(default_factory=time.time)
-    relayed: int = 0
-
-    def count(self, more: int) -> None:
-        """``more`` connections are relayed."""
-        if bool(self.relayed) != bool(self.relayed + more):
-            self.since = time.time()
-        self.relayed += more
 
 
 class TcpChannel:
@@ -119,7 +106,7 @@ class TcpChannel:
     def status(self, uuid: str) -> ChannelStatus:
         if (ports := self._ports_of.get(uuid)) is None:
             return ChannelStatus()
-        return ChannelStatus(ChannelState.OPEN if ports.relayed else ChannelState.WAITING, ports.since)
+        return ChannelStatus(ChannelState.OPEN if ports.relay.is_used else ChannelState.WAITING, ports.relay.since)
 
     async def hand_over(self, join: JoinInformation) -> None:
         await self._join.hand_over(join)
@@ -149,7 +136,7 @@ class TcpChannel:
         if domain.domain_id is None or not domain.address:
             raise ChannelError("a VM that is reached by TCP needs an address: create it with one")
         await self._pin(domain)
-        ports = self._ports_of[domain.uuid] = _Ports(domain)
+        ports = self._ports_of[domain.uuid] = _Ports(domain, Relay(partial(self._refuse, domain.uuid)))
         numbers = []
         for index, path in enumerate(self._folders.sockets(domain.uuid)):
             door, number = await self._listen_at(ports, path, wanted[index : index + 1] or tuple(self._ports))
@@ -170,74 +157,32 @@ class TcpChannel:
         for number in numbers:
             with contextlib.suppress(OSError):
                 door = Door(
-                    self._address,
-                    number,
+                    listen(self._address, number),
                     entitled=ports.domain.address,
                     welcome=partial(self._welcome, ports, path),
-                    stranger=partial(self._meet, ports),
+                    stranger=partial(self._meet, ports.domain),
                     no_room=self._note_no_room,
                 )
                 return door, number
         await self._shut(ports.domain.uuid)
         raise ChannelError(f"no port of the range is free at {self._address} (is that an address of this host?)")
 
-    def _meet(self, ports: _Ports, source: str) -> None:
-        self._refuse(ports, "stranger", f"it comes from {source}, the domain's address is {ports.domain.address}")
+    def _meet(self, domain: ChannelDomain, source: str) -> None:
+        self._refuse(domain.uuid, "stranger", f"it comes from {source}, the domain's address is {domain.address}")
 
     def _note_no_room(self, error: OSError) -> None:
         self._flood.warning("no room", f"a connection of a domain cannot be taken: {error.strerror}")
 
     def _welcome(self, ports: _Ports, path: Path, connection: socket.socket) -> None:
         """From the domain's address; whether it is the domain's is looked at now."""
-        if len(ports.tasks) >= 2 * MAX_CONNECTIONS:
-            connection.close()
-            self._refuse(ports, "many", "it has too many connections")
-            return
-        task = asyncio.ensure_future(self._serve(ports, path, connection))
-        ports.tasks.add(task)
-        task.add_done_callback(ports.tasks.discard)
-        # Also of a task that was cancelled before it began.
-        task.add_done_callback(lambda _: connection.close())
-
-    async def _serve(self, ports: _Ports, path: Path, connection: socket.socket) -> None:
-        try:
-            if why := await self._objection(ports):
-                self._refuse(ports, "foreign", why)
-                return
-            reader, writer = await asyncio.open_connection(sock=connection)
-            ports.count(1)
-            try:
-                await self._relay(ports, path, reader, writer)
-            finally:
-                ports.count(-1)
-                writer.transport.abort()
-        except OSError:
-            pass  # either side is gone
-
-    async def _relay(
-        self, ports: _Ports, path: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        inner_reader, inner_writer = await asyncio.open_unix_connection(path)
-        work = [
-            asyncio.ensure_future(_copy(reader, inner_writer, ports.budget)),
-            asyncio.ensure_future(_copy(inner_reader, writer)),
-            asyncio.ensure_future(self._watch(ports)),
-        ]
-        try:
-            await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in work:
-                task.cancel()
-            await asyncio.gather(*work, return_exceptions=True)
-            await _finish(writer)
-            inner_writer.transport.abort()
+        ports.relay.take(path, connection, objection=partial(self._objection, ports), watch=partial(self._watch, ports))
 
     async def _watch(self, ports: _Ports) -> None:
         """Returns once the connection is not the domain's any more."""
         while True:
             await asyncio.sleep(self._check_interval)
             if why := await self._objection(ports):
-                self._refuse(ports, "foreign", f"while it was open: {why}")
+                self._refuse(ports.domain.uuid, "foreign", f"while it was open: {why}")
                 return
 
     async def _objection(self, ports: _Ports) -> str:
@@ -257,9 +202,9 @@ class TcpChannel:
                 ports.asked = clock(), why
         return why
 
-    def _refuse(self, ports: _Ports, reason: str, why: str) -> None:
-        self._flood.warning(reason, "a connection to a domain's port is refused", {"vm": ports.domain.uuid, "why": why})
-        self._refused(ports.domain.uuid, why)
+    def _refuse(self, uuid: str, reason: str, why: str) -> None:
+        self._flood.warning(reason, "a connection to a domain's port is refused", {"vm": uuid, "why": why})
+        self._refused(uuid, why)
 
     async def _pin(self, domain: ChannelDomain) -> None:
         assert domain.domain_id is not None  # noqa: S101 - looked at before
@@ -284,25 +229,7 @@ class TcpChannel:
             return
         for door in ports.doors:
             door.close()
-        for task in ports.tasks:
-            task.cancel()
-        await asyncio.gather(*ports.tasks, return_exceptions=True)
-
-
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, budget: Budget | None = None) -> None:
-    """Until its end. With a ``budget``, no faster than that: a guest that always has more must not keep the loop."""
-    while data := await reader.read(_READ_SIZE):
-        writer.write(data)
-        await writer.drain()
-        await asyncio.sleep(budget.spend(1, 0, len(data)) if budget is not None else 0)
-
-
-async def _finish(writer: asyncio.StreamWriter) -> None:
-    """What is left for the guest is sent, if it takes it in time."""
-    writer.close()
-    with contextlib.suppress(OSError, TimeoutError):
-        async with asyncio.timeout(_CLOSE_TIMEOUT):
-            await writer.wait_closed()
+        await ports.relay.close()
 
 
 def _read_pin(path: Path) -> tuple[str, Mapping[str, str]]:

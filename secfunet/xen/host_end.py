@@ -134,6 +134,9 @@ class HostEnd:
             if made is not None:
                 broken = await self._serve_once(made)
             if self._channels >= MAX_CHANNELS:
+                self._why = (
+                    f"it has had the {MAX_CHANNELS} channels of its run; the last one: {self._why or 'nobody came'}"
+                )
                 self._enter(HostState.REFUSED)
                 log.warning(
                     "a domain has had all channels of its run: it gets no more until it is started again",

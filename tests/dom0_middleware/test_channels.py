@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 import socket
 import tempfile
@@ -16,7 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dom0_middleware.channels import door
 from dom0_middleware.channels.door import attach
+from dom0_middleware.channels.folder import FolderChannel
 from dom0_middleware.channels.interfaces import (
     BridgeFacts,
     objection,
@@ -262,6 +265,39 @@ async def test_one_that_floods_its_own_port_is_served_at_a_rate(folder: Path) ->
         assert {why for _, why in bridge.refused} == {"it has too many connections"}
         for client in clients:
             client.close()
+
+
+async def test_a_folders_sockets_are_served_at_a_rate_and_lead_to_others(folder: Path) -> None:
+    """A guest that connects for ever, to the sockets that it was handed."""
+    made = FolderChannel(folder)
+    addresses = await made.open(ChannelDomain(UUID, None))
+    behind = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal behind
+        behind += 1
+        writer.write(await reader.read(5))
+        writer.close()
+
+    server = await asyncio.start_unix_server(serve, addresses.agent.removeprefix("unix:"))
+    assert not Path(addresses.agent.removeprefix("unix:")).is_relative_to(made.folder(UUID))
+    outside = addresses.guest_agent.removeprefix("unix:")
+    reader, writer = await asyncio.open_unix_connection(outside)
+    writer.write(b"hello")
+    assert await reader.read() == b"hello"
+    writer.close()
+    begin = asyncio.get_running_loop().time()
+    for _ in range(500):
+        with socket.socket(socket.AF_UNIX) as one:
+            one.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                one.connect(outside)
+        await asyncio.sleep(0.001)
+    took = asyncio.get_running_loop().time() - begin
+    assert behind <= door.AT_ONCE + door.PER_SECOND * took + 2
+    await made.close(UUID)
+    assert not os.listdir(folder)  # noqa: PTH208
+    server.close()
 
 
 async def test_a_domain_without_an_address_has_no_tcp_channel(folder: Path) -> None:

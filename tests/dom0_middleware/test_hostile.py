@@ -58,8 +58,9 @@ async def test_connections_of_one_guest_do_not_use_up_the_descriptors(world: Wor
         for address in (flood.join["agent"], flood.join["enrol"]):
             for number in range(4 * MAX_CONNECTIONS):
                 silent = stack.enter_context(socket.socket(socket.AF_UNIX))
-                silent.settimeout(5)
-                silent.connect(address.removeprefix("unix:"))
+                silent.setblocking(False)
+                with contextlib.suppress(BlockingIOError):  # nobody takes it now
+                    silent.connect(address.removeprefix("unix:"))
                 if number % 32 == 0:
                     await asyncio.sleep(0.05)
         await asyncio.sleep(0.5)

@@ -271,6 +271,7 @@ async def test_a_guest_that_breaks_its_channels_gets_no_more_in_its_run(caplog: 
     assert end.status.channels == len(xen.made) == MAX_CHANNELS
     assert all(channel.closed for channel in xen.made)
     assert end.status.since == 5.0
+    assert "it has had the 9 channels of its run; the last one: the guest floods" in end.status.why
     assert len(told) == MAX_CHANNELS  # once a channel
     assert len(caplog.records) == MAX_CHANNELS + 1
     assert pauses == sorted(pauses)

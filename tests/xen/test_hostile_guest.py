@@ -108,6 +108,8 @@ def test_a_guest_that_keeps_every_channels_pages_gets_no_more(bed: Testbed, web:
     assert 0 < grants(bed[HOST], db.guest.domain_id) < MOST_GRANTS
     said = bed[HOST].run(f"journalctl -u secure-middleware.service | grep {db.uuid} | grep -c 'gets no more'").text
     assert int(said) == 1
+    assert "channels of its run" in db.orchestrator.get(db.uuid).channel_refused
+    assert not db.orchestrator.get(web.uuid).channel_refused
     web.must_work()
 
 
