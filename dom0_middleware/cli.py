@@ -15,6 +15,7 @@ exit code  meaning
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +23,7 @@ from typing import Annotated
 import typer
 
 from dom0_middleware.cloud_init.user_data import CloudInitError
-from dom0_middleware.commands import audit, orchestrators, vms
+from dom0_middleware.commands import audit, orchestrators, state, vms
 from dom0_middleware.commands.options import DEFAULT_CONFIG, BadInput, Config
 from dom0_middleware.errors import MiddlewareError, SettingUnusable, Unavailable
 from dom0_middleware.orchestrator_client import CallInvalid, CallRefused, DaemonUnavailable
@@ -35,6 +36,8 @@ from secfunet.service.cli import ExitCode, print_version, run
 from secfunet.service.daemon import run_daemon, survive_hangup
 from secfunet.service.logs import configure_logs
 from secfunet.service.settings import SettingsError, load_settings
+
+log = logging.getLogger(__name__)
 
 app = typer.Typer(
     help="The Secure Middleware: runs in dom0, between the agents of VMs and the grid that holds their keys.",
@@ -85,7 +88,23 @@ def serve(config: Config = DEFAULT_CONFIG) -> None:
     async def make() -> AbstractAsyncContextManager[object]:
         return run_middleware(settings, read_again=lambda: load_settings(MiddlewareSettings, config))
 
-    run_daemon(make)
+    def ready() -> None:
+        facts = {"orchestrators": str(settings.orchestrator_socket), "libvirt": settings.libvirt.uri}
+        if settings.orchestrators.address is not None:
+            facts["orchestrators_tcp"] = settings.orchestrators.address
+        grid, channel = settings.grid, settings.channel
+        facts |= {"grid": grid.service_provider, "card": str(settings.card.place), "channel": channel.kind}
+        if channel.tcp is not None and channel.kind == "tcp":
+            facts["guests"] = f"{channel.tcp.address}, ports {channel.tcp.ports}"
+        if settings.metrics_port is not None:
+            facts["metrics"] = f"127.0.0.1:{settings.metrics_port}"
+        log.info("the daemon is ready", extra=facts)
+
+    run_daemon(make, ready=ready)
+
+
+app.command("check")(state.check)
+app.command("status")(state.status)
 
 
 app.command("readers")(show_readers)

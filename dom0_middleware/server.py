@@ -34,8 +34,9 @@ from dom0_middleware.policy import Policy
 from dom0_middleware.runs import Runs
 from dom0_middleware.sessions import Grid, VmSessions
 from dom0_middleware.settings import MiddlewareSettings
-from dom0_middleware.start_checks import grid_authority
+from dom0_middleware.start_checks import expiries, grid_authority
 from dom0_middleware.state import StateStore, VmRecord
+from dom0_middleware.status import StatusBoard
 from dom0_middleware.tokens import TokenWatch
 from dom0_middleware.vms import Vms
 from secfunet.errors import SecFuNetError
@@ -104,7 +105,8 @@ class MiddlewareService:
             concurrent_calls=settings.limits.concurrent_calls,
             reflection=settings.reflection,
         )
-        hypervisor = hypervisor or _libvirt(settings)
+        hypervisor = hypervisor or libvirt_of(settings)
+        ca = grid_authority(settings.grid.authority, now=clock())
         runs = Runs(
             store=self._store,
             hypervisor=hypervisor,
@@ -127,10 +129,21 @@ class MiddlewareService:
             events=self.events,
             identity=hypervisor_identity,
             destinations=settings.destinations,
-            grid_authority=grid_authority(settings.grid.authority, now=clock()),
+            grid_authority=ca,
             note=self._note_migration,
             clock=clock,
             boot=boot_id or BOOT_ID.read_text(encoding="ascii").strip(),
+        )
+        self._status = StatusBoard(
+            vms=self.vms,
+            grid=grid,
+            identity=hypervisor_identity,
+            authority=ca,
+            policy=self.policy,
+            audit=self.audit,
+            store=self._store,
+            expiries=lambda: expiries(settings),
+            clock=clock,
         )
         servers.on_secret_used, servers.on_enrolled = self.vms.secret_used, self.vms.enrolled
         self.metrics.sessions.set_function(lambda: len(self.sessions))
@@ -199,7 +212,7 @@ class MiddlewareService:
         door = OrchestratorDoor(Orchestrators(self._settings.state), allowed=allowed, clock=self._clock)
         guard = Callers(door.admit, audit=self.audit, metrics=self.metrics, max_request=MAX_MESSAGE).guard()
         server = make_server(guard, max_message=MAX_MESSAGE, concurrent_calls=256)
-        service = OrchestratorService(self.vms, events=self.events, audit=self.audit, door=door)
+        service = OrchestratorService(self.vms, events=self.events, audit=self.audit, door=door, status=self._status)
         orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(service, server)
         name = orchestrator_pb2.DESCRIPTOR.services_by_name["OrchestratorService"].full_name
         await add_health(server, name)
@@ -261,7 +274,8 @@ class MiddlewareService:
             self.audit.record(DomainRecord(Action.DAEMON_STOP, "noted"))
 
 
-def _libvirt(settings: MiddlewareSettings) -> LibvirtHypervisor:
+def libvirt_of(settings: MiddlewareSettings) -> LibvirtHypervisor:
+    """The hypervisor of these settings, not yet connected. Raises TemplateError."""
     template = settings.libvirt.template
     return LibvirtHypervisor(
         settings.libvirt.uri,

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 from dom0_middleware.errors import Reason, Refused, Unavailable
 from dom0_middleware.state import VmRecord
 from gose_client.errors import GridRefusedError
+from gose_client.trial import Link
 from secfunet.gose.v1 import operation_pb2
 from secfunet.middleware.v1 import agent_pb2
 
@@ -49,6 +50,7 @@ class Grid(Protocol):
         self, vm_certificate: bytes, vm_auth_token: str, *, timeout: float, correlation: str = ""
     ) -> GridSession: ...
     async def content_key(self, container: bytes, *, timeout: float) -> bytes: ...
+    async def look(self, *, timeout: float) -> Sequence[Link]: ...
 
 
 class _Slot:

@@ -136,6 +136,10 @@ class StateStore:
     def close(self) -> None:
         self._db.close()
 
+    def require_writable(self) -> None:
+        """Raises Unavailable (STATE_UNAVAILABLE) if the disk takes nothing now."""
+        self._execute("UPDATE host SET boot=boot")
+
     def _execute(self, statement: str, values: Sequence[str | bytes | int | float] = ()) -> sqlite3.Cursor:
         """Raises Unavailable (STATE_UNAVAILABLE) if the disk does not take it."""
         try:

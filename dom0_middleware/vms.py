@@ -367,6 +367,10 @@ class Vms:
         self._events.tell(pb.VM_EVENT_KIND_REVOKED, vm)
         return vm
 
+    async def ask_hypervisor(self) -> None:
+        """One cheap question. Raises Unavailable if it does not answer."""
+        await self._hypervisor.list(())
+
     async def get_vm(self, uuid: str) -> tuple[pb.Vm, pb.VmDefinition]:
         record = self._store.vm(uuid)
         try:

@@ -23,6 +23,7 @@ from gose_client.http_connections import HttpConnections
 from gose_client.login import Grant, Logins
 from gose_client.session import VmSession
 from gose_client.settings import GoseClientSettings
+from gose_client.trial import Link, Trial
 from secfunet.apdu import ApduError
 from secfunet.card.errors import CardError
 from secfunet.card.pool import CardPool
@@ -61,6 +62,8 @@ class GoseClient:
             idle_timeout=settings.idle_timeout,
             answer_timeout=settings.answer_timeout,
         )
+        self._trial = Trial(settings, self._http, self._cards, connectors)
+        self._trying: asyncio.Task[tuple[Link, ...]] | None = None
         self._logins = Logins(settings, self._http, self._cards, authority, clock)
         self._channel = OperationsChannel(settings, connectors)
         self._keys = ContentKeys(
@@ -82,6 +85,9 @@ class GoseClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.gather(*(session.close() for session in self._sessions), return_exceptions=True)
+        if self._trying is not None:
+            self._trying.cancel()
+            await asyncio.gather(self._trying, return_exceptions=True)
         await self._channel.close()
         await self._http.close()
         await self._keys.close()
@@ -114,6 +120,12 @@ class GoseClient:
         HYPERVISOR_CARD_UNAVAILABLE, HypervisorCardError.
         """
         return await self._keys.key_of(container, [*reversed(self._authorities.values())], timeout=timeout)
+
+    async def look(self, *, timeout: float) -> tuple[Link, ...]:
+        """Would a login work now? Callers at the same time share one look (``trial``); ``timeout``: seconds for each of its three steps."""
+        if self._trying is None or self._trying.done():
+            self._trying = asyncio.ensure_future(self._trial.look(timeout=timeout))
+        return await asyncio.shield(self._trying)
 
     async def _log_in(self, vm_certificate: bytes, vm_auth_token: str, correlation: str, deadline: Deadline) -> Grant:
         """Logs in until it succeeds, is refused, or the caller's time is over (the caller enforces it)."""

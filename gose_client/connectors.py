@@ -34,10 +34,10 @@ Wanted = TypeVar("Wanted", bound=BaseException)
 
 def explain(error: BaseException, place: str) -> GoseClientError:
     """What an error below means for a caller: try again (GridUnavailableError), or do not."""
-    known = _find(error, GoseClientError)
+    known = find_cause(error, GoseClientError)
     if known is not None:
         return known
-    alert = _find(error, PeerAlertError)
+    alert = find_cause(error, PeerAlertError)
     if alert is not None and alert.description in _UNWANTED:
         return GridUntrustedError(f"{place} does not accept the hypervisor's card: {alert}")
     if isinstance(error, (ServerNameError, HandshakeRefusedError, UnsupportedSuiteError, ssl.SSLCertVerificationError)):
@@ -51,7 +51,7 @@ def explain(error: BaseException, place: str) -> GoseClientError:
     return GridUnavailableError(f"{place} cannot be reached: {error or type(error).__name__}")
 
 
-def _find(error: BaseException | None, kind: type[Wanted]) -> Wanted | None:
+def find_cause(error: BaseException | None, kind: type[Wanted]) -> Wanted | None:
     """The first of that kind in the chain of causes."""
     for _ in range(8):
         if error is None or isinstance(error, kind):

@@ -7,6 +7,7 @@ import contextlib
 import uuid as uuids
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Final
 
 from dom0_middleware.api.guard import peer_certificate, timeout_of
@@ -15,6 +16,7 @@ from dom0_middleware.call import Call, current_call
 from dom0_middleware.errors import MiddlewareError, Reason, Refused, Unavailable
 from dom0_middleware.events import EventHub
 from dom0_middleware.orchestrator_authority import Orchestrators, shown_by
+from dom0_middleware.status import WORKING, StatusBoard
 from dom0_middleware.vm_definition import parse_uuid
 from dom0_middleware.vms import Vms
 from secfunet.middleware.v1 import orchestrator_pb2 as pb
@@ -57,9 +59,12 @@ class OrchestratorDoor:
 class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     """Each call that changes something is one record of the audit log, on file before it is done."""
 
-    def __init__(self, vms: Vms, *, events: EventHub, audit: AuditLog, door: OrchestratorDoor) -> None:
+    def __init__(
+        self, vms: Vms, *, events: EventHub, audit: AuditLog, door: OrchestratorDoor, status: StatusBoard
+    ) -> None:
         self._vms = vms
         self._door = door
+        self._status = status
         self._events = events
         self._audit = audit
 
@@ -128,6 +133,11 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         with self._recorded(Action.VM_MIGRATE, uuid, detail=f"to {request.destination[:64]}"):
             vm = await self._vms.migrate_vm(uuid, request.destination, timeout=timeout_of(context))
         return pb.MigrateVmResponse(vm=vm)
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # noqa: N802
+        links = await self._status.links()
+        works = all(link.state in WORKING for link in links)
+        return pb.GetStatusResponse(works=works, links=links, version=version("secfunet"))
 
     async def WatchEvents(  # noqa: N802
         self, request: pb.WatchEventsRequest, context: Context

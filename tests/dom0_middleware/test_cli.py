@@ -220,6 +220,7 @@ async def test_serve_is_a_daemon(tmp_path: Path) -> None:
         folder = Path(short)
         config = folder / "c.toml"
         await run("init", "--config", config)
+        (folder / "card.pin").touch(mode=0o600)
         (folder / "grid-ca.pem").write_bytes(pem_of(der_of(grid_authority().certificate)))
         pem = folder / "web.pem"
         pem.write_bytes(pem_of(certificate("web")))
