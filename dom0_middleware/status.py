@@ -16,6 +16,7 @@ from dom0_middleware.policy import Policy
 from dom0_middleware.sessions import Grid
 from dom0_middleware.start_checks import Expiry
 from dom0_middleware.state import StateStore
+from dom0_middleware.tokens import ends_soon
 from dom0_middleware.vms import Vms
 from gose_client.trial import Link, LinkState
 from secfunet.errors import SecFuNetError
@@ -26,7 +27,6 @@ from secfunet.vm_auth_token import TokenError, unverified_expiry
 
 KEPT: Final = 1.0  # seconds for which an answer stands
 STEP_TIMEOUT: Final = 3.0  # seconds for each step of the look at the grid
-TOKEN_NEAR_END: Final = 900.0  # seconds
 CERTIFICATE_NEAR_END: Final = 30 * 86400.0  # seconds
 
 _STATES: Final = {
@@ -131,7 +131,7 @@ class StatusBoard:
             return status("vm", pb.LINK_STATE_REFUSED, "it runs without a VM-Auth-Token", vm=record.name)
         if end <= now:
             return status("vm", pb.LINK_STATE_REFUSED, f"its VM-Auth-Token ended at {_time(end)}", vm=record.name)
-        if end <= now + TOKEN_NEAR_END:
+        if ends_soon(record.vm_auth_token, now):
             return status("vm", pb.LINK_STATE_WARNING, f"its VM-Auth-Token ends at {_time(end)}", vm=record.name)
         if not guest.enrolled:
             return status("vm", pb.LINK_STATE_WARNING, "its agent has not enrolled", vm=record.name)

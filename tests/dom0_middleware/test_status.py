@@ -39,18 +39,18 @@ async def test_each_link_that_breaks_is_named(world: World) -> None:
     assert broken(await status(world)) == [("operations", pb.LINK_STATE_AWAY, "")]
     world.grid.links = whole
     world.policy.write_text("broken")
-    world.service.reload()
+    world.service.policy.reload()
     found = await status(world)
     assert (found.works, broken(found)) == (False, [("policy", pb.LINK_STATE_WRONG, "")])
 
 
 async def test_a_vms_token_that_ends(world: World) -> None:
-    guest = await world.enrolled(vm_auth_token=token("web", valid=1000))
+    guest = await world.enrolled(vm_auth_token=token("web", valid=7200))
     assert (await status(world)).works
-    world.clock_offset = 200
+    world.clock_offset = 4000
     found = await status(world)
     assert (found.works, broken(found)) == (True, [("vm", pb.LINK_STATE_WARNING, "web")])
-    world.clock_offset = 1001
+    world.clock_offset = 7201
     found = await status(world)
     assert (found.works, broken(found)) == (False, [("vm", pb.LINK_STATE_REFUSED, "web")])
     async with world.orchestrator() as stub:
