@@ -100,11 +100,13 @@ def check_reachable(path: Path) -> None:
             probe.connect(str(path.absolute()))
         except FileNotFoundError:
             raise NoAgentError(
-                f"there is no agent at {path}: start it ('vm-agent serve', or 'systemctl start vm-agent'), or name its socket with --socket"
+                f"there is no agent at {path}: start it ('systemctl start secfunet-vm-agent', or 'vm-agent serve'), "
+                "or name its socket with --socket"
             ) from None
         except ConnectionRefusedError:
             raise NoAgentError(
-                f"the agent at {path} is dead: start it again ('vm-agent serve', or 'systemctl restart vm-agent'), and see its log"
+                f"the agent at {path} is dead: start it again ('systemctl restart secfunet-vm-agent', or 'vm-agent serve'), "
+                "and see its log"
             ) from None
         except PermissionError:
             raise NotAllowedError(

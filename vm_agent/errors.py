@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import grpc
@@ -90,13 +91,26 @@ class RequestError(AgentError):
 
 
 class AnswerRefusedError(AgentError):
-    """An answer came, and it is not what it should be. One error for every cause: which check failed is nobody's business."""
+    """An answer came, and it is not what it should be. One error for every cause, but for the time of an answer that is right in all
+    else: that is a clock that a person can set.
+    """
 
     code = Reason.ANSWER_REFUSED.code
     reason = Reason.ANSWER_REFUSED
 
-    def __init__(self) -> None:
-        super().__init__("the answer to this operation was refused: its container is not what it should be")
+    def __init__(
+        self, message: str = "the answer to this operation was refused: its container is not what it should be"
+    ) -> None:
+        super().__init__(message)
+
+    @classmethod
+    def of_time(cls, age: float, max_age: float) -> AnswerRefusedError:
+        """For one that is ``age`` seconds old by this VM's clock."""
+        when = f"{age:.0f} s ago" if age >= 0 else f"{-age:.0f} s in the future"
+        return cls(
+            f"the answer to this operation was refused: it was made {when} by this VM's clock, and {max_age:.0f} s are allowed; "
+            "compare this VM's clock with dom0's"
+        )
 
 
 class OperationFailedError(AgentError):
@@ -126,6 +140,8 @@ def sent_again(error: AgentError) -> AgentError:
     return passing
 
 
+# BoringSSL's words in what gRPC says of a failed handshake.
+_TIMES = {"certificate is not yet valid": "is not yet valid", "certificate has expired": "has expired"}
 _RETRYABLE = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL})
 
 
@@ -140,7 +156,18 @@ def from_rpc_error(error: grpc.RpcError) -> AgentError:
     if code is grpc.StatusCode.UNAVAILABLE and facts is not None:
         return UnavailableError(f"the Secure Middleware cannot help now: {details}")
     if code is grpc.StatusCode.UNAVAILABLE or (code in _RETRYABLE and facts is None):
-        unreachable = UnavailableError(UNREACHABLE)
+        unreachable = UnavailableError(_wrong_clock(details) or UNREACHABLE)
         unreachable.detail = f"{code.name}: {details}"
         return unreachable
     return OperationFailedError(facts or Facts(code, Domain.MIDDLEWARE, code.name, details))
+
+
+def _wrong_clock(untrusted_details: str) -> str:
+    """A sentence if TLS did not accept the middleware's certificate for its time, else ""."""
+    for text, meaning in _TIMES.items():
+        if text in untrusted_details:
+            now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+            return (
+                f"the certificate of the Secure Middleware {meaning} by this VM's clock ({now}): compare it with dom0's"
+            )
+    return ""

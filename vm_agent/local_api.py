@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any, NoReturn, Protocol
 
 import grpc
@@ -19,12 +20,13 @@ import grpc.aio
 from secfunet.agent.v1 import local_pb2, local_pb2_grpc
 from secfunet.gose.v1 import operation_pb2
 from secfunet.operation import OperationError, validate_operation
-from secfunet.rpc.facts import abort
-from secfunet.service.flood_log import FloodLog
+from secfunet.rpc.correlation import new_correlation
+from secfunet.rpc.facts import Facts, abort
 from vm_agent.errors import AgentError, OverloadedError, RequestError
 from vm_agent.identity import VmIdentity
-from vm_agent.local_socket import share_of
+from vm_agent.local_socket import Caller, share_of
 from vm_agent.options import LimitOptions
+from vm_agent.origin import Origin, bounded_lines, current_origin
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +53,14 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
     """See the module."""
 
     def __init__(
-        self, core: AgentCore, limits: LimitOptions, *, who: Callable[[str], int | None] = lambda _: None
+        self, core: AgentCore, limits: LimitOptions, *, who: Callable[[str], Caller | None] = lambda _: None
     ) -> None:
-        """``who``: the uid at the other end of the connection of ``ServicerContext.peer()``."""
+        """``who``: the caller at the other end of the connection of ``ServicerContext.peer()``."""
         self._core = core
         self._who = who
-        self._flood = FloodLog(log)
         self._streams: Counter[int | None] = Counter()  # that are open, by the uid of who opened them
         self._limits = limits
+        self._may_write = bounded_lines()
         self._waiting: Counter[int | None] = Counter()  # operations, by the uid of who waits
 
     async def GetIdentity(  # noqa: N802 - named by the protocol
@@ -68,7 +70,9 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
         try:
             identity = self._core.identity
         except AgentError as error:
-            await refuse(context, error)
+            origin = self._origin(context)
+            self._note(origin, "GetIdentity", error)
+            await refuse(context, error, origin)
         return local_pb2.GetIdentityResponse(
             vm_certificate=identity.vm_certificate,
             vmid=identity.vmid,
@@ -106,13 +110,16 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
         places = asyncio.Semaphore(self._limits.per_stream)
         running: set[asyncio.Task[None]] = set()
 
-        uid = self._who(context.peer())
+        first = self._origin(context)
+        uid = first.uid
         if self._streams[uid] >= self._limits.streams:
-            await refuse(context, OverloadedError("this user has as many streams open as one user may have"))
+            error = OverloadedError("this user has as many streams open as one user may have")
+            self._note(first, "Operate", error)
+            await refuse(context, error, first)
         self._streams[uid] += 1
 
         async def execute(request: local_pb2.OperateRequest) -> None:
-            answers.put_nowait(await self._one_of_stream(request, uid))
+            answers.put_nowait(await self._one_of_stream(request, replace(first, correlation=new_correlation())))
 
         async def read() -> None:
             try:
@@ -139,14 +146,14 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
                 task.cancel()
 
     async def _one(self, operation: operation_pb2.Operation, context: Context) -> bytes:
+        origin = self._origin(context)
         try:
-            return await self._execute(operation, self._timeout(context), self._who(context.peer()))
+            return await self._execute(operation, self._timeout(context), origin)
         except AgentError as error:
-            uid = self._who(context.peer())
-            self._flood.info(
-                f"{error.reason} uid {uid}", "a local program was refused", {"cause": str(error), "uid": uid}
-            )
-            await refuse(context, error)
+            await refuse(context, error, origin)
+
+    def _origin(self, context: Context) -> Origin:
+        return Origin(new_correlation(), self._who(context.peer()))
 
     def _timeout(self, context: Context) -> float:
         remaining = context.time_remaining()
@@ -155,7 +162,7 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
         # A little earlier than the caller gives up, so that it still learns why.
         return min(remaining - min(remaining * 0.1, ANSWER_MARGIN), self._limits.max_timeout)
 
-    async def _one_of_stream(self, request: local_pb2.OperateRequest, uid: int | None) -> local_pb2.OperateResponse:
+    async def _one_of_stream(self, request: local_pb2.OperateRequest, origin: Origin) -> local_pb2.OperateResponse:
         match request.WhichOneof("kind"):
             case "sign":
                 operation = operation_pb2.Operation(sign=request.sign)
@@ -166,12 +173,32 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
             case _:
                 operation = operation_pb2.Operation()
         try:
-            output = await self._execute(operation, self._limits.default_timeout, uid)
+            output = await self._execute(operation, self._limits.default_timeout, origin)
         except AgentError as error:
-            return local_pb2.OperateResponse(id=request.id, failure=error.facts.failure())
+            return local_pb2.OperateResponse(id=request.id, failure=told(error, origin).failure())
         return local_pb2.OperateResponse(id=request.id, output=output)
 
-    async def _execute(self, operation: operation_pb2.Operation, timeout: float, uid: int | None) -> bytes:
+    async def _execute(self, operation: operation_pb2.Operation, timeout: float, origin: Origin) -> bytes:
+        kind = operation.WhichOneof("kind") or "none"
+        try:
+            output = await self._within_bounds(operation, timeout, origin)
+        except AgentError as error:
+            self._note(origin, kind, error)
+            raise
+        self._note(origin, kind)
+        return output
+
+    def _note(self, origin: Origin, asked: str, error: AgentError | None = None) -> None:
+        """A line for each call, with its id, within a bound for each user."""
+        if self._may_write(origin):
+            facts = {**origin.facts(), "asked": asked}
+            if error is None:
+                log.info("an operation is done", extra=facts)
+            else:
+                log.info("refused: %s", error, extra={**facts, "reason": error.reason, "domain": error.domain})
+
+    async def _within_bounds(self, operation: operation_pb2.Operation, timeout: float, origin: Origin) -> bytes:
+        uid = origin.uid
         operation.request_id = _PLACEHOLDER_ID
         try:
             validate_operation(operation)
@@ -180,6 +207,7 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
         if self._waiting[uid] >= share_of(self._limits.waiting):
             raise OverloadedError("this user has as many operations waiting as one user may have")
         self._waiting[uid] += 1
+        current_origin.set(origin)
         try:
             return await self._core.operate(operation, timeout=timeout)
         finally:
@@ -188,6 +216,12 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
                 del self._waiting[uid]
 
 
-async def refuse(context: Context, error: AgentError) -> NoReturn:
+def told(error: AgentError, origin: Origin) -> Facts:
+    """What a program learns of ``error``: its message has an id to look for."""
+    facts = error.facts
+    return replace(facts, message=origin.told(facts.message))
+
+
+async def refuse(context: Context, error: AgentError, origin: Origin) -> NoReturn:
     """Ends the call with the error's status, reason and retry time."""
-    await abort(context, error.facts)
+    await abort(context, told(error, origin))

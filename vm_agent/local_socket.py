@@ -9,14 +9,15 @@ server behind it (``secfunet.service.inner``), whose handlers ask it who calls (
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import grp
 import logging
 import socket
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from secfunet.service.flood_log import FloodLog
+from secfunet.service.flood_log import FloodLog, excerpt
 from secfunet.service.inner import Half, InnerServer
 from secfunet.service.unix_socket import OwnSocket, SocketInUse, SocketPathError, bind_unix
 from vm_agent.errors import AgentError
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 128
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+_MAX_EXECUTABLE = 200  # characters
 
 
 class DoorError(AgentError):
@@ -34,11 +36,12 @@ class DoorError(AgentError):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who opened a connection, as the kernel says."""
+    """Who opened a connection, as the kernel says. ``executable``: what it ran then."""
 
     pid: int
     uid: int
     gid: int
+    executable: str = ""
 
 
 class _Outer(Half):
@@ -77,10 +80,9 @@ class LocalDoor:
         """Open connections."""
         return len(self._inside)
 
-    def uid(self, peer: str) -> int | None:
+    def caller(self, peer: str) -> Caller | None:
         """Who is at the other end of the connection of ``grpc.ServicerContext.peer()``; None if it did not come through this door."""
-        caller = self._inner.who(peer)
-        return caller.uid if caller is not None else None
+        return self._inner.who(peer)
 
     async def __aenter__(self) -> LocalDoor:
         listener, self._own = listen(self._path, self._group)
@@ -119,7 +121,7 @@ class LocalDoor:
         self._inside.add(outer)
         self._flood.info(f"uid {caller.uid} connects", "a local program connected", facts)
         try:
-            outer.connect(await self._inner.connect(caller))
+            outer.connect(await self._inner.connect(replace(caller, executable=executable_of(caller.pid))))
         except OSError as error:
             self._flood.warning("inner", "a local program could not be served", {**facts, "cause": str(error)})
             outer.transport.abort()
@@ -140,6 +142,16 @@ def share_of(limit: int) -> int:
 def peer_of(connection: socket.socket) -> Caller:
     """Who connected, by SO_PEERCRED."""
     return Caller(*_CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
+
+
+def executable_of(pid: int) -> str:
+    """Path of what the process runs now; its short name where another user's path is not shown; "" if it is gone."""
+    process = Path("/proc", str(pid))
+    with contextlib.suppress(OSError):
+        return excerpt((process / "exe").readlink(), _MAX_EXECUTABLE)
+    with contextlib.suppress(OSError, ValueError):
+        return excerpt((process / "comm").read_text().strip(), _MAX_EXECUTABLE)
+    return ""
 
 
 def listen(path: Path, group: str | None) -> tuple[socket.socket, OwnSocket]:

@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import grpc
@@ -49,15 +50,27 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between attempts to reach the m
 Operation = operation_pb2.Operation
 
 
+_UNKNOWN_ORIGIN = agent_pb2.Origin()
+
+
 class OperateStream:
     """One Operate stream; see ``batching.BatchStream``."""
 
-    def __init__(self, call: StreamStreamCall[agent_pb2.OperateRequest, agent_pb2.OperateResponse]) -> None:
+    def __init__(
+        self,
+        call: StreamStreamCall[agent_pb2.OperateRequest, agent_pb2.OperateResponse],
+        origins: Mapping[bytes, agent_pb2.Origin] = MappingProxyType({}),
+    ) -> None:
+        """``origins``: by request id; what is missing there is sent without one."""
         self._call = call
+        self._origins = origins
 
     async def send(self, batch_id: int, requests: Sequence[Operation], timeout: float) -> None:
         message = agent_pb2.OperateRequest(
-            batch_id=batch_id, operations=requests, timeout_ms=min(int(timeout * 1000) + 1, 2**32 - 1)
+            batch_id=batch_id,
+            operations=requests,
+            timeout_ms=min(int(timeout * 1000) + 1, 2**32 - 1),
+            origins=[self._origins.get(one.request_id, _UNKNOWN_ORIGIN) for one in requests],
         )
         with self._errors():
             await self._call.write(message)
@@ -145,9 +158,9 @@ class MiddlewareConnection:
         if self._watching is not None:
             self._watching.cancel()
 
-    def operate(self) -> OperateStream:
+    def operate(self, origins: Mapping[bytes, agent_pb2.Origin]) -> OperateStream:
         """A new stream for batches."""
-        return OperateStream(self._stub.Operate(metadata=((CORRELATION_KEY, new_correlation()),)))
+        return OperateStream(self._stub.Operate(metadata=((CORRELATION_KEY, new_correlation()),)), origins)
 
     async def close(self, grace: float | None = None) -> None:
         """Closes the channel; calls under way have ``grace`` seconds."""
@@ -234,8 +247,10 @@ class MiddlewareClient:
         """Returns when the certificate has ended and dom0 does not renew it: only new join information helps then."""
         await self._ended.wait()
 
-    async def open_stream(self) -> OperateStream:
-        """A stream for operations. Raises UnavailableError (ask again), IdentityUnusableError or OperationFailedError."""
+    async def open_stream(self, origins: Mapping[bytes, agent_pb2.Origin] = MappingProxyType({})) -> OperateStream:
+        """A stream for operations, whose ``origins`` are known by their request ids. Raises UnavailableError (ask again),
+        IdentityUnusableError or OperationFailedError.
+        """
         if self._checker.identity is None:
             if isinstance(self.problem, IdentityUnusableError | OperationFailedError):
                 raise sent_again(self.problem)
@@ -244,7 +259,7 @@ class MiddlewareClient:
                     await self._connected.wait()
             except TimeoutError:
                 raise UnavailableError(str(self.problem or "this VM's identity is not known yet")) from None
-        return self._connection.operate()
+        return self._connection.operate(origins)
 
     async def _watch(self) -> None:
         """Keeps the identity fresh; tells by the way whether the middleware is there."""

@@ -60,8 +60,9 @@ class ResultChecker:
                 outcomes[ticket.request_id] = _failed(failures[ticket.request_id])
             else:
                 self.refused += 1
-                log.warning("an answer was refused", extra={"request_id": ticket.request_id.hex()})
-                outcomes[ticket.request_id] = AnswerRefusedError()
+                refused = self._refused(ticket.request, result_sets)
+                log.warning("%s", refused, extra={"request_id": ticket.request_id.hex()})
+                outcomes[ticket.request_id] = refused
         return outcomes
 
     def open_all(self, untrusted: Sequence[agent_pb2.SealedResults]) -> list[operation_pb2.ResultSet]:
@@ -90,22 +91,38 @@ class ResultChecker:
     def _output(
         self, operation: operation_pb2.Operation, result_sets: Sequence[operation_pb2.ResultSet]
     ) -> bytes | None:
+        for result_set in result_sets:
+            output = self._checked(operation, result_set, self._clock())
+            if output is not None:
+                return output
+        return None
+
+    def _refused(
+        self, operation: operation_pb2.Operation, result_sets: Sequence[operation_pb2.ResultSet]
+    ) -> AnswerRefusedError:
+        """Why nothing of it was the answer, as far as that is a program's business: the time, if all else is right."""
+        for result_set in result_sets:
+            if self._checked(operation, result_set, result_set.time) is not None:
+                return AnswerRefusedError.of_time(self._clock() - result_set.time, self._max_age)
+        return AnswerRefusedError()
+
+    def _checked(
+        self, operation: operation_pb2.Operation, result_set: operation_pb2.ResultSet, now: float
+    ) -> bytes | None:
         identity = self.identity
         if identity is None:
             return None
-        for result_set in result_sets:
-            try:
-                return check_result(
-                    result_set,
-                    operation=operation,
-                    vmid=identity.vmid,
-                    hvid=identity.hvid,
-                    now=self._clock(),
-                    max_age=self._max_age,
-                )
-            except ContainerError:
-                continue
-        return None
+        try:
+            return check_result(
+                result_set,
+                operation=operation,
+                vmid=identity.vmid,
+                hvid=identity.hvid,
+                now=now,
+                max_age=self._max_age,
+            )
+        except ContainerError:
+            return None
 
 
 def _failed(untrusted: operation_pb2.OperationFailure) -> AgentError:

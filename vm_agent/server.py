@@ -38,6 +38,7 @@ from vm_agent.local_api import LocalApi
 from vm_agent.local_socket import DoorError, LocalDoor
 from vm_agent.middleware_client import MiddlewareClient, OperateStream
 from vm_agent.options import AgentOptions
+from vm_agent.origin import current_origin
 from vm_agent.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class AgentService:
         self._health = health.HealthServicer()
         self._door: LocalDoor | None = None
         self._settled = asyncio.Event()
+        self._origins: dict[bytes, agent_pb2.Origin] = {}  # of operations that wait, by their request ids
 
     async def __aenter__(self) -> AgentService:
         async with AsyncExitStack() as stack:
@@ -95,7 +97,7 @@ class AgentService:
             stack.callback(os.close, lock_folder(folder))
             inner = folder / "s"
             server = grpc.aio.server(options=SERVER_OPTIONS)
-            api = LocalApi(self, self._options.limits, who=lambda peer: self._door.uid(peer) if self._door else None)
+            api = LocalApi(self, self._options.limits, who=lambda peer: self._door.caller(peer) if self._door else None)
             local_pb2_grpc.add_LocalServiceServicer_to_server(api, server)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             await self._tell_health(False)
@@ -177,9 +179,15 @@ class AgentService:
         if self._batcher is None:
             raise self._problem
         operation.request_id = os.urandom(16)
-        output = await self._batcher.submit(
-            Ticket(operation.request_id, operation), timeout=timeout - (time.monotonic() - begin)
-        )
+        origin = current_origin.get(None)
+        if origin is not None:
+            self._origins[operation.request_id] = origin.message()
+        try:
+            output = await self._batcher.submit(
+                Ticket(operation.request_id, operation), timeout=timeout - (time.monotonic() - begin)
+            )
+        finally:
+            self._origins.pop(operation.request_id, None)
         if not isinstance(output, bytes):
             raise TypeError("an output is bytes")
         return output
@@ -192,7 +200,7 @@ class AgentService:
         client = self._client
         if client is None or not self._serving.is_set():
             raise UnavailableError(str(self._problem))
-        return await client.open_stream()
+        return await client.open_stream(self._origins)
 
     def _settle(
         self, tickets: Sequence[Ticket[operation_pb2.Operation]], untrusted: agent_pb2.OperateResponse

@@ -132,9 +132,9 @@ async def test_refused_with_one_error(
             await stub.Sign(SIGN, timeout=5)
         assert error.value.code() is grpc.StatusCode.DATA_LOSS
         assert reason_of(error.value) == "ANSWER_REFUSED"
-        assert (
-            error.value.details() == "the answer to this operation was refused: its container is not what it should be"
-        )
+        # What is right in all but its time is told apart: it is a clock that a person can set.
+        cause = "it was made 36" if attack is from_an_hour_ago else "its container is not what it should be (id "
+        assert str(error.value.details()).startswith(f"the answer to this operation was refused: {cause}")
         middleware.answer = honest
         assert (await stub.Sign(SIGN, timeout=5)).signature  # and the agent goes on
 

@@ -29,6 +29,7 @@ from vm_agent.errors import AgentError, OverloadedError
 from vm_agent.local_api import LocalApi
 from vm_agent.local_socket import Caller, share_of
 from vm_agent.options import AgentOptions
+from vm_agent.origin import Origin
 
 SIGN = local_pb2.SignRequest(sign=operation_pb2.SignOperation(scheme=PSS, digest=DIGEST))
 
@@ -73,7 +74,7 @@ async def test_one_user_does_not_fill_the_queue(options: AgentOptions) -> None:
     operation = operation_pb2.Operation(sign=SIGN.sign)
 
     def begin(uid: int) -> asyncio.Task[bytes]:
-        return asyncio.create_task(api._execute(operation, 10, uid))
+        return asyncio.create_task(api._execute(operation, 10, Origin("a", Caller(1, uid, uid))))
 
     greedy = [begin(1) for _ in range(20)]
     modest = begin(2)
