@@ -41,8 +41,10 @@ from dom0_middleware.tokens import TokenWatch
 from dom0_middleware.vms import Vms
 from secfunet.errors import SecFuNetError
 from secfunet.middleware.v1 import orchestrator_pb2, orchestrator_pb2_grpc
+from secfunet.service.doorkeeper import DoorBounds, Doorkeeper
 from secfunet.service.files import private_folder
 from secfunet.service.flood_log import FloodLog
+from secfunet.service.grpc_door import GrpcDoor
 from secfunet.service.metrics import MetricsServer
 from secfunet.service.reload import Reloaded, Rereading, changed_keys
 from secfunet.service.unix_socket import move_into_place, unix_target
@@ -51,6 +53,7 @@ log = logging.getLogger(__name__)
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 READ_AGAIN = ("orchestrators.allowed", "destinations", "log_level")  # of the settings, when SIGHUP comes
+MAX_ORCHESTRATORS = 48  # connections by TCP; the server has places for a few more by its Unix socket
 STOP_GRACE = 1.0  # seconds that an orchestrator's call gets to end
 
 
@@ -81,6 +84,7 @@ class MiddlewareService:
         self._clock = clock
         self._allowed = frozenset(settings.orchestrators.allowed)
         self._file = Rereading(settings, read_again)
+        self._keeper = Doorkeeper(DoorBounds(silent=256, talking=64))
         self._stack = AsyncExitStack()
         state = private_folder(settings.state)
         authority = GuestAuthority.load(state, clock=clock, agent_lifetime=settings.limits.agent_certificate_lifetime)
@@ -210,7 +214,12 @@ class MiddlewareService:
             return self._allowed
 
         door = OrchestratorDoor(Orchestrators(self._settings.state), allowed=allowed, clock=self._clock)
-        guard = Callers(door.admit, audit=self.audit, metrics=self.metrics, max_request=MAX_MESSAGE).guard()
+        tcp: GrpcDoor | None = None
+        if self._settings.orchestrators.address is not None:
+            # Any local user reaches a port of the loopback.
+            tcp = GrpcDoor(self._keeper, "orchestrators", inside=MAX_ORCHESTRATORS)
+            stack.push_async_callback(tcp.wait_closed)
+        guard = Callers(door.admit, audit=self.audit, metrics=self.metrics, max_request=MAX_MESSAGE, door=tcp).guard()
         server = make_server(guard, max_message=MAX_MESSAGE, concurrent_calls=256)
         service = OrchestratorService(self.vms, events=self.events, audit=self.audit, door=door, status=self._status)
         orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(service, server)
@@ -230,10 +239,14 @@ class MiddlewareService:
         stack.callback(os.close, folder)
         made = socket.parent / f".{os.getpid()}.s"
         bind(server, f"unix:/proc/self/fd/{folder}/{made.name}", credentials)
-        if self._settings.orchestrators.address is not None:
-            bind(server, self._settings.orchestrators.address, credentials)
+        if tcp is not None:
+            tcp.bind(server, credentials)
         await server.start()
         stack.push_async_callback(server.stop, STOP_GRACE)
+        if tcp is not None and self._settings.orchestrators.address is not None:
+            host, _, port = self._settings.orchestrators.address.rpartition(":")
+            await tcp.open(host.strip("[]"), int(port))
+            stack.callback(tcp.close)
         # The folder may be another than ours: the socket itself is for its owner only.
         made.chmod(0o600)
         stack.enter_context(move_into_place(made, socket))

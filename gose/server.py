@@ -52,6 +52,7 @@ from secfunet.openid.provider import CheckidRequest, OpenIdProvider
 from secfunet.openid.relying_party import RelyingParty
 from secfunet.service.doorkeeper import Doorkeeper
 from secfunet.service.files import private_folder
+from secfunet.service.grpc_door import GrpcDoor
 from secfunet.service.metrics import MetricsServer
 from secfunet.service.reload import Reloaded, Rereading, changed_keys
 from secfunet.tandem.aio import start_tandem_server
@@ -350,14 +351,17 @@ class GridService:
         standing: RegistryStanding,
     ) -> ServiceProvider:
         settings, limits = self.settings, self.settings.limits
-        self.callers = Callers(sessions, standing, self.metrics, calls_per_hypervisor=limits.calls_per_hypervisor)
+        door = GrpcDoor(self._keeper, "operations", inside=limits.grpc_connections)
+        stack.push_async_callback(door.wait_closed)
+        self.callers = Callers(
+            sessions, standing, self.metrics, calls_per_hypervisor=limits.calls_per_hypervisor, door=door
+        )
         server = grpc.aio.server(
             interceptors=[self.callers.guard()],
             options=[
                 ("grpc.max_receive_message_length", limits.message_size),
                 ("grpc.max_send_message_length", limits.message_size),
                 ("grpc.max_concurrent_streams", 1024),
-                # Two grids on one port would share its connections at random.
                 ("grpc.so_reuseport", 0),
                 # Whoever connects and says nothing is not waited for.
                 ("grpc.server_handshake_timeout_ms", round(limits.handshake_timeout * 1000)),
@@ -373,13 +377,16 @@ class GridService:
         credentials = self._certificates.grpc_credentials()
         address = settings.service_provider.grpc
         try:
-            port = server.add_secure_port(str(address), credentials)
+            door.bind(server, credentials)
         except RuntimeError as error:
-            raise StartError(f"the gRPC door cannot listen on {address}: {error}") from None
-        if port == 0:
-            raise StartError(f"the gRPC door cannot listen on {address}")
+            raise StartError(f"the gRPC server cannot listen: {error}") from None
         stack.push_async_callback(server.stop, limits.shutdown_timeout)
         await server.start()
+        try:
+            await door.open(*address)
+        except OSError as error:
+            raise StartError(f"the gRPC door cannot listen on {address}: {error.strerror or error}") from None
+        stack.callback(door.close)
         stack.callback(service_provider.drain)
         stack.push_async_callback(health.enter_graceful_shutdown)
         for name in ("", SERVICE_NAME):

@@ -225,6 +225,7 @@ class Limits(Settings):
     http_idle: Seconds = 75.0
     http_request_timeout: Seconds = 20.0  # head and body of one request
     shutdown_timeout: Seconds = 5.0
+    grpc_connections: Count = 1024  # of hypervisors that have made a call
     # --- strangers, at all doors together
     silent_connections: Count = 1024  # that have not begun their handshake
     talking_connections: Count = 256  # in their handshakes

@@ -20,7 +20,9 @@ from secfunet.rpc.correlation import CORRELATION_KEY, clean_correlation, guest_i
 from secfunet.rpc.facts import abort
 from secfunet.rpc.guard import Context, Guard, Method, Receiving
 from secfunet.service.audit import AuditLog
+from secfunet.service.doorkeeper import DoorFullError
 from secfunet.service.flood_log import FloodLog
+from secfunet.service.grpc_door import GrpcDoor
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,10 @@ class Callers:
         metrics: Metrics,
         guest: GuestDomain | None = None,
         max_request: int = MAX_REQUEST,
+        door: GrpcDoor | None = None,
     ) -> None:
+        """``door``: what orchestrators come through, where they come by TCP."""
+        self._door = door
         self._admit = admit
         self._audit = audit
         self._metrics = metrics
@@ -68,7 +73,13 @@ class Callers:
         remaining = context.time_remaining()
         if method.is_unary and (remaining is None or remaining > MAX_TIMEOUT):
             raise Refused(Reason.DEADLINE_REQUIRED, f"a call needs a deadline of at most {MAX_TIMEOUT:g} seconds")
-        current_call.set(self._admit(context, call))
+        call = self._admit(context, call)
+        current_call.set(call)
+        if self._door is not None:
+            try:
+                self._door.admitted(context.peer(), call.caller)
+            except DoorFullError:
+                raise Refused(Reason.TOO_MANY_CALLS, "there are too many connections", retry_after=1.0) from None
         yield
 
     async def refuse(self, context: Context, method: Method, error: Exception, *, admitted: bool) -> None:

@@ -30,7 +30,9 @@ from secfunet.identity import thumbprint
 from secfunet.rpc.correlation import CORRELATION_KEY, clean_correlation
 from secfunet.rpc.facts import abort
 from secfunet.rpc.guard import Guard, Method
+from secfunet.service.doorkeeper import DoorFullError
 from secfunet.service.flood_log import FloodLog
+from secfunet.service.grpc_door import GrpcDoor
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +68,15 @@ class Callers:
     """What the grid's ``Guard`` asks of each call; see the module's docstring."""
 
     def __init__(
-        self, sessions: SessionStore, standing: HypervisorStanding, metrics: Metrics, *, calls_per_hypervisor: int
+        self,
+        sessions: SessionStore,
+        standing: HypervisorStanding,
+        metrics: Metrics,
+        *,
+        calls_per_hypervisor: int,
+        door: GrpcDoor,
     ) -> None:
+        self._door = door
         self._sessions = sessions
         self._standing = standing
         self._metrics = metrics
@@ -88,6 +97,12 @@ class Callers:
     def admit(self, context: grpc.aio.ServicerContext[Any, Any], method: Method) -> Iterator[None]:
         """The call, while it lasts. Raises Refusal."""
         hvid = peer_thumbprint(context)
+        try:
+            self._door.admitted(context.peer(), hvid)
+        except DoorFullError:
+            raise Refusal(
+                Reason.TOO_MANY_CALLS, "there are too many connections", retry_after=CALLS_RETRY_AFTER
+            ) from None
         with self._place(hvid):
             if method.path.startswith(_HEALTH):
                 self._standing.hypervisor(hvid)
@@ -150,7 +165,7 @@ class Callers:
             {
                 "method": method,
                 "cause": refusal.detail or refusal.message,
-                "peer": context.peer(),
+                "peer": self._door.peer(context.peer()),
                 "session": caller.session.name if caller else None,
                 "correlation": caller.correlation
                 if caller

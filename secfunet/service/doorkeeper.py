@@ -165,10 +165,11 @@ class Doorkeeper:
         port: int = 0,
         *,
         inside: int | None = None,
+        per_holder: int | None = None,
         refused: Callable[[], None] = lambda: None,
     ) -> Doorway:
-        """Listens at all addresses of ``host``. ``inside``: how many connections there may be after their handshakes; ``refused`` is
-        told of each that finds no place there. Raises OSError."""
+        """Listens at all addresses of ``host``. ``inside``: how many connections there may be after their handshakes, and
+        ``per_holder`` how many of one holder; ``refused`` is told of each that finds no place there. Raises OSError."""
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         listeners: list[socket.socket] = []
@@ -179,7 +180,7 @@ class Doorkeeper:
             for listener in listeners:
                 listener.close()
             raise
-        return self.attend(name, serve, listeners, inside=inside, refused=refused)
+        return self.attend(name, serve, listeners, inside=inside, per_holder=per_holder, refused=refused)
 
     def attend(
         self,
@@ -188,10 +189,11 @@ class Doorkeeper:
         listeners: Sequence[socket.socket],
         *,
         inside: int | None = None,
+        per_holder: int | None = None,
         refused: Callable[[], None] = lambda: None,
     ) -> Doorway:
         """As ``open``, at sockets that listen already."""
-        doorway = Doorway(self, name, serve, listeners, inside, refused)
+        doorway = Doorway(self, name, serve, listeners, inside, per_holder, refused)
         self._doorways.add(doorway)
         return doorway
 
@@ -222,10 +224,11 @@ class Doorway:
         serve: Serve,
         listeners: Sequence[socket.socket],
         inside: int | None,
+        per_holder: int | None,
         refused: Callable[[], None],
     ) -> None:
         self.name = name
-        self.inside: Crowd[Visit] = Crowd(inside if inside is not None else 2**31)
+        self.inside: Crowd[Visit] = Crowd(inside if inside is not None else 2**31, per_holder)
         self._keeper = keeper
         self._serve = serve
         self._refused = refused
