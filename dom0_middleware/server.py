@@ -220,7 +220,7 @@ class MiddlewareService:
             tcp = GrpcDoor(self._keeper, "orchestrators", inside=MAX_ORCHESTRATORS)
             stack.push_async_callback(tcp.wait_closed)
         guard = Callers(door.admit, audit=self.audit, metrics=self.metrics, max_request=MAX_MESSAGE, door=tcp).guard()
-        server = make_server(guard, max_message=MAX_MESSAGE, concurrent_calls=256)
+        server = make_server(guard, max_message=MAX_MESSAGE)
         service = OrchestratorService(self.vms, events=self.events, audit=self.audit, door=door, status=self._status)
         orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(service, server)
         name = orchestrator_pb2.DESCRIPTOR.services_by_name["OrchestratorService"].full_name

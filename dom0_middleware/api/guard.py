@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 MAX_REQUEST = 16 * 1024  # bytes of a call's one request; only a batch of operations is larger, and that is a stream's
 RECEIVE_TIMEOUT = 15.0  # seconds for it to come
+MAX_CALLS = 256  # at once, of all who speak to one server
 MAX_TIMEOUT = 3600.0  # seconds; a longer deadline is none
 
 
@@ -35,7 +36,7 @@ class Callers:
     """``admit(context, call) -> Call`` raises MiddlewareError to refuse. ``guest``: the domain whose server this is.
 
     A guest that has itself refused again and again is answered later and later (``refusals.RefusalPace``). ``max_request``: bytes of a
-    call's one request.
+    call's one request; ``calls``: at once.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Callers:
         metrics: Metrics,
         guest: GuestDomain | None = None,
         max_request: int = MAX_REQUEST,
+        calls: int = MAX_CALLS,
         door: GrpcDoor | None = None,
     ) -> None:
         """``door``: what orchestrators come through, where they come by TCP."""
@@ -54,6 +56,7 @@ class Callers:
         self._audit = audit
         self._metrics = metrics
         self._guest = guest
+        self._calls, self._max_calls = 0, calls
         self._receiving = Receiving(
             RECEIVE_TIMEOUT, max_request, lambda problem: Refused(Reason.REQUEST_INVALID, problem)
         )
@@ -73,6 +76,10 @@ class Callers:
         remaining = context.time_remaining()
         if method.is_unary and (remaining is None or remaining > MAX_TIMEOUT):
             raise Refused(Reason.DEADLINE_REQUIRED, f"a call needs a deadline of at most {MAX_TIMEOUT:g} seconds")
+        if self._calls >= self._max_calls:
+            raise Refused(
+                Reason.TOO_MANY_STREAMS, f"there are {self._max_calls} calls at once already", retry_after=1.0
+            )
         call = self._admit(context, call)
         current_call.set(call)
         if self._door is not None:
@@ -80,7 +87,11 @@ class Callers:
                 self._door.admitted(context.peer(), call.caller)
             except DoorFullError:
                 raise Refused(Reason.TOO_MANY_CALLS, "there are too many connections", retry_after=1.0) from None
-        yield
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
 
     async def refuse(self, context: Context, method: Method, error: Exception, *, admitted: bool) -> None:
         """Ends the call for ``error``, whatever it is; a refusal at the door is a decision, and on record."""

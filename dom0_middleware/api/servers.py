@@ -36,19 +36,20 @@ MAX_MESSAGE = 64 * 1024  # bytes: a batch of 64 operations has at most 40 KiB
 MAX_ENROL_MESSAGE = 16 * 1024
 _MAX_CERTIFICATES = 8  # parsed ones that are remembered, a domain
 # Of one server: one guest must not use up the descriptors that all of them share. An agent needs one, and another while it renews.
-MAX_CONNECTIONS = 6
-ENROL_CALLS = 24
+MAX_CONNECTIONS = 16
+STREAMS_A_CONNECTION = 42
+ENROL_CALLS = 16
 HANDSHAKE_TIMEOUT_MS = 10_000
 KEEPALIVE_MS = 12_000
 
 ServerOptions = Sequence[tuple[str, int]]
 
 
-def make_server(guard: Guard, *, max_message: int, concurrent_calls: int) -> grpc.aio.Server:
-    """At most ``concurrent_calls`` calls at once, and as many messages of ``max_message`` bytes that are not complete or not read."""
+def make_server(guard: Guard, *, max_message: int, streams: int = STREAMS_A_CONNECTION) -> grpc.aio.Server:
+    """``streams``: calls at once of one connection, and so messages of ``max_message`` bytes that are not complete or not read."""
     options: ServerOptions = (
-        # No more calls than there are places, so that none is turned away, which would cost time, too: a client sends the next one later.
-        ("grpc.max_concurrent_streams", max(1, concurrent_calls // MAX_CONNECTIONS)),
+        # Further ones wait at the client. gRPC's own bound on all calls of a server would turn them away at once, as fast as they come.
+        ("grpc.max_concurrent_streams", streams),
         # What a caller may send before anybody reads it is this much a stream, whatever the connection's speed.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", 64 * 1024),
@@ -66,7 +67,7 @@ def make_server(guard: Guard, *, max_message: int, concurrent_calls: int) -> grp
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     )
-    return grpc.aio.server(interceptors=(guard,), options=options, maximum_concurrent_rpcs=concurrent_calls)
+    return grpc.aio.server(interceptors=(guard,), options=options)
 
 
 async def add_health(server: grpc.aio.Server, service: str) -> None:
@@ -161,9 +162,9 @@ class GuestServerPairs:
             return call
 
         server = make_server(
-            Callers(admit, audit=self._audit, metrics=self._metrics, guest=guest).guard(),
+            Callers(admit, audit=self._audit, metrics=self._metrics, guest=guest, calls=ENROL_CALLS).guard(),
             max_message=MAX_ENROL_MESSAGE,
-            concurrent_calls=ENROL_CALLS,
+            streams=2,
         )
         service = EnrolmentService(
             guest,
@@ -197,9 +198,8 @@ class GuestServerPairs:
             return replace(call, certificate=certificate)
 
         server = make_server(
-            Callers(admit, audit=self._audit, metrics=self._metrics, guest=guest).guard(),
+            Callers(admit, audit=self._audit, metrics=self._metrics, guest=guest, calls=self._concurrent_calls).guard(),
             max_message=MAX_MESSAGE,
-            concurrent_calls=self._concurrent_calls,
         )
         service = AgentService(
             guest,
