@@ -116,7 +116,7 @@ _MAX_FRAGMENT_MODE: Final = 0xB1
 def max_fragment_length(connection: SSL.Connection) -> int:
     """Most bytes of content in a record that the session agrees on (RFC 6066, 4), or 0 if it agrees on nothing.
 
-    It holds for the session and its resumptions, whether a resuming ClientHello repeats it or not.
+    It holds for the session and its resumptions.
     """
     session = session_bytes(connection)
     if session is None:
