@@ -27,8 +27,8 @@ versions = st.lists(st.integers(0x0301, 0x0304), min_size=2, max_size=2).map(sor
 der_like = st.binary(max_size=300).map(lambda value: b"\x30\x82" + len(value).to_bytes(2) + value)
 
 parameters = st.builds(
-    lambda role, name, alpn, low_high, suites, groups, resume, mtu: TlsParameters(
-        role, name, tuple(alpn), low_high[0], low_high[1], tuple(suites), tuple(groups), resume, mtu
+    lambda role, name, alpn, low_high, suites, groups, resume, mtu, port, report: TlsParameters(
+        role, name, tuple(alpn), low_high[0], low_high[1], tuple(suites), tuple(groups), resume, mtu, port, report
     ),
     st.sampled_from(["client", "server"]),
     text,
@@ -38,6 +38,8 @@ parameters = st.builds(
     st.lists(number, max_size=16),
     st.booleans(),
     st.none() | st.integers(60, 0xFFFF),
+    number,
+    st.booleans(),
 )
 negotiated = st.builds(
     NegotiatedTls,
@@ -48,6 +50,8 @@ negotiated = st.builds(
     st.integers(0, 2**64 - 1),
     st.integers(0, 2**64 - 1),
     text,
+    st.none() | st.integers(0, 2**32 - 1),
+    st.none() | st.sampled_from([0, 512, 1024, 2048, 4096]),
 )
 
 

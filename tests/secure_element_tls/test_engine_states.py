@@ -175,6 +175,22 @@ def test_records_behind_the_handshake_are_refused() -> None:
     assert client.state is EapState.NOT_AUTHENTICATED
 
 
+@pytest.mark.parametrize(
+    "behind", [b"", bytes.fromhex("1703030013") + bytes(19), bytes.fromhex("1703030005") + b"noise"]
+)
+def test_a_card_that_is_asked_to_reports_what_it_did_not_use(behind: bytes) -> None:
+    client = engine(CLIENT, TlsParameters(report=True))
+    dock = Dock(client)
+    flight = Dock(engine(SERVER, TlsParameters(role="server"))).flight(dock.start())
+    assert dock.flight(flight + behind)
+    assert client.state is EapState.AUTHENTICATED
+    assert (client.negotiated().unused, client.negotiated().max_fragment) == (len(behind), 0)
+    plain = engine(CLIENT, TlsParameters())
+    dock = Dock(plain)
+    dock.flight(Dock(engine(SERVER, TlsParameters(role="server"))).flight(dock.start()))
+    assert (plain.negotiated().unused, plain.negotiated().max_fragment) == (None, None)
+
+
 def test_packets_for_the_other_role_are_discarded() -> None:
     client, server = engine(CLIENT, TlsParameters()), engine(SERVER, TlsParameters(role="server"))
     for card, packet in (

@@ -92,6 +92,16 @@ def test_another_server_name(ca: Authority, version: int) -> None:
 
 
 @VERSIONS
+def test_another_port_of_the_same_name(ca: Authority, version: int) -> None:
+    """Two servers at one name: the one's session is not offered to the other."""
+    client, server, neighbour = (card(tls_id(ca, name)) for name in ("client", "server", "neighbour"))
+    connect(client, server, *both(version, server_port=443))
+    assert not connect(client, neighbour, *both(version, server_port=8443))
+    assert connect(client, server, *both(version, server_port=443))
+    assert connect(client, neighbour, *both(version, server_port=8443))
+
+
+@VERSIONS
 def test_a_server_without_a_name_is_never_resumed(ca: Authority, version: int) -> None:
     client, server = card(tls_id(ca, "client")), card(tls_id(ca, "server"))
     assert [connect(client, server, *both(version, "")) for _ in range(3)] == [False] * 3

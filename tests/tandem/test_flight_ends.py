@@ -210,3 +210,23 @@ def test_a_client_card_of_tls12(identities: Identities, cards: str, data: st.Dat
         peer.step(check(host, flight, records, sent, data))
         assert peer.is_through
         assert peer.read(bytes(host.core.stream.seal(b"question"))) == b"question"
+
+
+def test_the_card_overlooks_hello_requests_in_the_handshake(identities: Identities) -> None:
+    def between(content: bytes) -> bytes:
+        changed, offset = b"\0\0\0\0", 0
+        while offset < len(content):
+            end = offset + 4 + int.from_bytes(content[offset + 1 : offset + 4])
+            changed += content[offset:end] + b"\0\0\0\0"
+            offset = end
+        return changed
+
+    suite = SUITES[0xC02B]
+    chosen = TandemParameters(min_version=TLS_1_2, max_version=TLS_1_2, suites=(suite.number,))
+    for size in (1, 50, 16000):
+        host = Host(TandemConnection("client", chosen, server_name="localhost"), EngineCard(AUTHORITY))
+        peer = MemoryPeer(identities.context("server", "p256"), "server")
+        recut, out = Recut(peer, suite, change=between), host.work()
+        while host.core.state is not TandemState.OPEN:
+            out = feed(host, recut.clear12(peer.step(out), Records([size], [0])), WHOLE)
+        assert peer.read(out + bytes(host.core.stream.seal(b"question"))) == b"question"
