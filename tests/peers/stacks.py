@@ -1,7 +1,7 @@
 """Foreign TLS stacks as programs: servers that echo, and clients that send, want it back, and say how it went.
 
-``peer.*`` in ``programs/`` are small programs around a stack's library, all with the same arguments; what a distribution has as a program has
-its own. Every client authenticates with a certificate of the test's authority, every server demands one.
+``peer.*`` in ``programs/`` are small programs around a stack's library, all with the same arguments; a distribution's own programs have
+theirs. Every client authenticates with a certificate of the test's authority, every server demands one.
 """
 
 from __future__ import annotations

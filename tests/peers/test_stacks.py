@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
@@ -87,16 +87,27 @@ async def there_and_back(pools: Pools, port: int, version: int, name: str) -> bo
     return resumed
 
 
+async def in_full_and_twice_resumed(connect: Callable[[], Awaitable[bool]]) -> None:
+    """Connects in full, and then until two connections were resumed: a ticket of TLS 1.3 that a busy server sends late is missed."""
+    assert not await connect()
+    resumed = [await connect(), await connect()]
+    while sum(resumed) < 2 and len(resumed) < 8:
+        resumed.append(await connect())
+    assert sum(resumed) == 2, resumed
+
+
 @pytest.mark.parametrize(("stack", "version"), SERVERS)
 async def test_a_server(pools: Pools, files: Files, stack: str, version: int) -> None:
     name = f"{stack}-{version:x}.test"
     async with echo_server(stack, Identity.of(files, name), version, name) as (port, process):
-        resumed = []
-        for _ in range(3):
-            resumed.append(await there_and_back(pools, port, version, name))
+
+        async def connect() -> bool:
+            resumed = await there_and_back(pools, port, version, name)
             (report,) = await said(process, 1)
             assert (report.get("version"), report.get("bytes")) == (NAMES[version], SIZE), report
-    assert resumed == [False, True, True]
+            return resumed
+
+        await in_full_and_twice_resumed(connect)
 
 
 @pytest.mark.parametrize(("stack", "version"), CLIENTS)
