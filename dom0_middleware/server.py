@@ -94,7 +94,7 @@ class MiddlewareService:
         self.metrics = Metrics()
         self.audit = open_audit_log(settings.audit_file, clock=clock, sync_interval=settings.audit.sync_interval)
         self.policy = Policy(settings.policy, monotonic=monotonic)
-        self.sessions = VmSessions(grid)
+        self.sessions = VmSessions(grid, clock=clock)
         self.events = EventHub(clock=clock)
         secrets = JoinSecrets(self._store, randbytes=randbytes)
         servers = GuestServerPairs(

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Coroutine, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
-from dom0_middleware.errors import Reason, Refused, Unavailable
+from dom0_middleware.errors import Refused, Unavailable
 from dom0_middleware.state import VmRecord
+from dom0_middleware.vm_definition import clock_of_token
 from gose_client.errors import GridRefusedError
 from gose_client.trial import Link
 from secfunet.gose.v1 import operation_pb2
 from secfunet.middleware.v1 import agent_pb2
+from secfunet.rpc.reasons import Reason
+from secfunet.service.flood_log import FloodLog
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -68,8 +72,10 @@ class _Slot:
 class VmSessions:
     """Sessions by the domain's UUID."""
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, *, clock: Callable[[], float] = time.time) -> None:
         self._grid = grid
+        self._clock = clock
+        self._flood_log = FloodLog(log)
         self._slots: dict[str, _Slot] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -150,6 +156,7 @@ class VmSessions:
                     )
                 except GridRefusedError as error:
                     slot.refusal, slot.refused_at = error, now()
+                    self._explain(vm, error)
                     raise
                 if slot.ended:
                     # The right ended while the grid was asked, and the cancellation was not heard.
@@ -157,6 +164,14 @@ class VmSessions:
                     raise _ended()
                 slot.session = session
             return slot.session
+
+    def _explain(self, vm: VmRecord, error: GridRefusedError) -> None:
+        """The grid does not say why it refuses a token; a clock that differs can be seen from here, too."""
+        if error.reason == Reason.TOKEN_REFUSED:
+            hint = clock_of_token(vm, self._clock()) or "the grid's log says why"
+            self._flood_log.warning(
+                f"{error.reason} {vm.uuid}", "the grid refused a VM-Auth-Token", {"vm": vm.uuid, "cause": hint}
+            )
 
     async def _execute(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid as uuids
 from ipaddress import ip_address
 
@@ -22,7 +23,7 @@ from secfunet.identity import (
     verify_certificate,
 )
 from secfunet.middleware.v1 import orchestrator_pb2 as pb
-from secfunet.vm_auth_token import TokenError, VmAuthToken, unverified_claims
+from secfunet.vm_auth_token import LEEWAY, TokenError, VmAuthToken, unverified_claims
 
 DEFAULT_MEMORY_MIB, DEFAULT_VCPUS = 512, 1
 MAX_MEMORY_MIB, MAX_VCPUS = 1 << 20, 256
@@ -82,7 +83,26 @@ def check_token(record: VmRecord, untrusted: str, now: float) -> VmAuthToken:
         raise Refused(Reason.TOKEN_INVALID, "this VM-Auth-Token is for another VMID")
     if claims.expires_at <= now:
         raise Refused(Reason.TOKEN_EXPIRED, "this VM-Auth-Token has ended")
+    if now + LEEWAY < (begin := max(claims.not_before, claims.issued_at)):
+        raise Refused(
+            Reason.TOKEN_NOT_YET_VALID,
+            f"this VM-Auth-Token is valid from {_time(begin)}, and it is {_time(now)} by this host's clock: compare the clocks of this "
+            "host and of the grid's authority",
+        )
     return claims
+
+
+def clock_of_token(record: VmRecord, now: float) -> str:
+    """What this host's clock has against the VM's token, or ""."""
+    try:
+        check_token(record, record.vm_auth_token, now)
+    except Refused as error:
+        return str(error)
+    return ""
+
+
+def _time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
 def spec(record: VmRecord) -> DomainSpec:

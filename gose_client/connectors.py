@@ -39,7 +39,9 @@ def explain(error: BaseException, place: str) -> GoseClientError:
         return known
     alert = find_cause(error, PeerAlertError)
     if alert is not None and alert.description in _UNWANTED:
-        return GridUntrustedError(f"{place} does not accept the hypervisor's card: {alert}")
+        return GridUntrustedError(
+            f"{place} does not accept the hypervisor's card: {alert}", reason=Reason.HYPERVISOR_REFUSED
+        )
     if isinstance(error, (ServerNameError, HandshakeRefusedError, UnsupportedSuiteError, ssl.SSLCertVerificationError)):
         return GridUntrustedError(f"{place} is not the grid that is meant: {error}")
     if isinstance(error, StatusError):

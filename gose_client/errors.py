@@ -60,8 +60,9 @@ class GridUnavailableError(GoseClientError):
 class GridUntrustedError(GoseClientError):
     """Whoever answered at the grid's address is not the grid, or the grid does not accept our card. Waiting does not help."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(Reason.GRID_UNTRUSTED, message, code=Reason.GRID_UNTRUSTED.code)
+    def __init__(self, message: str, *, reason: Reason = Reason.GRID_UNTRUSTED) -> None:
+        """``reason``: HYPERVISOR_REFUSED for the second case."""
+        super().__init__(reason, message, code=reason.code)
 
 
 class HypervisorCardError(GoseClientError):

@@ -119,7 +119,10 @@ class Logins:
         except (OpenIdFormatError, ValueError):
             raise ProtocolViolationError("the login leads to something that is no URL") from None
         if target.origin not in {self._settings.service_provider, *self._provider_origins}:
-            raise ProtocolViolationError(f"the login leads to {target.origin}, which is not configured")
+            raise ProtocolViolationError(
+                f"the login leads to {target.origin}, which is not configured: it is none of service_provider, "
+                "openid_provider and openid_login in this host's settings for the grid"
+            )
         return target
 
     def _grant(self, answer: HttpAnswer, vmid: str, hvid: str) -> Grant:

@@ -11,9 +11,10 @@ from gose.settings import Limits, SecureElementSettings
 from gose.slots.errors import SlotError
 from gose.slots.figures import CardFigures
 from gose.slots.port import GuardedPort
-from secfunet.apdu import PinError
+from secfunet.apdu import PinError, StatusError
 from secfunet.card.binding import Binding
 from secfunet.card.client import CardClient
+from secfunet.card.instructions import Ins
 from secfunet.card.parameters import Segmentation
 from secfunet.card.ready import CardOpener, PinWithheldError
 
@@ -24,6 +25,10 @@ class PinRefusedError(SlotError):
     def __init__(self, seid: str, message: str) -> None:
         super().__init__(f"{seid}: {message}")
         self.seid = seid
+
+
+class KeyMissingError(SlotError):
+    """The card takes the PIN, and holds no key that could be used: it is blank, or was made anew."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class CardConnector:
         )
 
     async def __call__(self) -> ReadyCard:
-        """Raises CardGoneError, StatusError, PinRefusedError, TimeoutError, and what the files of PIN and TLS raise (OSError,
+        """Raises CardGoneError, StatusError, PinRefusedError, KeyMissingError, TimeoutError, and what files of PIN and TLS raise (OSError,
         TlsFilesError, UnsafeFileError).
         """
         try:
@@ -81,6 +86,12 @@ class CardConnector:
             raise PinRefusedError(
                 self._element.seid,
                 f"the card refuses the PIN {self._element.pin_source}; attempts left: {error.attempts_remaining}",
+            ) from None
+        except StatusError as error:
+            if (error.sw, error.ins) != (0x6985, Ins.SET_IDENTITY):
+                raise
+            raise KeyMissingError(
+                f"{self._element.seid}: the card holds no key with a certificate under the name '{self._element.label}'; enrol it again"
             ) from None
         if not isinstance(client.port, GuardedPort):
             raise AssertionError("a client keeps the port that it was made with")

@@ -88,7 +88,7 @@ class Reason(StrEnum):
         "OPERATION_INVALID",
         ALL,
         StatusCode.INVALID_ARGUMENT,
-        "this is not an operation that the key can do",
+        "the key cannot do this operation; compare scheme, length and content with the key",
     )
     REQUEST_ID_REUSED = (
         "REQUEST_ID_REUSED",
@@ -206,7 +206,7 @@ class Reason(StrEnum):
     )
     HYPERVISOR_REFUSED = (
         "HYPERVISOR_REFUSED",
-        GRID,
+        GRID_AND_MIDDLEWARE,
         StatusCode.PERMISSION_DENIED,
         "the grid does not admit this hypervisor",
     )
@@ -233,6 +233,12 @@ class Reason(StrEnum):
     # What it may do.
     TOKEN_REFUSED = ("TOKEN_REFUSED", GRID, StatusCode.PERMISSION_DENIED, "the VM-Auth-Token is refused")
     TOKEN_EXPIRED = ("TOKEN_EXPIRED", MIDDLEWARE, StatusCode.PERMISSION_DENIED, "the VM-Auth-Token has expired")
+    TOKEN_NOT_YET_VALID = (
+        "TOKEN_NOT_YET_VALID",
+        MIDDLEWARE,
+        StatusCode.PERMISSION_DENIED,
+        "the VM-Auth-Token is not valid yet",
+    )
     TOKEN_MISSING = (
         "TOKEN_MISSING",
         MIDDLEWARE,
@@ -396,7 +402,7 @@ class Reason(StrEnum):
         "GRID_UNTRUSTED",
         MIDDLEWARE,
         StatusCode.FAILED_PRECONDITION,
-        "this host and the grid do not accept each other; tell the operator of this host",
+        "this host does not trust who answers in place of the grid; tell the operator of this host",
     )
     GRID_PROTOCOL_VIOLATED = (
         "GRID_PROTOCOL_VIOLATED",

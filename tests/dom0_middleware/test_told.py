@@ -2,6 +2,8 @@
 
 import re
 import secrets
+import ssl
+import time
 
 import grpc
 import grpc.aio
@@ -23,12 +25,13 @@ from gose_client.errors import (
 )
 from secfunet.apdu import StatusError
 from secfunet.card.errors import CardGoneError
-from secfunet.middleware.v1 import agent_pb2
+from secfunet.middleware.v1 import agent_pb2, orchestrator_pb2
 from secfunet.operation import OperationProblem
 from secfunet.rpc.facts import Facts
 from secfunet.rpc.reasons import Domain
+from secfunet.tls.errors import PeerAlertError
 from tests.dom0_middleware.test_operations import batch, operate
-from tests.dom0_middleware.world import TIMEOUT, World, facts, sign_operation
+from tests.dom0_middleware.world import TIMEOUT, World, facts, sign_operation, token
 
 INSIDE = [
     "https://localhost:8444 cannot be reached: [Errno 111] Connect call failed ('127.0.0.1', 8444)",
@@ -168,3 +171,33 @@ async def test_each_operation_reaches_the_grid_under_its_own_id(world: World) ->
     recorded = {record["request"]: record["correlation"] for record in world.audit() if record["action"] == "operation"}
     assert world.grid.called == recorded
     assert len(set(recorded.values())) == 4
+
+
+async def test_a_token_of_a_clock_that_is_ahead_is_the_orchestrators_to_hear(world: World) -> None:
+    uuid = await world.create(vm_auth_token="")
+    ahead = token("web", issued_ago=-3600, valid=7200)
+    async with world.orchestrator() as stub:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await stub.StartVm(orchestrator_pb2.StartVmRequest(uuid=uuid, vm_auth_token=ahead), timeout=TIMEOUT)
+    assert facts(error.value)[:2] == (grpc.StatusCode.PERMISSION_DENIED, "TOKEN_NOT_YET_VALID")
+    assert "compare the clocks" in str(error.value.details())
+
+
+async def test_what_this_hosts_clock_has_against_a_refused_token_is_in_the_log(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.grid.down = GridRefusedError("TOKEN_REFUSED", "refused", code=grpc.StatusCode.PERMISSION_DENIED)
+    world.service.sessions._clock = lambda: time.time() - 86400.0
+    guest = await world.enrolled()
+    answers = await operate(guest, batch(1, [sign_operation()]))
+    assert answers[1].failures[0].reason == "TOKEN_REFUSED"
+    assert answers[1].failures[0].message.startswith("the VM-Auth-Token is refused (id ")
+    causes = [str(getattr(record, "cause", "")) for record in caplog.records if "refused a VM-Auth" in record.message]
+    assert len(causes) == 1
+    assert "is valid from" in causes[0]
+
+
+@pytest.mark.parametrize(("alert", "reason"), [(46, "HYPERVISOR_REFUSED"), (80, "GRID_UNAVAILABLE")])
+def test_that_the_grid_does_not_want_this_card_is_not_called_a_wrong_grid(alert: int, reason: str) -> None:
+    assert explain(PeerAlertError(alert), "https://localhost:8444").reason == reason
+    assert explain(ssl.SSLCertVerificationError(1, "x"), "https://localhost:8444").reason == "GRID_UNTRUSTED"

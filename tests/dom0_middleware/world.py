@@ -85,7 +85,14 @@ def token_key() -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(ec.SECP256R1())
 
 
-def token(vm: str, *, hypervisor: str = "hypervisor", operations: frozenset[str] = ALL, valid: float = 3600) -> str:
+def token(
+    vm: str,
+    *,
+    hypervisor: str = "hypervisor",
+    operations: frozenset[str] = ALL,
+    valid: float = 3600,
+    issued_ago: float = 7200,
+) -> str:
     now = time.time()
     return issue_token(
         token_key(),
@@ -94,7 +101,7 @@ def token(vm: str, *, hypervisor: str = "hypervisor", operations: frozenset[str]
         vmid=thumbprint(certificate(vm)),
         hvid=thumbprint(certificate(hypervisor)),
         operations=operations,
-        issued_at=now - 7200,
+        issued_at=now - issued_ago,
         expires_at=now + valid,
     )
 

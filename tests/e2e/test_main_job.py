@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import os
 import re
 import signal
@@ -68,10 +70,17 @@ async def test_a_correlation_id_runs_from_agent_to_card(stack: Stack) -> None:
     await stack.agent("web", "sign", "-", input_data=b"follow me")
     audit = (stack.layout.host(stack.host) / "state" / "audit.jsonl").read_text().splitlines()
     grid = stack.daemons["gose"].log.read_text()
-    last = next(line for line in reversed(audit) if '"sign"' in line)
-    identifiers = re.findall(r'"correlation[_a-z]*": ?"([0-9a-f]{16})"', last)
-    assert identifiers
-    assert identifiers[0] in grid
+    record = json.loads(next(line for line in reversed(audit) if '"sign"' in line))
+    assert re.fullmatch(r"[0-9a-f]{16}-1", record["correlation"])
+    assert record["correlation"] in grid
+    assert record["digest"] == hashlib.sha256(b"follow me").hexdigest()
+    # The agent's line of the call: which program it was.
+    assert record["program"]["uid"] == os.getuid()
+    assert "python" in record["program"]["executable"]
+    (line,) = (
+        line for line in stack.daemons["agent-web"].log.read_text().splitlines() if record["guest_correlation"] in line
+    )
+    assert str(record["program"]["pid"]) in line
 
 
 async def test_a_hangup_ends_no_daemon_and_is_answered(stack: Stack) -> None:

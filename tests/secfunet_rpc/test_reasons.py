@@ -17,7 +17,7 @@ from secfunet.rpc.reasons import HTTP_STATUSES, Domain, Healing, Reason, find_re
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "gose": {Domain.GRID},
-    "dom0_middleware": {Domain.MIDDLEWARE},
+    "dom0_middleware": {Domain.MIDDLEWARE, Domain.GRID},  # it acts on what the grid says
     "gose_client": {Domain.MIDDLEWARE},
     "vm_agent": {Domain.AGENT, Domain.MIDDLEWARE},  # it acts on what the middleware says
 }
