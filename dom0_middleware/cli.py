@@ -37,6 +37,7 @@ from secfunet.service.daemon import run_daemon, survive_hangup
 from secfunet.service.logs import configure_logs
 from secfunet.service.settings import SettingsError, load_settings
 
+DESCRIPTORS = 16384  # some 150 for each guest that takes all that one guest can (docs/operations.md, Bounds)
 log = logging.getLogger(__name__)
 
 app = typer.Typer(
@@ -100,7 +101,7 @@ def serve(config: Config = DEFAULT_CONFIG) -> None:
             facts["metrics"] = f"127.0.0.1:{settings.metrics_port}"
         log.info("the daemon is ready", extra=facts)
 
-    run_daemon(make, ready=ready)
+    run_daemon(make, ready=ready, descriptors=DESCRIPTORS)
 
 
 app.command("check")(state.check)

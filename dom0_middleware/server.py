@@ -53,7 +53,8 @@ log = logging.getLogger(__name__)
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 READ_AGAIN = ("orchestrators.allowed", "destinations", "log_level")  # of the settings, when SIGHUP comes
-MAX_ORCHESTRATORS = 48  # connections by TCP; the server has places for a few more by its Unix socket
+MAX_ORCHESTRATORS = 48  # connections by TCP; the server has as many places for its Unix socket
+ORCHESTRATORS_BOUNDS = DoorBounds(silent=256, talking=64)  # strangers at their port
 STOP_GRACE = 1.0  # seconds that an orchestrator's call gets to end
 
 
@@ -84,7 +85,7 @@ class MiddlewareService:
         self._clock = clock
         self._allowed = frozenset(settings.orchestrators.allowed)
         self._file = Rereading(settings, read_again)
-        self._keeper = Doorkeeper(DoorBounds(silent=256, talking=64))
+        self._keeper = Doorkeeper(ORCHESTRATORS_BOUNDS)
         self._stack = AsyncExitStack()
         state = private_folder(settings.state)
         authority = GuestAuthority.load(state, clock=clock, agent_lifetime=settings.limits.agent_certificate_lifetime)
@@ -220,7 +221,9 @@ class MiddlewareService:
             tcp = GrpcDoor(self._keeper, "orchestrators", inside=MAX_ORCHESTRATORS)
             stack.push_async_callback(tcp.wait_closed)
         guard = Callers(door.admit, audit=self.audit, metrics=self.metrics, max_request=MAX_MESSAGE, door=tcp).guard()
-        server = make_server(guard, max_message=MAX_MESSAGE)
+        server = make_server(
+            guard, max_message=MAX_MESSAGE, connections=2 * MAX_ORCHESTRATORS + ORCHESTRATORS_BOUNDS.talking
+        )
         service = OrchestratorService(self.vms, events=self.events, audit=self.audit, door=door, status=self._status)
         orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(service, server)
         name = orchestrator_pb2.DESCRIPTOR.services_by_name["OrchestratorService"].full_name

@@ -20,7 +20,7 @@ from secfunet.openid.realm import check_realm, parse_url
 from secfunet.racs.errors import RacsValueError
 from secfunet.racs.syntax import check_seid
 from secfunet.service.addresses import canonical_network
-from secfunet.service.doorkeeper import DoorBounds
+from secfunet.service.doorkeeper import KEPT_DESCRIPTORS, METRICS_BOUNDS, DoorBounds
 from secfunet.service.settings import FilePath, Settings
 
 
@@ -258,6 +258,16 @@ class GoseSettings(Settings):
     limits: Limits = Limits()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+
+    @property
+    def descriptors(self) -> int:
+        """What the grid may need when every bound is reached: strangers, three doors of HTTP, gRPC (a connection has its own descriptor and
+        two for the way inside), cards, files.
+        """
+        limits = self.limits
+        strangers = limits.silent_connections + 3 * limits.talking_connections
+        inside = 3 * limits.http_connections + 3 * limits.grpc_connections
+        return strangers + inside + METRICS_BOUNDS.descriptors + 4 * len(self.secure_elements) + KEPT_DESCRIPTORS + 256
 
     @property
     def authority(self) -> Path:

@@ -35,7 +35,7 @@ SITE = HOME / f"lib/python{PYTHON[0]}.{PYTHON[1]}/site-packages"
 # Of our own wheel; a guest needs no other, and of the protocols only these.
 ROOMS = ("secfunet", "vm_agent")
 PROTOCOLS = {"__init__.py", "py.typed", "container.py", "errors.py", "identity.py", "operation.py"}
-PROTOCOLS |= {"agent", "gose", "middleware", "service", "xen"}
+PROTOCOLS |= {"agent", "gose", "middleware", "rpc", "service", "xen"}
 UNNEEDED = {"joserfc"}  # tokens are read in dom0 and in the grid
 COMPILE_TIME = ("*.pyi", "*.h", "*.pyx", "*.pxd")
 COMPRESSION = ("-Zxz", "--threads-max=1")  # more threads give other bytes

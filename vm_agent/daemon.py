@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 
 from secfunet.errors import SecFuNetError
 from secfunet.service.daemon import run_daemon
+from secfunet.service.doorkeeper import METRICS_BOUNDS
 from secfunet.service.logs import configure_logs
 from vm_agent.local_socket import DoorError
 from vm_agent.options import ENVIRONMENT, AgentOptions
@@ -82,7 +83,8 @@ def main() -> int:
         return RunningAgent(AgentService(options), options, sys.argv[1:])
 
     try:
-        run_daemon(make)
+        # A local program's connection: its own, and both ends of the one inside.
+        run_daemon(make, descriptors=256 + METRICS_BOUNDS.descriptors + 3 * options.limits.connections)
     except SecFuNetError as error:
         sys.stderr.write(f"error: {error}\n")
         return EX_CONFIG if isinstance(error, DoorError) else EX_FAILED

@@ -45,7 +45,9 @@ KEEPALIVE_MS = 12_000
 ServerOptions = Sequence[tuple[str, int]]
 
 
-def make_server(guard: Guard, *, max_message: int, streams: int = STREAMS_A_CONNECTION) -> grpc.aio.Server:
+def make_server(
+    guard: Guard, *, max_message: int, streams: int = STREAMS_A_CONNECTION, connections: int = MAX_CONNECTIONS
+) -> grpc.aio.Server:
     """``streams``: calls at once of one connection, and so messages of ``max_message`` bytes that are not complete or not read."""
     options: ServerOptions = (
         # Further ones wait at the client. gRPC's own bound on all calls of a server would turn them away at once, as fast as they come.
@@ -57,7 +59,7 @@ def make_server(guard: Guard, *, max_message: int, streams: int = STREAMS_A_CONN
         # Each socket is one server's: a second one on the same path is a fault.
         ("grpc.so_reuseport", 0),
         ("grpc.max_metadata_size", 16384),
-        ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+        ("grpc.max_allowed_incoming_connections", connections),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
         # A guest that is silently gone (paused, or the host at the other end of a bridge lost its power) is noticed within half a minute.
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),

@@ -40,7 +40,7 @@ def serve(
     async def make_service() -> AbstractAsyncContextManager[object]:
         return NodeService(settings, read_again=lambda: load_settings(NodeSettings, config))
 
-    run_daemon(make_service)
+    run_daemon(make_service, descriptors=settings.descriptors)
 
 
 @app.command()

@@ -96,4 +96,4 @@ def serve(config: ConfigOption = CONFIG) -> None:
     async def make_service() -> AbstractAsyncContextManager[object]:
         return GridService(settings, read_again=lambda: load_settings(GoseSettings, config))
 
-    run_daemon(make_service)
+    run_daemon(make_service, descriptors=settings.descriptors)

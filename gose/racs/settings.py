@@ -13,6 +13,7 @@ from secfunet.card.settings import LocalCardSettings
 from secfunet.identity import IdentityError, Role, check_name, check_thumbprint
 from secfunet.racs.errors import RacsValueError
 from secfunet.racs.syntax import check_token
+from secfunet.service.doorkeeper import KEPT_DESCRIPTORS, METRICS_BOUNDS, DoorBounds
 from secfunet.service.settings import FilePath, Settings
 
 
@@ -143,6 +144,18 @@ class NodeSettings(Settings):
     limits: NodeLimits = NodeLimits()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+
+    @property
+    def descriptors(self) -> int:
+        """What the node may need when every bound is reached."""
+        return (
+            DoorBounds().descriptors
+            + self.limits.connections
+            + METRICS_BOUNDS.descriptors
+            + 4 * len(self.secure_elements)
+            + KEPT_DESCRIPTORS
+            + 256
+        )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

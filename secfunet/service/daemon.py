@@ -55,6 +55,20 @@ def notify_systemd(state: str) -> None:
         notify.sendall(state.encode())
 
 
+def want_descriptors(needed: int) -> None:
+    """Raises this process's limit of descriptors to ``needed``, what its own bounds come to; warns where the hard limit is below."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    infinite = resource.RLIM_INFINITY
+    if soft != infinite and soft < needed:
+        soft = needed if hard == infinite else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft != infinite and soft < needed:
+        log.warning(
+            "the limit of descriptors (LimitNOFILE= of the unit, ulimit -n) is below what this program's bounds come to",
+            extra={"limit": soft, "needed": needed},
+        )
+
+
 async def _keep_watchdog() -> None:
     """Feeds systemd's watchdog (sd_watchdog_enabled(3)) from the event loop: a loop that hangs stops feeding it."""
     period = int(os.environ.get("WATCHDOG_USEC", "0")) / 2_000_000
@@ -109,14 +123,17 @@ def run_daemon(
     make_service: Callable[[], Awaitable[AbstractAsyncContextManager[object]]],
     *,
     ready: Callable[[], None] | None = None,
+    descriptors: int = 512,
 ) -> None:
     """Runs the service until SIGTERM or SIGINT. Entering the context starts it (it then serves); leaving it stops it cleanly. If what
     entering gave is ``Reloadable``, SIGHUP reloads it.
 
     ``make_service`` runs inside the event loop. Errors of start-up are the caller's to catch (``secfunet.service.cli``).
+    ``descriptors``: how many it may need, when all of its bounds are reached.
     """
     survive_hangup()
     forbid_core_dumps()
+    want_descriptors(descriptors)
 
     async def main() -> None:
         await _serve(await make_service(), ready)

@@ -64,6 +64,10 @@ class DoorBounds:
         return self.silent + self.talking
 
 
+METRICS_BOUNDS: Final = DoorBounds(silent=256, talking=64, silence=5.0, handshake=5.0)
+"""Of a metrics port, which has a doorkeeper of its own (``metrics``)."""
+
+
 class DoorFullError(SecFuNetError):
     """There is no place inside for this connection."""
 

@@ -14,16 +14,15 @@ from typing import Final, Self
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from secfunet.service.doorkeeper import DoorBounds, Doorkeeper, Visit
+from secfunet.service.doorkeeper import METRICS_BOUNDS, DoorBounds, Doorkeeper, Visit
 
-BOUNDS: Final = DoorBounds(silent=256, talking=64, silence=5.0, handshake=5.0)
 _MAX_HEAD: Final = 8192
 
 
 class MetricsServer:
     """Serves ``registry`` at 127.0.0.1; does nothing without a port. ``start`` raises OSError."""
 
-    def __init__(self, registry: CollectorRegistry, port: int | None, *, bounds: DoorBounds = BOUNDS) -> None:
+    def __init__(self, registry: CollectorRegistry, port: int | None, *, bounds: DoorBounds = METRICS_BOUNDS) -> None:
         self._registry = registry
         self._port = port
         self._bounds = bounds

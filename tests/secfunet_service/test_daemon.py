@@ -1,5 +1,6 @@
 """A daemon's life, seen from outside: readiness, SIGTERM, no core dump, errors as sentences."""
 
+import re
 import signal
 import socket
 import subprocess
@@ -164,3 +165,41 @@ def test_an_error_is_a_sentence_and_an_exit_code() -> None:
     missing = subprocess.run([sys.executable, "-c", PROGRAM, "missing"], capture_output=True, text=True, check=False)
     assert missing.returncode == 1
     assert missing.stderr == "error: /nonexistent/file: No such file or directory\n"
+
+
+def test_a_daemon_has_the_descriptors_that_its_bounds_come_to() -> None:
+    program = """
+import logging, resource, sys
+from secfunet.service.daemon import want_descriptors
+logging.basicConfig(format="%(message)s %(limit)s %(needed)s")
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 1000))
+want_descriptors(900)
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+want_descriptors(5000)
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "(900, 1000)\n(1000, 1000)\n"
+    assert "LimitNOFILE" in done.stderr
+    assert done.stderr.strip().endswith("1000 5000")
+
+
+def test_the_units_have_room_for_the_bounds() -> None:
+    from dom0_middleware.cli import DESCRIPTORS
+    from gose.settings import GoseSettings
+
+    root = Path(__file__).parents[2]
+
+    def limit(unit: str) -> int:
+        return int(re.findall(r"^LimitNOFILE=([0-9]+)$", (root / unit).read_text(), re.MULTILINE)[0])
+
+    units = [
+        *root.glob("ansible/roles/*/templates/*.service.j2"),
+        *root.glob("packaging/deb/tree/lib/systemd/system/*.service"),
+    ]
+    assert len(units) == 4
+    for unit in units:
+        text = unit.read_text()
+        assert all(f"\n{key}=" in text for key in ("LimitNOFILE", "MemoryMax", "TasksMax")), unit
+    assert limit("ansible/roles/gose/templates/gose.service.j2") >= GoseSettings().descriptors
+    assert limit("ansible/roles/dom0_middleware/templates/secure-middleware.service.j2") >= DESCRIPTORS
