@@ -204,6 +204,7 @@ class MiddlewareClient:
         self._doubtful = (
             asyncio.Event()
         )  # set when the certificate may have ended in dom0, whatever the clock here says
+        self._not_before = 0.0  # UTC seconds: no renewal earlier
         self._away_since: float | None = None  # monotonic
         self.first_word = asyncio.Event()  # set when the middleware told an identity, or could not be reached
         self.changed = asyncio.Event()  # set whenever ``connected`` may have changed
@@ -336,10 +337,11 @@ class MiddlewareClient:
         while True:
             now = self._clock()
             has_ended = now >= self.enrolment.expires_at
-            if now < self.enrolment.renew_at and not self._doubtful.is_set():
+            renew_at = max(self.enrolment.renew_at, self._not_before)
+            if now < renew_at and not self._doubtful.is_set():
                 # In short steps: the wall clock may be set, and a suspended VM does not count its sleep.
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(min(self.enrolment.renew_at - now, 30.0)):
+                    async with asyncio.timeout(min(renew_at - now, 30.0)):
                         await self._doubtful.wait()
                 continue
             try:
@@ -376,6 +378,9 @@ class MiddlewareClient:
 
     def _replace(self, enrolment: Enrolment) -> None:
         self._save(enrolment)
+        # Certificates are dated back, for clocks that are behind: one that lives shortly would be due as soon as it is there.
+        now = self._clock()
+        self._not_before = now + (enrolment.expires_at - now) / 2
         old, self._connection = self._connection, MiddlewareConnection(enrolment, self._target)
         log.info("certificate renewed", extra={"expires_at": enrolment.expires_at})
         self._renewed()

@@ -359,6 +359,16 @@ async def test_a_certificate_that_ended_while_the_agent_was_away_is_renewed(
     assert (middleware.enrolments, middleware.late_renewals) == (1, 1)
 
 
+async def test_a_certificate_that_is_dated_back_is_not_renewed_in_a_loop(
+    middleware: MiddlewareDouble, options: AgentOptions
+) -> None:
+    middleware.life, middleware.age = 20.0, 300.0
+    async with running(options) as (service, _):
+        await eventually(lambda: service.status().connected and middleware.renewals == 1)
+        await asyncio.sleep(1.0)
+    assert middleware.renewals == 1
+
+
 async def test_a_clock_that_is_ahead_costs_nothing(middleware: MiddlewareDouble, options: AgentOptions) -> None:
     """The agent believes that its certificate has ended; when its clock is set right it serves again."""
     ahead = 0.0
