@@ -36,11 +36,11 @@ from vm_agent.enrolment import EnrolmentStore, channel_options
 SHARE = 0.7
 MOST_DELAY = 50.0  # milliseconds
 HELD = 400  # connections
-MODES = ("connections", "garbage", "silence", "halves", "refusals")
+MODES = ("refusals", "cancelled", "connections", "garbage", "silence", "halves")
 LOOP = "loop"
 LEGEND = f"""\
-The hostile VM, on its own channel: connections that end at once; garbage in place of TLS; {HELD} connections that say nothing; half a
-ClientHello in each; calls that are refused, with its own certificate."""
+The hostile VM, on its own channel: calls that are refused, with its own certificate; calls that it cancels at once; connections that end at
+once; garbage in place of TLS; {HELD} connections that say nothing; half a ClientHello in each."""
 
 
 async def measure(plan: Plan, stage: Stage) -> None:
@@ -139,8 +139,8 @@ def _attack(mode: str, kept: Path) -> None:
     if mode == LOOP:
         while True:
             pass
-    elif mode == "refusals":
-        asyncio.run(_refusals(kept))
+    elif mode in ("refusals", "cancelled"):
+        asyncio.run(_calls(kept, cancelled=mode == "cancelled"))
     elif mode in ("silence", "halves"):
         held = []
         while True:
@@ -163,7 +163,7 @@ def _attack(mode: str, kept: Path) -> None:
                     one.recv(100)
 
 
-async def _refusals(kept: Path) -> None:
+async def _calls(kept: Path, *, cancelled: bool) -> None:
     enrolment = EnrolmentStore(kept).load()
     assert enrolment is not None
     options = channel_options(enrolment.server_name, enrolment.agent)
@@ -173,8 +173,13 @@ async def _refusals(kept: Path) -> None:
         async def ask() -> None:
             unsound = operation_pb2.SignOperation(scheme=SCHEME, digest=os.urandom(7))
             while True:
+                call = stub.Sign(agent_pb2.SignRequest(request_id=os.urandom(16), sign=unsound), timeout=5)
                 with contextlib.suppress(grpc.aio.AioRpcError):
-                    await stub.Sign(agent_pb2.SignRequest(request_id=os.urandom(16), sign=unsound), timeout=5)
+                    if not cancelled:
+                        await call
+                    else:
+                        await asyncio.sleep(0.001)
+                        call.cancel()
 
         await asyncio.gather(*(ask() for _ in range(32)))
 

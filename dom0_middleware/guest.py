@@ -20,10 +20,13 @@ from dom0_middleware.refusals import (
     CALLS_PER_SECOND,
     OPERATIONS_BURST,
     OPERATIONS_PER_SECOND,
+    WASTED_BURST,
+    WASTED_PER_SECOND,
     RefusalMeter,
     RefusalPace,
 )
 from dom0_middleware.state import RunRecord, StateStore, VmRecord
+from secfunet.service.rate import TokenBucket
 
 # An agent renews once in two thirds of a certificate's life; this leaves room for one that restarts again and again.
 # A certificate that has ended is renewed for the key that had it, in the same run, so long after its end (seconds).
@@ -72,6 +75,7 @@ class GuestDomain:
         self.refusals = RefusalMeter(time.monotonic)
         self.refused_calls = RefusalPace(time.monotonic, burst=CALLS_BURST, per_second=CALLS_PER_SECOND)
         self.refused_operations = RefusalPace(time.monotonic, burst=OPERATIONS_BURST, per_second=OPERATIONS_PER_SECOND)
+        self.wasted_calls = TokenBucket(WASTED_PER_SECOND, WASTED_BURST)
         self.renewals = RefusalMeter(time.monotonic, burst=RENEWALS, per_second=RENEWALS_PER_SECOND)
 
     @property

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from secfunet.service.rate import TokenBucket
 
 # Refusals that are answered at once; those beyond are answered late, so that whoever has himself refused in a loop waits.
+# Calls that their caller gave up, whose connection ended, or of no method: at once all that a connection may have in work, twice.
+WASTED_BURST, WASTED_PER_SECOND = 512.0, 10.0
 CALLS_BURST, CALLS_PER_SECOND = 50.0, 20.0
 OPERATIONS_BURST, OPERATIONS_PER_SECOND = 2000.0, 400.0
 BURST = 2000.0  # records

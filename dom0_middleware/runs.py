@@ -75,6 +75,10 @@ class Runs:
         """What the channel of a domain is doing."""
         return self._channel.status(uuid)
 
+    def hang_up(self, uuid: str, why: str) -> None:
+        """Ends what a domain's channel carries now: its guest goes beyond what is its share."""
+        self._channel.hang_up(uuid, why)
+
     @property
     def can_attach(self) -> bool:
         """A domain that runs already can be given a channel."""

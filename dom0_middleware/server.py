@@ -150,6 +150,7 @@ class MiddlewareService:
             expiries=lambda: expiries(settings),
             clock=clock,
         )
+        servers.on_flood = runs.hang_up
         servers.on_secret_used, servers.on_enrolled = self.vms.secret_used, self.vms.enrolled
         self.metrics.sessions.set_function(lambda: len(self.sessions))
         self.metrics.agents.set_function(lambda: sum(guest.presence.connected for guest in self.vms.guests()))

@@ -37,6 +37,9 @@ class Callers:
 
     A guest that has itself refused again and again is answered later and later (``refusals.RefusalPace``). ``max_request``: bytes of a
     call's one request; ``calls``: at once.
+    A guest that has itself refused again and again is answered later and later (``refusals.RefusalPace``); for one that gives its calls up
+    again and again, ``flooded`` is told why its channel is to be ended. ``max_request``: bytes of a
+    call's one request.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Callers:
         audit: AuditLog,
         metrics: Metrics,
         guest: GuestDomain | None = None,
+        flooded: Callable[[str], None] = lambda why: None,
         max_request: int = MAX_REQUEST,
         calls: int = MAX_CALLS,
         door: GrpcDoor | None = None,
@@ -57,6 +61,7 @@ class Callers:
         self._metrics = metrics
         self._guest = guest
         self._calls, self._max_calls = 0, calls
+        self._flooded = flooded
         self._receiving = Receiving(
             RECEIVE_TIMEOUT, max_request, lambda problem: Refused(Reason.REQUEST_INVALID, problem)
         )
@@ -66,7 +71,7 @@ class Callers:
 
     def guard(self) -> Guard:
         """The interceptor."""
-        return Guard(self.admit, self.refuse, receiving=self._receiving)
+        return Guard(self.admit, self.refuse, receiving=self._receiving, wasted=self._note_wasted)
 
     @contextlib.contextmanager
     def admit(self, context: Context, method: Method) -> Iterator[None]:
@@ -106,6 +111,11 @@ class Callers:
         if self._guest is not None:
             await asyncio.sleep(self._guest.refused_calls.delay())
         await abort(context, facts_of(error) if self._guest is None else told_to_guest(error, correlation))
+
+    def _note_wasted(self) -> None:
+        """A call that is given up, or of no method, costs what a refused one does, and cannot be answered late."""
+        if self._guest is not None and self._guest.wasted_calls.take():
+            self._flooded("the guest makes calls for nothing, again and again")
 
     def _call(self, context: Context, method: Method) -> Call:
         untrusted_id = dict(context.invocation_metadata() or ()).get(CORRELATION_KEY)

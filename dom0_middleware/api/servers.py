@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -101,11 +102,13 @@ def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredenti
 class GuestServerPairs:
     """See ``runs.GuestServers``; ``on_secret_used`` and ``on_enrolled`` have to be set before the first ``open``.
 
-    They are told of each right use of a join secret, and of the first certificate that a run's agent shows.
+    They are told of each right use of a join secret, and of the first certificate that a run's agent shows. ``on_flood`` is told of a guest
+    whose channel is to be ended, and why.
     """
 
     on_secret_used: Callable[[GuestDomain], Awaitable[None]]
     on_enrolled: Callable[[GuestDomain], None]
+    on_flood: Callable[[str, str], None]
 
     def __init__(
         self,
@@ -164,7 +167,14 @@ class GuestServerPairs:
             return call
 
         server = make_server(
-            Callers(admit, audit=self._audit, metrics=self._metrics, guest=guest, calls=ENROL_CALLS).guard(),
+            Callers(
+                admit,
+                audit=self._audit,
+                metrics=self._metrics,
+                guest=guest,
+                flooded=partial(self.on_flood, guest.uuid),
+                calls=ENROL_CALLS,
+            ).guard(),
             max_message=MAX_ENROL_MESSAGE,
             streams=2,
         )
@@ -200,7 +210,14 @@ class GuestServerPairs:
             return replace(call, certificate=certificate)
 
         server = make_server(
-            Callers(admit, audit=self._audit, metrics=self._metrics, guest=guest, calls=self._concurrent_calls).guard(),
+            Callers(
+                admit,
+                audit=self._audit,
+                metrics=self._metrics,
+                guest=guest,
+                flooded=partial(self.on_flood, guest.uuid),
+                calls=self._concurrent_calls,
+            ).guard(),
             max_message=MAX_MESSAGE,
         )
         service = AgentService(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from dom0_middleware.channels.folder import FolderChannel
-from dom0_middleware.channels.port import GuestChannel
+from dom0_middleware.channels.port import Flooded, GuestChannel
 from dom0_middleware.channels.tcp import Refused, TcpChannel
-from dom0_middleware.channels.vchan import Flooded, VchanChannel
+from dom0_middleware.channels.vchan import VchanChannel
 from dom0_middleware.settings import ChannelSettings
 
 
@@ -17,5 +17,7 @@ def choose_channel(settings: ChannelSettings, folder: Path, *, refused: Refused,
         return VchanChannel(folder, flooded=flooded)
     if settings.kind == "tcp" and settings.tcp is not None:
         tcp = settings.tcp
-        return TcpChannel(folder, address=str(tcp.address), bridge=tcp.bridge, ports=tcp.port_range, refused=refused)
-    return FolderChannel(folder)
+        return TcpChannel(
+            folder, address=str(tcp.address), bridge=tcp.bridge, ports=tcp.port_range, refused=refused, flooded=flooded
+        )
+    return FolderChannel(folder, flooded=flooded)

@@ -21,6 +21,7 @@ PER_SECOND, AT_ONCE = 8, 64  # connections of the entitled
 PAUSE = 0.25  # seconds at least without accepting, beyond that
 STRANGERS_PER_SECOND, STRANGERS_AT_ONCE = 10, 64
 FILTERED = 10.0  # seconds for which strangers are dropped by the kernel, beyond that
+FIRST_PENALTY, LONGEST_PENALTY = 10.0, 600.0  # seconds without accepting, after a flood
 NO_ROOM = 1.0  # seconds without accepting, when there are no descriptors
 
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # asm-generic/socket.h
@@ -87,6 +88,8 @@ class Door:
         self._loop = asyncio.get_running_loop()
         self._timers: set[asyncio.TimerHandle] = set()
         self._filtered = False
+        self._rests_until = 0.0
+        self._penalty = FIRST_PENALTY
         listener.setblocking(False)
         self._loop.add_reader(listener, self._accept)
 
@@ -125,9 +128,19 @@ class Door:
             self._later(FILTERED, self._unfilter)
         self._stranger(source)
 
+    def punish(self) -> None:
+        """No connection is taken for a while; twice as long the next time."""
+        self._pause(self._penalty)
+        self._penalty = min(2 * self._penalty, LONGEST_PENALTY)
+
     def _pause(self, seconds: float) -> None:
         self._loop.remove_reader(self._socket)
-        self._later(seconds, lambda: self._loop.add_reader(self._socket, self._accept))
+        self._rests_until = max(self._rests_until, self._loop.time() + seconds)
+        self._later(seconds, self._resume)
+
+    def _resume(self) -> None:
+        if self._loop.time() >= self._rests_until - 0.001:
+            self._loop.add_reader(self._socket, self._accept)
 
     def _unfilter(self) -> None:
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)

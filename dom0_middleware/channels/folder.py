@@ -20,6 +20,7 @@ from dom0_middleware.channels.port import (
     ChannelError,
     ChannelState,
     ChannelStatus,
+    Flooded,
     JoinInformation,
 )
 from dom0_middleware.channels.relay import Relay
@@ -27,7 +28,8 @@ from secfunet.service.files import private_folder, sync_folder, write_atomically
 from secfunet.service.flood_log import FloodLog
 from secfunet.service.unix_socket import OwnSocket, SocketPathError, bind_unix
 
-_flood = FloodLog(logging.getLogger(__name__))
+log = logging.getLogger(__name__)
+_flood = FloodLog(log)
 
 MAX_SOCKET_PATH = 107  # bytes: sun_path of unix(7), less its final zero
 
@@ -128,7 +130,8 @@ class FolderChannel:
 
     through_xen = False
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, flooded: Flooded = lambda uuid, why: None) -> None:
+        self._flooded = flooded
         self._folders = DomainFolders(folder)
         self._doors: dict[str, _Doors] = {}
 
@@ -147,6 +150,14 @@ class FolderChannel:
         if (doors := self._doors.get(uuid)) is None:
             return ChannelStatus()
         return ChannelStatus(ChannelState.OPEN if doors.relay.is_used else ChannelState.WAITING, doors.relay.since)
+
+    def hang_up(self, uuid: str, why: str) -> None:
+        if (doors := self._doors.get(uuid)) is None or not doors.relay.hang_up():
+            return
+        log.warning("a domain's channel ended: %s", why, extra={"vm": uuid})
+        for door, _ in doors.doors:
+            door.punish()
+        self._flooded(uuid, why)
 
     async def hand_over(self, join: JoinInformation) -> None:
         write_atomically(self._folders.path(join.uuid) / "join.json", join.to_json())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -64,6 +64,10 @@ class ChannelStatus:
     why: str = ""
 
 
+Flooded = Callable[[str, str], None]
+"""Told of each channel that was ended because its guest went beyond its bounds: the UUID, and why."""
+
+
 @dataclass(frozen=True)
 class JoinInformation:
     """What the domain is handed, once."""
@@ -108,6 +112,10 @@ class GuestChannel(Protocol):
 
     def status(self, uuid: str) -> ChannelStatus:
         """What the domain's channel is doing."""
+        ...
+
+    def hang_up(self, uuid: str, why: str) -> None:
+        """The guest makes too much work: what its channel carries ends now, and it has to wait before it carries anything again."""
         ...
 
     async def hand_over(self, join: JoinInformation) -> None:

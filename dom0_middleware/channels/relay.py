@@ -11,7 +11,7 @@ from pathlib import Path
 
 from secfunet.xen.budget import Budget
 
-MAX_CONNECTIONS = 32
+MAX_CONNECTIONS = 16
 _READ_SIZE = 65536
 _CLOSE_TIMEOUT = 1.0  # seconds
 
@@ -59,10 +59,16 @@ class Relay:
         # Also of a task that was cancelled before it began.
         task.add_done_callback(lambda _: connection.close())
 
-    async def close(self) -> None:
-        """Ends all of them."""
-        for task in self._tasks:
+    def hang_up(self) -> bool:
+        """Ends all of them; False if there was none that does not end already."""
+        ending = [task for task in self._tasks if not task.cancelling()]
+        for task in ending:
             task.cancel()
+        return bool(ending)
+
+    async def close(self) -> None:
+        """The same; returns when they have ended."""
+        self.hang_up()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _serve(

@@ -31,6 +31,7 @@ from dom0_middleware.channels.port import (
     ChannelError,
     ChannelState,
     ChannelStatus,
+    Flooded,
     JoinInformation,
 )
 from dom0_middleware.channels.relay import Relay
@@ -74,6 +75,7 @@ class TcpChannel:
         bridge: str,
         ports: range,
         refused: Refused,
+        flooded: Flooded = lambda uuid, why: None,
         facts: ReadFacts = read_facts,
         check_interval: float = CHECK_INTERVAL,
         facts_age: float = FACTS_AGE,
@@ -84,6 +86,7 @@ class TcpChannel:
         self._bridge = bridge
         self._ports = ports
         self._refused = refused
+        self._flooded = flooded
         self._facts = facts
         self._check_interval = check_interval
         self._facts_age = facts_age
@@ -107,6 +110,14 @@ class TcpChannel:
         if (ports := self._ports_of.get(uuid)) is None:
             return ChannelStatus()
         return ChannelStatus(ChannelState.OPEN if ports.relay.is_used else ChannelState.WAITING, ports.relay.since)
+
+    def hang_up(self, uuid: str, why: str) -> None:
+        if (ports := self._ports_of.get(uuid)) is None or not ports.relay.hang_up():
+            return
+        log.warning("a domain's channel ended: %s", why, extra={"vm": uuid})
+        for door in ports.doors:
+            door.punish()
+        self._flooded(uuid, why)
 
     async def hand_over(self, join: JoinInformation) -> None:
         await self._join.hand_over(join)

@@ -6,7 +6,7 @@ The guest needs no network. Behind the channel are the same servers, on Unix soc
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -17,15 +17,13 @@ from dom0_middleware.channels.port import (
     ChannelError,
     ChannelState,
     ChannelStatus,
+    Flooded,
     JoinInformation,
 )
 from dom0_middleware.channels.xenstore_join import XenstoreJoin
 from secfunet.xen import AGENT_SERVICE, ENROL_SERVICE, VCHAN_PATH, home
 from secfunet.xen.errors import XenError
 from secfunet.xen.host_end import HostEnd, HostState
-
-Flooded = Callable[[str, str], None]
-"""Told of each channel that was ended because its guest went beyond its bounds: the UUID, and why."""
 
 _STATES = {
     HostState.OPEN: ChannelState.OPEN,
@@ -63,6 +61,10 @@ class VchanChannel:
             return ChannelStatus()
         status = end.status
         return ChannelStatus(_STATES[status.state], status.since, status.why)
+
+    def hang_up(self, uuid: str, why: str) -> None:
+        if (end := self._ends.get(uuid)) is not None:
+            end.hang_up(why)
 
     async def hand_over(self, join: JoinInformation) -> None:
         await self._join.hand_over(join)

@@ -78,9 +78,20 @@ class Receiving:
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, unused-ignore] # generic only in some stub versions
     """Wraps each handler once; see the module's docstring."""
 
-    def __init__(self, admit: Admit, refuse: Refuse, *, receiving: Receiving | None = None) -> None:
+    def __init__(
+        self,
+        admit: Admit,
+        refuse: Refuse,
+        *,
+        receiving: Receiving | None = None,
+        wasted: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``wasted``: told of each call that ended before it was answered (its caller, its connection or its time), and of each to a method
+        that is not there.
+        """
         self._admit = admit
         self._refuse = refuse
+        self._wasted = wasted
         self._receiving = receiving
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
@@ -95,6 +106,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, unused-ignore
         if wrapped is None:
             handler = await continuation(handler_call_details)
             if handler is None:
+                self._wasted()
                 return None  # no such method: gRPC answers UNIMPLEMENTED, and nothing of it is kept
             wrapped = self._wrapped[path] = self._wrap(handler, path)
         return wrapped
@@ -105,13 +117,13 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, unused-ignore
         if self._receiving is not None and (handler.unary_unary is not None or handler.unary_stream is not None):
             return self._reading(handler, unary if handler.unary_unary is not None else stream, self._receiving)
         if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(self._guarded(handler.unary_unary, unary), **how)
+            return grpc.unary_unary_rpc_method_handler(self._counted(handler.unary_unary, unary), **how)
         if handler.stream_unary is not None:
-            return grpc.stream_unary_rpc_method_handler(self._guarded(handler.stream_unary, unary), **how)
+            return grpc.stream_unary_rpc_method_handler(self._counted(handler.stream_unary, unary), **how)
         if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(self._guarded(handler.unary_stream, stream), **how)
+            return grpc.unary_stream_rpc_method_handler(self._counted(handler.unary_stream, stream), **how)
         if handler.stream_stream is not None:
-            return grpc.stream_stream_rpc_method_handler(self._guarded(handler.stream_stream, stream), **how)
+            return grpc.stream_stream_rpc_method_handler(self._counted(handler.stream_stream, stream), **how)
         raise TypeError(f"{path} is of a kind that the guard does not know: it would go unguarded")
 
     def _reading(
@@ -131,7 +143,20 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, unused-ignore
                 return await guarded(request, context)
 
         make = grpc.stream_unary_rpc_method_handler if method.is_unary else grpc.stream_stream_rpc_method_handler
-        return make(read, response_serializer=handler.response_serializer)
+        return make(self._counting(read), response_serializer=handler.response_serializer)
+
+    def _counted(self, behaviour: Callable[..., Any], method: Method) -> Callable[..., Any]:
+        return self._counting(self._guarded(behaviour, method))
+
+    def _counting(self, behaviour: Callable[..., Any]) -> Callable[..., Any]:
+        async def counting(request: Any, context: Context) -> Any:
+            try:
+                return await behaviour(request, context)
+            except asyncio.CancelledError:
+                self._wasted()
+                raise
+
+        return counting
 
     # The stubs know the handlers of grpc's threads only; those of grpc.aio are given a context of its own.
     def _guarded(self, behaviour: Callable[..., Any], method: Method) -> Callable[..., Any]:

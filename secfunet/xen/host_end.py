@@ -115,6 +115,11 @@ class HostEnd:
     def status(self) -> HostStatus:
         return HostStatus(self._state, self._since, self._channels, self._why)
 
+    def hang_up(self, why: str) -> None:
+        """Ends the channel that there is, as one that its guest broke."""
+        if self._link is not None:
+            self._link.break_off(BudgetError(why))
+
     async def close(self, grace: float = 0.0) -> None:
         """The end of it; with ``grace`` the guest is told first, and has so many seconds to close its own end."""
         if self._link is not None and grace > 0:

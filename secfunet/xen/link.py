@@ -118,6 +118,7 @@ class Link:
         self._room = asyncio.Event()
         self._last_sign = 0.0
         self._closing = asyncio.Event()
+        self._broken: asyncio.Future[None] | None = None
         self.alive = False
         """The peer has said HELLO, and the channel has not ended."""
         self.on_alive: Callable[[], None] = lambda: None
@@ -128,7 +129,11 @@ class Link:
         """Carries until the channel ends; why it did, for a log. The channel is closed then, with all that it carried."""
         loop = asyncio.get_running_loop()
         self._last_sign = loop.time()
-        work = [asyncio.ensure_future(part()) for part in (self._read, self._write, self._keep_alive)]
+        self._broken = loop.create_future()
+        work: list[asyncio.Future[None]] = [
+            *(asyncio.ensure_future(part()) for part in (self._read, self._write, self._keep_alive)),
+            self._broken,
+        ]
         is_silent = False
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
@@ -158,6 +163,11 @@ class Link:
         carried = _Carried(self._multiplexer.open(service), streams)
         self._begin(carried)
         self._to_send.set()
+
+    def break_off(self, error: XenError) -> None:
+        """Ends it now, for ``error``."""
+        if self._broken is not None and not self._broken.done():
+            self._broken.set_exception(error)
 
     async def go_away(self, grace: float) -> None:
         """Tells the guest to close its end, and returns when it has, or after ``grace`` seconds."""

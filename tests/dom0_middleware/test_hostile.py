@@ -14,6 +14,7 @@ import grpc.aio
 import pytest
 
 from dom0_middleware.api.servers import MAX_CONNECTIONS
+from dom0_middleware.channels.relay import MAX_CONNECTIONS as CARRIED
 from dom0_middleware.guest import MAX_STREAMS
 from dom0_middleware.operations import MAX_BATCH
 from dom0_middleware.sessions import REFUSAL_STANDS
@@ -65,8 +66,39 @@ async def test_connections_of_one_guest_do_not_use_up_the_descriptors(world: Wor
                     await asyncio.sleep(0.05)
         await asyncio.sleep(0.5)
         ours = 8 * MAX_CONNECTIONS  # the other ends are in this process, too
-        assert descriptors() - before - ours <= 2 * MAX_CONNECTIONS + 10
+        assert descriptors() - before - ours <= 2 * MAX_CONNECTIONS + 2 * CARRIED + 10
         await signs(honest, "db")
+
+
+@pytest.mark.parametrize("how", ["cancelled", "of no method"])
+async def test_calls_for_nothing_end_the_channel(world: World, how: str) -> None:
+    """Neither is answered late, so each costs dom0 its time: beyond a bound the guest's connections end, and none is taken for a while."""
+    flood, honest = await world.enrolled("web"), await world.enrolled("db")
+    ended = [record for record in world.audit() if record["action"] == "channel.ended"]
+    assert not ended
+    unsound = operation_pb2.SignOperation(scheme=sign_operation().sign.scheme, digest=b"short")
+    async with flood.agent_channel() as channel:
+        stub = agent_pb2_grpc.AgentServiceStub(channel)
+        nothing = channel.unary_unary("/secfunet.middleware.v1.AgentService/Nothing", lambda request: request, bytes)
+        for _ in range(100):
+            if how == "cancelled":
+                calls = [
+                    stub.Sign(agent_pb2.SignRequest(request_id=os.urandom(16), sign=unsound), timeout=TIMEOUT)
+                    for _ in range(32)
+                ]
+                await asyncio.sleep(0.05)
+                for call in calls:
+                    call.cancel()
+            else:
+                calls = [nothing(b"", timeout=TIMEOUT) for _ in range(32)]
+            await asyncio.gather(*calls, return_exceptions=True)
+            ended = [record for record in world.audit() if record["action"] == "channel.ended"]
+            if ended:
+                break
+        assert [(record["vm"], record["reason"]) for record in ended] == [(flood.uuid, "CHANNEL_FLOODED")]
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.GetIdentity(agent_pb2.GetIdentityRequest(), timeout=1)
+    await signs(honest, "db")
 
 
 async def test_a_guest_holds_few_streams(world: World) -> None:

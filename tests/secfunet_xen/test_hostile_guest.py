@@ -358,3 +358,23 @@ async def test_events_without_end_are_taken_at_a_bounded_rate(monkeypatch: pytes
     reading.cancel()
     await asyncio.gather(reading, return_exceptions=True)
     await channel.close()
+
+
+async def test_a_channel_is_broken_off_once_and_counts_as_broken() -> None:
+    xen, told, pauses = Xen(), list[str](), list[float]()
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    end = HostEnd(xen.make, {}, "db", flooded=told.append, sleep=sleep)  # type: ignore[arg-type]
+    await end.start()
+    end.hang_up("nobody is there")
+    guest = await asyncio.wait_for(xen.waiting.get(), 10)
+    await guest.write(HELLO)
+    await until(lambda: end.alive)
+    end.hang_up("too many calls")
+    end.hang_up("too many calls")
+    await until(lambda: len(xen.made) == 2)
+    assert told == ["too many calls"]
+    assert pauses == [10]
+    await end.close()
