@@ -19,6 +19,7 @@ from gose.authority.errors import (
     TokenNotIssuedError,
 )
 from gose.commands import audit, authority, binding, enrolment, racs, running, tokens, users
+from gose.errors import StartError
 from gose.racs.tls import TlsFilesError
 from gose.registry import AlreadyEnrolledError, NotEnrolledError
 from gose.running import AlreadyRunningError
@@ -74,6 +75,7 @@ def main() -> None:
             ApduError: ExitCode.FAILED,
             TlsFilesError: ExitCode.CONFIG,
             AlreadyRunningError: ExitCode.CONFIG,
+            StartError: ExitCode.CONFIG,
             AuditUnavailableError: ExitCode.UNAVAILABLE,
             AuditBrokenError: ExitCode.DATA,
             ServerUnreachableError: ExitCode.UNAVAILABLE,

@@ -20,6 +20,10 @@ class GoseError(SecFuNetError):
     """Root of what the grid raises."""
 
 
+class StartError(GoseError):
+    """The grid cannot start; the message says why."""
+
+
 class Refusal(GoseError):
     """The grid says no, and why; ``retry_after`` (seconds) where waiting helps. ``detail`` goes to the log only."""
 

@@ -19,7 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-un
 from gose.answers import AnswerStore
 from gose.authority import OPENID_PROVIDER, SERVICE_PROVIDER, AuthorityFolder
 from gose.certificates import ServerCertificates, client_context
-from gose.errors import GoseError
+from gose.checks import Weight, look_before_start, provider_problem
+from gose.errors import StartError
 from gose.http import Door, RunningServer
 from gose.metrics import Metrics
 from gose.openid_provider.endpoint import ENDPOINT_PATH, Endpoint
@@ -73,10 +74,6 @@ ASSOCIATIONS = (
     (AssociationType.HMAC_SHA256, SessionType.DH_SHA256),
 )
 DISCOVERY_LIFETIME = 300.0  # seconds that the service provider believes what it discovered about an identifier
-
-
-class StartError(GoseError):
-    """The grid cannot start; the message says why."""
 
 
 class GridService:
@@ -156,6 +153,7 @@ class GridService:
         self._certificates = ServerCertificates(keys)
         private_folder(settings.state)
         stack.enter_context(alone(settings.state))
+        self._look()
         # State.
         registry = stack.enter_context(contextlib.closing(Registry(settings.database, clock=self._clock)))
         standing = stack.enter_context(contextlib.closing(RegistryStanding(registry, settings.database)))
@@ -208,6 +206,9 @@ class GridService:
             return report_of(self.rack, sessions, streams=streams, started_at=started_at, now=self._clock())
 
         await stack.enter_async_context(reporting(settings.state, report))
+        # A provider elsewhere may come later; a name of ours that leads elsewhere is told here, before a login fails of it.
+        asking = asyncio.create_task(self._ask_provider(), name="a look at the OpenID provider")
+        stack.callback(asking.cancel)
         log.info(
             "the grid is ready",
             extra={
@@ -219,6 +220,19 @@ class GridService:
                 "sessions": len(sessions),
             },
         )
+
+    async def _ask_provider(self) -> None:
+        if (problem := await provider_problem(self.settings)) is not None:
+            log.warning("%s", problem)
+
+    def _look(self) -> None:
+        """Before anything is opened: what is wrong is told at once, and by its key. Raises StartError."""
+        found = list(look_before_start(self.settings, now=self._clock()))
+        for finding in found:
+            if finding.weight in (Weight.WARNING, Weight.AWAY):
+                log.warning("%s", finding)
+        if wrong := [str(finding) for finding in found if finding.weight is Weight.WRONG]:
+            raise StartError("; ".join(wrong))
 
     # --- the OpenID provider
 

@@ -1,4 +1,4 @@
-"""``gose serve`` and ``gose status``: the grid, and how it is."""
+"""``gose serve``, ``gose check`` and ``gose status``: the grid, whether it would work, and how it is."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from gose.commands.options import CONFIG, ConfigOption
 from gose.registry import Registry, open_registry
 from gose.settings import GoseSettings
 from secfunet.card.readers import show_readers
+from secfunet.service.cli import ExitCode
 from secfunet.service.daemon import run_daemon, survive_hangup
 from secfunet.service.logs import configure_logs
 from secfunet.service.settings import load_settings
@@ -78,6 +79,37 @@ async def _watch(
 
 
 app.command("readers")(show_readers)
+
+
+@app.command()
+def check(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object for a program.")] = False,
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Say whether a grid with these settings would work: files, certificates, names, addresses, and each card with its PIN.
+
+    A card that a running grid has is not touched. Exit code 78: something must be corrected; 69: a card is not there, or not used.
+    """
+    from gose.checks import Weight, look
+
+    settings = load_settings(GoseSettings, config)
+    for element in settings.secure_elements:
+        element.ask_for_pin(f"{element.seid} ({element.place})")
+    found = asyncio.run(look(settings, now=time.time()))
+    if as_json:
+        typer.echo(
+            json.dumps(
+                [{"what": one.what, "state": one.weight.value, "message": one.message} for one in found], indent=2
+            )
+        )
+    else:
+        for one in found:
+            typer.echo(f"{one.weight.value:<8} {one}")
+    weights = {one.weight for one in found}
+    if Weight.WRONG in weights:
+        raise typer.Exit(ExitCode.CONFIG)
+    if Weight.AWAY in weights:
+        raise typer.Exit(ExitCode.UNAVAILABLE)
 
 
 @app.command()

@@ -420,6 +420,15 @@ class AuditJournal:
         self._clock = clock
         self._patience = patience
 
+    def probe(self) -> None:
+        """Whether a record could be added now. Raises as ``append`` does."""
+        chain = AuditLog(self.path, clock=self._clock)
+        try:
+            chain.open(patience=self._patience)
+        except OSError as error:
+            raise cannot_be_written(self.path, error) from error
+        chain.abandon()
+
     def append(self, *records: Record) -> None:
         """Raises AuditUnavailableError, and AuditBrokenError if somebody changed the log; nothing is recorded then."""
         chain = AuditLog(self.path, clock=self._clock)
