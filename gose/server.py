@@ -263,7 +263,7 @@ class GridService:
             sign_ons=sign_ons,
             standing=standing,
             login_lifetime=limits.login_lifetime,
-            association_rate=RateLimit(limit=limits.associations_per_minute, window=60.0),
+            association_rate=RateLimit(limit=limits.associations_per_minute, window=60.0, what="associations"),
         )
         endpoint.door = Door("openid endpoint", endpoint.routes(), limits, self.metrics)
         stack.push_async_callback(endpoint.door.close)

@@ -13,15 +13,20 @@ from gose.openid_provider.sign_on import SignOns
 from gose.single_use import RateLimit, SingleUse
 from gose.standing import RegistryStanding
 from secfunet.identity import IdentityError, check_thumbprint
+from secfunet.openid.association import SessionType
 from secfunet.openid.discovery import SERVICE_SERVER, SERVICE_SIGNON, XRDS_CONTENT_TYPE, XRDS_LOCATION, xrds_document
 from secfunet.openid.errors import CheckidError, OpenIdFormatError
 from secfunet.openid.form import FORM_CONTENT_TYPE, decode_form
 from secfunet.openid.provider import CheckidRequest, OpenIdProvider
 from secfunet.openid.realm import same_url
+from secfunet.service.addresses import rate_key
 
 SID_COOKIE = "sid"
 SIGN_ON_COOKIE = "sso"
 ENDPOINT_PATH = "/openid"
+ALL_WINDOW = 10.0  # seconds
+ALL_ASSOCIATIONS = 200  # of all addresses together
+ALL_EXPONENTIATIONS = 20  # of them with Diffie-Hellman, some 10 ms of the grid's loop each: 2 % of it
 
 
 class Endpoint:
@@ -47,6 +52,8 @@ class Endpoint:
         self._standing = standing
         self._login_lifetime = login_lifetime
         self._association_rate = association_rate
+        self._all_associations = RateLimit(limit=ALL_ASSOCIATIONS, window=ALL_WINDOW, what="associations")
+        self._all_exponentiations = RateLimit(limit=ALL_EXPONENTIATIONS, window=ALL_WINDOW, what="associations")
         self.door: Door | None = None
 
     def routes(self) -> list[web.RouteDef]:
@@ -124,8 +131,12 @@ class Endpoint:
         if params.get("openid.mode", "").startswith("checkid_"):
             return self._checkid(untrusted, params)
         if params.get("openid.mode") == "associate":
-            # It costs an exponentiation, and nobody has said who he is. A relying party without one asks about each assertion.
-            self._association_rate.spend(untrusted.remote or "")
+            # Nobody has said who he is, and addresses are cheap: a rate for each, and one for all together. A relying party without an
+            # association asks about each assertion.
+            self._association_rate.spend(rate_key(untrusted.remote or ""))
+            self._all_associations.spend("")
+            if params.get("openid.session_type") != SessionType.NO_ENCRYPTION.value:
+                self._all_exponentiations.spend("")
         answer = self._provider.direct(params, over_tls=True)
         return web.Response(status=answer.status, body=answer.body, headers={hdrs.CONTENT_TYPE: answer.content_type})
 

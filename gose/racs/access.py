@@ -45,7 +45,7 @@ class Grant:
 
     def permits(self, apdu: bytes) -> bool:
         """Rule 6."""
-        return any(rule.means(apdu) for rule in self.allow) and not any(rule.means(apdu) for rule in self.deny)
+        return any(rule.means(apdu) for rule in self.allow) and not any(rule.forbids(apdu) for rule in self.deny)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,55 @@ class ApduRule:
             len(head) == len(self.prefix) and bytes(a & b for a, b in zip(head, self.mask, strict=True)) == self.prefix
         )
 
+    def forbids(self, apdu: bytes) -> bool:
+        """Whether the rule, one of what is denied, is about this command in any of its forms (ISO 7816-4, 5.4.1).
+
+        They are: on another logical channel, under secure messaging, as a part of a chain. In the last two what follows the header cannot
+        be seen, so the header decides. The length of the data may be short or extended.
+        """
+        if self.means(apdu):
+            return True
+        if len(apdu) < HEADER or not self._is_plain or not self._means_header(apdu):
+            return False
+        return (
+            len(self.prefix) == HEADER or _hides_data(apdu[0]) or any(self._means_data(form) for form in _forms(apdu))
+        )
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether it is about a class of commands, not about a way of sending them (all that are chained, say)."""
+        return self.prefix[0] == _family(self.prefix[0]) and (self.mask[0] == 0 or bool(self.mask[0] & 0xE0))
+
+    def _means_header(self, apdu: bytes) -> bool:
+        cla = (_family(apdu[0]) ^ self.prefix[0]) & self.mask[0] & 0xE0 == 0
+        return cla and all(a & b == c for a, b, c in zip(apdu[1:HEADER], self.mask[1:], self.prefix[1:], strict=False))
+
+    def _means_data(self, apdu: bytes) -> bool:
+        rest, mask, prefix = apdu[HEADER:], self.mask[HEADER:], self.prefix[HEADER:]
+        return len(rest) >= len(prefix) and all(a & b == c for a, b, c in zip(rest, mask, prefix, strict=False))
+
+
+def _family(cla: int) -> int:
+    """CLA without what says only how the command is sent: chaining, secure messaging, logical channel."""
+    if cla == 0xFF or cla & 0x60 == 0x20:
+        return cla  # not a class, or reserved
+    return cla & (0x80 if cla & 0x40 else 0xE0)
+
+
+def _hides_data(cla: int) -> bool:
+    return bool(cla & (0x30 if cla & 0x40 else 0x1C))
+
+
+def _forms(apdu: bytes) -> tuple[bytes, ...]:
+    """The command with its data's length short and extended, where it has data."""
+    header, body = apdu[:HEADER], apdu[HEADER:]
+    if len(body) > 3 and body[0] == 0:
+        length = int.from_bytes(body[1:3])
+        return (apdu, header + bytes((length,)) + body[3:]) if length < 256 else (apdu,)
+    if len(body) > 1 and body[0]:
+        return apdu, header + bytes((0, 0, body[0])) + body[1:]
+    return (apdu,)
+
 
 def parse_rules(text: str) -> tuple[ApduRule, ...]:
     """The rules that a name or ``PREFIX[/MASK]`` stands for. Raises RuleError."""

@@ -141,6 +141,9 @@ class OpenIdProvider:
                 decode_number(message["dh_modulus"]) if "dh_modulus" in message else DEFAULT_MODULUS,
                 decode_number(message["dh_gen"]) if "dh_gen" in message else DEFAULT_GENERATOR,
             )
+            if group != DhGroup():
+                # A larger one costs several times as much, and whether it is a group at all cannot be told at a glance.
+                raise _UnsupportedTypeError("the only Diffie-Hellman group here is the default one (OpenID 2.0, 8.1.2)")
             consumer_public = decode_number(message.get("dh_consumer_public", ""))
             key = DhKey.generate(group, self._randbytes)
         secret = self._randbytes(association_type.key_size)

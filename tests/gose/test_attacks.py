@@ -8,6 +8,7 @@ import secrets
 import sqlite3
 import ssl
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlencode, urlsplit
@@ -21,10 +22,12 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from gose.openid_provider import endpoint
 from gose.server import GridService
 from secfunet.gose.v1 import service_provider_pb2
 from secfunet.identity import Holder, Role, der_of, pem_of
 from secfunet.openid.association import Association, AssociationKind, AssociationType
+from secfunet.openid.diffie_hellman import encode_number
 from secfunet.openid.form import IDENTIFIER_SELECT, NAMESPACE, decode_key_values
 from secfunet.openid.provider import SIGNED_FIELDS
 from tests.gose.grid import Answer, TestGrid, sign_operation
@@ -381,6 +384,31 @@ async def test_a_flood_of_associations_does_not_stop_logins(grid: TestGrid, serv
         browser.cookies.clear()
         assert (await browser.follow("GET", (await begin(grid, browser)).location)).status == 200
         assert query((await begin(grid, browser)).location)["openid.assoc_handle"] != first
+
+
+async def test_associations_take_a_part_of_the_grid_however_many_addresses_ask(
+    grid: TestGrid, service: GridService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exponentiation each, for whoever asks, and a /64 has more addresses than anybody can count."""
+    addresses = iter(f"2001:db8:{number:x}::1" for number in range(10_000))
+    monkeypatch.setattr(endpoint, "rate_key", lambda _: next(addresses))
+    form = {
+        "openid.ns": NAMESPACE,
+        "openid.mode": "associate",
+        "openid.assoc_type": "HMAC-SHA256",
+        "openid.session_type": "DH-SHA256",
+        "openid.dh_consumer_public": encode_number(5),
+    }
+    async with grid.browser("hv-a") as browser:
+        larger = await browser.request(
+            "POST", f"{grid.op}/openid", data={**form, "openid.dh_modulus": encode_number(2**2048 - 1)}
+        )
+        assert larger.status == 400
+        outcomes: Counter[int] = Counter()
+        for _ in range(endpoint.ALL_EXPONENTIATIONS + 20):
+            outcomes[(await browser.request("POST", f"{grid.op}/openid", data=form)).status] += 1
+        assert outcomes[429] >= 10, "all together have a bound"
+        assert (await browser.follow("GET", (await begin(grid, browser)).location)).status == 200
 
 
 async def test_one_address_does_not_get_associations_without_end(grid: TestGrid) -> None:

@@ -104,6 +104,34 @@ def test_deny_wins() -> None:
     assert not Grant((everything,), (), may_name=False).permits(bytes(3))
 
 
+@pytest.mark.parametrize(
+    ("denied", "command", "is_denied"),
+    [
+        ("80100200", "80100200", True),
+        pytest.param("80100200", "90100200FF", True, id="the head of a chain"),
+        pytest.param("80100200", "8410020008", True, id="secure messaging"),
+        pytest.param("80100200", "9C10020008", True, id="a chain under secure messaging"),
+        pytest.param("80100200", "82100200", True, id="another logical channel"),
+        pytest.param("80100200", "E0100200", True, id="one of the further logical channels"),
+        pytest.param("80100200", "80100300", False, id="another command"),
+        pytest.param("80100200", "00100200", False, id="another class"),
+        pytest.param("80100200", "A0100200", False, id="a proprietary class of another kind"),
+        pytest.param("00A4040003A00000", "00A4040003A00000", True, id="with data"),
+        pytest.param("00A4040003A00000", "00A40400000003A00000", True, id="an extended length"),
+        pytest.param("00A40400000003A00000", "00A4040003A00000", True, id="a short length"),
+        pytest.param("00A4040003A00000", "00A4040003A00001", False, id="with other data"),
+        pytest.param("00A4040003A00000", "10A4040001A0", True, id="a part of a chain shows too little of its data"),
+        pytest.param("04000000/04000000", "80100200", False, id="a rule about secure messaging"),
+        pytest.param("04000000/04000000", "84100200", True, id="a command that such a rule means"),
+        pytest.param("00100000/00FF0000", "94100200", True, id="whatever its class"),
+    ],
+)
+def test_what_is_denied_is_denied_in_every_form(denied: str, command: str, is_denied: bool) -> None:
+    everything = ApduRule(bytes(4), bytes(4))
+    grant = Grant((everything,), parse_rules(denied), may_name=False)
+    assert grant.permits(bytes.fromhex(command)) is not is_denied
+
+
 def load(tmp_path: Path, text: str) -> NodeSettings:
     path = tmp_path / "racs.toml"
     path.write_text(text)
