@@ -9,7 +9,7 @@ from gose_client.errors import GoseClientError
 from secfunet.apdu import ApduError
 from secfunet.card.errors import CardError
 from secfunet.rpc.correlation import with_id
-from secfunet.rpc.facts import Facts
+from secfunet.rpc.facts import MAX_MESSAGE, Facts
 from secfunet.rpc.reasons import Domain, Reason, find_reason
 
 _INTERNAL_MESSAGE = "a fault of the middleware; its log says more"
@@ -39,3 +39,9 @@ def told_to_guest(error: Exception, correlation: str) -> Facts:
     told = error.told if isinstance(error, MiddlewareError) else ""
     sentence = told or (reason.sentence if reason is not None else _UNKNOWN_SENTENCE)
     return dataclasses.replace(facts, message=with_id(sentence, correlation))
+
+
+def told_to_orchestrator(error: Exception, correlation: str) -> Facts:
+    """What an orchestrator learns: what was found, in full, and the id of the call in dom0's records."""
+    facts = facts_of(error)
+    return dataclasses.replace(facts, message=with_id(facts.message[: MAX_MESSAGE - 80], correlation))

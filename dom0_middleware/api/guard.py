@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
-from dom0_middleware.api.errors import facts_of, told_to_guest
+from dom0_middleware.api.errors import facts_of, told_to_guest, told_to_orchestrator
 from dom0_middleware.audit import Action, DomainRecord
 from dom0_middleware.call import Call, current_call
 from dom0_middleware.errors import MiddlewareError, Reason, Refused, cause_of
@@ -110,7 +110,8 @@ class Callers:
         self._log(method, error, correlation)
         if self._guest is not None:
             await asyncio.sleep(self._guest.refused_calls.delay())
-        await abort(context, facts_of(error) if self._guest is None else told_to_guest(error, correlation))
+            await abort(context, told_to_guest(error, correlation))
+        await abort(context, told_to_orchestrator(error, correlation))
 
     def _note_wasted(self) -> None:
         """A call that is given up, or of no method, costs what a refused one does, and cannot be answered late."""

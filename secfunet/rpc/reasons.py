@@ -294,9 +294,9 @@ class Reason(StrEnum):
     )
     TOO_MANY_CALLS = (
         "TOO_MANY_CALLS",
-        GRID,
+        GRID_AND_MIDDLEWARE,
         StatusCode.RESOURCE_EXHAUSTED,
-        "this hypervisor has too many calls in work",
+        "there are too many calls in work",
         Healing.ROOM,
     )
     TOO_MANY_SESSIONS = (

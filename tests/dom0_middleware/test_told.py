@@ -201,3 +201,15 @@ async def test_what_this_hosts_clock_has_against_a_refused_token_is_in_the_log(
 def test_that_the_grid_does_not_want_this_card_is_not_called_a_wrong_grid(alert: int, reason: str) -> None:
     assert explain(PeerAlertError(alert), "https://localhost:8444").reason == reason
     assert explain(ssl.SSLCertVerificationError(1, "x"), "https://localhost:8444").reason == "GRID_UNTRUSTED"
+
+
+async def test_an_orchestrator_is_told_the_id_of_its_call(world: World) -> None:
+    async with world.orchestrator() as stub:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await stub.GetVm(
+                orchestrator_pb2.GetVmRequest(uuid="6f1d3a52-96a1-4b0c-9d7e-5f1f0c0a7b11"),
+                timeout=TIMEOUT,
+                metadata=(("secfunet-correlation-id", "deploy-42"),),
+            )
+    assert facts(error.value)[1] == "VM_UNKNOWN"
+    assert str(error.value.details()).endswith(" (id deploy-42)")
