@@ -79,6 +79,10 @@ class Identities:
         guest.require_authorised()
         return self._of(guest, session, certificate)
 
+    async def probe(self, guest: GuestDomain, *, timeout: float, correlation: str = "") -> int:
+        """Would an operation of this VM reach its card now? The grid's clock, UTC seconds. Raises what an operation would."""
+        return await self._sessions.probe(guest.record, timeout=timeout, correlation=correlation)
+
     def known(self, guest: GuestDomain) -> agent_pb2.Identity:
         """What is known without asking anybody: what only the grid can fill may be empty, a revoked VM has no operations."""
         session = None if guest.record.revoked else self._sessions.current(guest.uuid)

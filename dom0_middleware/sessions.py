@@ -44,6 +44,7 @@ class GridSession(Protocol):
     async def execute(
         self, operations: Sequence[operation_pb2.Operation], *, timeout: float, correlation: str = ""
     ) -> BatchAnswer: ...
+    async def probe(self, *, timeout: float) -> int: ...
     async def close(self) -> None: ...
 
 
@@ -55,6 +56,7 @@ class Grid(Protocol):
     ) -> GridSession: ...
     async def content_key(self, container: bytes, *, timeout: float) -> bytes: ...
     async def look(self, *, timeout: float) -> Sequence[Link]: ...
+    async def card_lives(self, *, timeout: float) -> None: ...
 
 
 class _Slot:
@@ -109,6 +111,17 @@ class VmSessions:
         """Runs a batch; containers come back closed, each beside the key to it. Raises as ``session`` does."""
         slot = self._slots.setdefault(vm.uuid, _Slot())
         return await self._until_ended(slot, self._execute(slot, vm, operations, timeout, correlation))
+
+    async def probe(self, vm: VmRecord, *, timeout: float, correlation: str = "") -> int:
+        """Signs of life of the hypervisor's card, the grid and the VM's card; the grid's clock, UTC seconds. Raises as ``session`` does."""
+        slot = self._slots.setdefault(vm.uuid, _Slot())
+        return await self._until_ended(slot, self._probe(slot, vm, timeout, correlation))
+
+    async def _probe(self, slot: _Slot, vm: VmRecord, timeout: float, correlation: str) -> int:
+        async with _deadline(timeout):
+            session = slot.session or await self._open(slot, vm, timeout, correlation)
+            await self._grid.card_lives(timeout=timeout)
+            return await session.probe(timeout=timeout)
 
     def end(self, uuid: str) -> None:
         """At once: what is in flight for this VM fails, its session is used no more. The grid is told in the background."""

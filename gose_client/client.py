@@ -121,6 +121,14 @@ class GoseClient:
         """
         return await self._keys.key_of(container, [*reversed(self._authorities.values())], timeout=timeout)
 
+    async def card_lives(self, *, timeout: float) -> None:
+        """A sign of life of the hypervisor's card. Raises GridUnavailableError (HYPERVISOR_CARD_UNAVAILABLE), HypervisorCardError."""
+        try:
+            async with self._cards.lease(timeout=timeout) as card:
+                await card.state()
+        except (CardError, ApduError) as error:
+            raise explain(error, "the hypervisor's card") from error
+
     async def look(self, *, timeout: float) -> tuple[Link, ...]:
         """Would a login work now? Callers at the same time share one look (``trial``); ``timeout``: seconds for each of its three steps."""
         if self._trying is None or self._trying.done():

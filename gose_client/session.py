@@ -46,6 +46,7 @@ _log = logging.getLogger(__name__)
 BATCH: Final = 64  # operations
 # Among them DEADLINE_EXCEEDED, the grid's own bound for a batch: a caller with more time asks again, and gets what was done meanwhile.
 _WORTH_RETRYING: Final = (Healing.TIME, Healing.ROOM)
+_PROBE_PATIENCE: Final = 2.5  # seconds that a grid that has just come back gets to be reached
 _MAX_LOGINS = 3  # in one call: a grid that forgets sessions faster than that is beyond healing
 
 
@@ -162,6 +163,35 @@ class VmSession:
             tuple(container for answer in answers for container in answer.containers),
             tuple(failure for answer in answers for failure in answer.failures),
         )
+
+    async def probe(self, *, timeout: float) -> int:
+        """Does the grid know this session, and does the VM's card live? No operation is done. The grid's clock, UTC seconds.
+
+        Heals what an operation would heal: a lost session by one login, a lost connection within moments. Raises as ``execute``.
+        """
+        deadline = Deadline(timeout)
+        logins, patience = 0, Deadline(min(timeout, _PROBE_PATIENCE))
+        async with deadline.enforced():
+            while True:
+                self._check_open()
+                if self._grant.expires_at <= self._clock():
+                    await self._renew(self._generation, deadline)
+                generation = self._generation
+                try:
+                    answer = await self._channel.stub.GetSession(
+                        pb.GetSessionRequest(), metadata=self._metadata(), timeout=deadline.left
+                    )
+                except grpc.aio.AioRpcError as rpc_error:
+                    error = self._channel.explain(rpc_error)
+                    if error.healing is Healing.LOGIN and logins < 1:
+                        logins += 1
+                        await self._renew(generation, deadline)
+                    elif isinstance(error, GridUnavailableError) and patience.left:
+                        await deadline.pause(error)
+                    else:
+                        raise error from rpc_error
+                else:
+                    return int(answer.time)
 
     async def close(self) -> None:
         """Ends the session, here at once and at the grid if it can be reached now."""

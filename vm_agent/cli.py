@@ -232,10 +232,9 @@ def status(
     socket: SocketOption = None,
     timeout: TimeoutOption = 20.0,
 ) -> None:
-    """Shows how the agent is; exit code 69 if operations would fail now."""
+    """Shows how the agent is, and asks along the whole chain, to the VM's card: exit code 69 if an operation would fail now."""
     with _client(config, socket, timeout) as client:
-        found = client.status()
-    well = found.enrolled and found.connected and not found.problem
+        found = client.status(probe=True)
     if json_:
         facts = {
             "version": found.version,
@@ -243,6 +242,9 @@ def status(
             "connected": found.connected,
             "transport": found.transport,
             "certificate_expires_at": found.certificate_expires_at,
+            "works": found.works,
+            "broken_link": found.broken_link,
+            "reason": found.reason,
             "problem": found.problem,
         }
         typer.echo(json.dumps(facts, indent=2))
@@ -252,9 +254,12 @@ def status(
         typer.echo(f"connected         {'yes' if found.connected else 'no'}")
         typer.echo(f"transport         {found.transport or 'none yet'}")
         typer.echo(f"certificate until {_time(found.certificate_expires_at)}")
+        typer.echo(f"operations        {'work' if found.works else 'fail'}")
+        if found.broken_link:
+            typer.echo(f"broken link       {found.broken_link} ({found.reason})")
         if found.problem:
             typer.echo(f"problem           {found.problem}")
-    if not well:
+    if not found.works:
         raise typer.Exit(ExitCode.UNAVAILABLE)
 
 

@@ -64,9 +64,10 @@ class LocalClient:
         """Who this VM is."""
         return self._call(lambda: self._stub.GetIdentity(local_pb2.GetIdentityRequest(), timeout=self._timeout))
 
-    def status(self) -> local_pb2.GetStatusResponse:
-        """How the agent is."""
-        return self._call(lambda: self._stub.GetStatus(local_pb2.GetStatusRequest(), timeout=self._timeout))
+    def status(self, *, probe: bool = False) -> local_pb2.GetStatusResponse:
+        """How the agent is; with ``probe``: and whether an operation would work now."""
+        request = local_pb2.GetStatusRequest(probe=probe)
+        return self._call(lambda: self._stub.GetStatus(request, timeout=self._timeout))
 
     def sign(self, scheme: operation_pb2.SignatureScheme, digest: bytes) -> bytes:
         """A signature over a digest that is as long as the scheme's hash."""

@@ -44,6 +44,8 @@ class AgentCore(Protocol):
 
     def status(self) -> local_pb2.GetStatusResponse: ...
 
+    async def probed(self, timeout: float) -> local_pb2.GetStatusResponse: ...
+
     async def settled(self, timeout: float) -> None: ...
 
     async def operate(self, operation: operation_pb2.Operation, *, timeout: float) -> bytes: ...
@@ -83,7 +85,7 @@ class LocalApi(local_pb2_grpc.LocalServiceServicer):
     async def GetStatus(  # noqa: N802 - named by the protocol
         self, request: local_pb2.GetStatusRequest, context: Context
     ) -> local_pb2.GetStatusResponse:
-        return self._core.status()
+        return await self._core.probed(self._timeout(context)) if request.probe else self._core.status()
 
     async def Sign(  # noqa: N802 - named by the protocol
         self, request: local_pb2.SignRequest, context: Context

@@ -21,7 +21,8 @@ import grpc.aio
 from secfunet.gose.v1 import operation_pb2
 from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc
 from secfunet.rpc.correlation import CORRELATION_KEY, new_correlation
-from secfunet.rpc.reasons import Reason
+from secfunet.rpc.facts import from_error
+from secfunet.rpc.reasons import Domain, Reason
 from vm_agent.enrolment import Enrolment, certificate_ended, channel_options, renew_ended
 from vm_agent.errors import (
     UNREACHABLE,
@@ -138,6 +139,15 @@ class MiddlewareConnection:
             return from_rpc_error(error)
         return None
 
+    async def probe(self, timeout: float) -> int:
+        """The grid's clock, UTC seconds, asked along the whole chain. Raises the AgentError that an operation would meet."""
+        try:
+            response = await self._stub.Probe(agent_pb2.ProbeRequest(), timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            facts = from_error(error, Domain.MIDDLEWARE, Domain.GRID)
+            raise (from_rpc_error(error) if facts is None else OperationFailedError(facts)) from error
+        return int(response.time)
+
     async def watch_identity(self) -> AsyncIterator[agent_pb2.Identity]:
         """The identity now, and again whenever it changes, until the stream is lost (an AgentError) or ended by the middleware."""
         call = self._stub.WatchIdentity(agent_pb2.WatchIdentityRequest())
@@ -243,6 +253,10 @@ class MiddlewareClient:
             task.cancel()
         await asyncio.gather(*self._closing, return_exceptions=True)
         await self._connection.close()
+
+    async def probe(self, timeout: float) -> int:
+        """See MiddlewareConnection.probe."""
+        return await self._connection.probe(timeout)
 
     async def ended(self) -> None:
         """Returns when the certificate has ended and dom0 does not renew it: only new join information helps then."""

@@ -39,6 +39,8 @@ from vm_agent.local_socket import DoorError, LocalDoor
 from vm_agent.middleware_client import MiddlewareClient, OperateStream
 from vm_agent.options import AgentOptions
 from vm_agent.origin import current_origin
+from vm_agent.probe import TIMEOUT as PROBE_TIMEOUT
+from vm_agent.probe import Probe
 from vm_agent.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -81,6 +83,12 @@ class AgentService:
         self._batcher: Batcher[operation_pb2.Operation, agent_pb2.OperateResponse] | None = None
         self._problem: AgentError = NotEnrolledError("the agent has not enrolled yet")
         self._is_enrolling = False
+        self._probe = Probe(
+            lambda: self._client,
+            lambda: self._problem,
+            max_age=options.limits.answer_age,
+            clock=clock,
+        )
         self._kept = ""  # digest of the join information that the kept enrolment came from
         self._refused: tuple[str, AgentError] | None = None  # digest of join information that will never do, and why
         self._not_renewed: tuple[str, AgentError] | None = (
@@ -157,6 +165,15 @@ class AgentService:
             problem=str(client.problem) if client.problem is not None else "",
             transport=self._transport.name,
         )
+
+    async def probed(self, timeout: float) -> local_pb2.GetStatusResponse:
+        """The same, and whether an operation would work now."""
+        found = self.status()
+        broken = await self._probe.broken_link(min(timeout * 0.9, PROBE_TIMEOUT))
+        found.works = broken is None
+        if broken is not None:
+            found.broken_link, found.reason, found.problem = broken.link, broken.reason, broken.message
+        return found
 
     async def operate(self, operation: operation_pb2.Operation, *, timeout: float) -> bytes:
         """The output of one operation, out of a container that was verified. ``request_id`` is given here, and stays.

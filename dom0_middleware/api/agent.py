@@ -24,8 +24,11 @@ from secfunet.middleware.v1 import agent_pb2 as pb
 from secfunet.middleware.v1 import agent_pb2_grpc
 from secfunet.rpc.guard import Context
 from secfunet.service.audit import AuditLog
+from secfunet.service.shared import Shared
 
 BATCHES_IN_FLIGHT = 16  # of one stream; more wait unread
+PROBE_STANDS = 1.0  # seconds for which the answer to a probe stands, a refusal too
+PROBE_TIMEOUT = 8.0  # seconds
 _WATCH_TIMEOUT = 10.0  # seconds that one look at the identity may take
 _WATCH_INTERVAL = 30.0  # seconds after which it is looked at again unasked
 _WATCH_RETRY = 2.0  # the same, while the grid does not answer
@@ -45,6 +48,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         key_checks: KeyChecks,
     ) -> None:
         self._guest = guest
+        self._probe = Shared(self._ask_for_life, keep=PROBE_STANDS)
         self._key_checks = key_checks
         self._operations = operations
         self._identities = identities
@@ -75,6 +79,13 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         self._guest.make_current(facts, key_hash(key), renewed=call.certificate.serial if call.certificate else None)
         return pb.RenewCertificateResponse(certificate=certificate)
 
+    async def _ask_for_life(self) -> int:
+        self._guest.require_running()
+        self._guest.require_authorised()
+        return await self._identities.probe(
+            self._guest, timeout=PROBE_TIMEOUT, correlation=current_call.get().correlation
+        )
+
     async def GetIdentity(  # noqa: N802 - gRPC's name
         self, request: pb.GetIdentityRequest, context: Context
     ) -> pb.GetIdentityResponse:
@@ -87,6 +98,10 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             self._note(call, error)
             raise
         return pb.GetIdentityResponse(identity=identity)
+
+    async def Probe(self, request: pb.ProbeRequest, context: Context) -> pb.ProbeResponse:  # noqa: N802 - gRPC's name
+        time_there = await self._probe.answer(timeout_of(context))
+        return pb.ProbeResponse(time=time_there)
 
     async def WatchIdentity(  # noqa: N802 - gRPC's name
         self, request: pb.WatchIdentityRequest, context: Context

@@ -210,6 +210,22 @@ class Executor:
         flight.task.add_done_callback(landed)
         return flight
 
+    async def probe(self, session: Session, *, timeout: float) -> None:
+        """A sign of life of the session's card, in its turn. Raises Refusal as an operation would be refused."""
+        bank = self._rack.vm(session.seid)
+        if bank is None:
+            raise Refusal(Reason.CARD_NOT_IN_GRID, "the VM's secure element is not in this grid")
+
+        async def ask(card: ReadyCard) -> None:
+            if card.binding is not None and card.binding.hvid != session.hvid:
+                raise Refusal(Reason.CARD_REFUSED, "the VM's card is bound to another hypervisor")
+            await card.client.state()
+
+        try:
+            await bank.submit(ask, deadline=self._monotonic() + timeout, operations=1)
+        except (SlotError, ApduError, CardError) as error:
+            raise refusal_of(error) from error
+
     async def _fly(self, flight: _Flight, session: Session, scope: bytes, deadline: float) -> None:
         """Never raises: whatever happens is in ``flight.outcomes``."""
         outputs: list[tuple[_Task, bytes]] = []

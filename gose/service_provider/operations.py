@@ -34,6 +34,7 @@ _WHOLE_BATCH = {
 }
 # Time to get an answer out before the caller's deadline cuts the call.
 _MARGIN = 0.02
+_PROBE_TIMEOUT = 5.0  # seconds for a card's sign of life, the jobs before it included
 
 
 class ServiceProvider(pb_grpc.ServiceProviderServiceServicer):
@@ -104,13 +105,16 @@ class ServiceProvider(pb_grpc.ServiceProviderServiceServicer):
             stream.drain()
 
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:  # noqa: N802 - gRPC's name
-        """What the session is worth."""
+        """What the session is worth, if its card gives a sign of life."""
         session = current_caller().session
+        left = min(context.time_remaining() or 0.0, _PROBE_TIMEOUT)
+        await self._executor.probe(session, timeout=max(0.0, left - _MARGIN))
         return pb.GetSessionResponse(
             vmid=session.vmid,
             hvid=session.hvid,
             expires_at=int(session.expires_at),
             operations=sorted(session.operations),
+            time=int(time.time()),
         )
 
     async def CloseSession(self, request: pb.CloseSessionRequest, context: Context) -> pb.CloseSessionResponse:  # noqa: N802 - gRPC's name

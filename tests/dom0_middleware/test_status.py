@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import pytest
 
 from dom0_middleware.errors import SettingUnusable
 from dom0_middleware.start_checks import require_right
+from gose_client.errors import GridRefusedError
 from gose_client.trial import Link, LinkState
+from secfunet.middleware.v1 import agent_pb2
 from secfunet.middleware.v1 import orchestrator_pb2 as pb
 from tests.dom0_middleware.test_cli import run, settings_of
-from tests.dom0_middleware.world import TIMEOUT, World, token
+from tests.dom0_middleware.world import TIMEOUT, World, facts, token
 
 
 async def status(world: World) -> pb.GetStatusResponse:
@@ -120,3 +125,24 @@ async def test_check_names_what_is_wrong(world: World, tmp_path: Path) -> None:
     _, out, _ = await run("check", "--json", "--config", config)
     wrong = [link for link in json.loads(out)["links"] if link["state"] == "wrong"]
     assert [link["link"] for link in wrong] == ["state", "policy", "card"]
+
+
+async def test_a_guest_learns_whether_an_operation_would_work(world: World) -> None:
+    guest = await world.enrolled()
+    async with guest.agent() as agent:
+        answers = await asyncio.gather(*(agent.Probe(agent_pb2.ProbeRequest(), timeout=TIMEOUT) for _ in range(20)))
+        assert all(abs(answer.time - time.time()) < 30 for answer in answers)
+        assert world.grid.probes == 1
+        world.grid.broken = GridRefusedError("CARD_UNAVAILABLE", "out of service", code=grpc.StatusCode.UNAVAILABLE)
+        await asyncio.sleep(1.05)
+        for _ in range(3):
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await agent.Probe(agent_pb2.ProbeRequest(), timeout=TIMEOUT)
+            assert facts(error.value)[1] == "CARD_UNAVAILABLE"
+        assert world.grid.probes == 2  # refusals stand, too
+        async with world.orchestrator() as stub:
+            await stub.RevokeVm(pb.RevokeVmRequest(uuid=guest.uuid), timeout=TIMEOUT)
+        await asyncio.sleep(1.05)
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await agent.Probe(agent_pb2.ProbeRequest(), timeout=TIMEOUT)
+        assert facts(error.value)[1] == "VM_REVOKED"

@@ -152,6 +152,12 @@ class SessionDouble:
             containers = (self.grid.sealer.seal(plaintext),)
         return Answer(containers, tuple(failures))
 
+    async def probe(self, *, timeout: float) -> int:
+        self.grid.probes += 1
+        if self.grid.broken is not None:
+            raise self.grid.broken
+        return int(time.time())
+
     async def close(self) -> None:
         self.closed = True
 
@@ -171,6 +177,8 @@ class GridDouble:
         self.timeouts: list[float] = []
         self.fail_ids: set[bytes] = set()
         self.down: SecFuNetError | None = None
+        self.broken: SecFuNetError | None = None  # what a probe finds
+        self.probes = 0
         self.links: tuple[Link, ...] = (Link("card", LinkState.OK), Link("login", LinkState.OK))
         self.gate, self.login_gate = asyncio.Event(), asyncio.Event()
         self.gate.set()
@@ -199,6 +207,9 @@ class GridDouble:
         session = SessionDouble(self, self.names[vmid], vmid, claims.expires_at, claims.operations)
         self.sessions.append(session)
         return session
+
+    async def card_lives(self, *, timeout: float) -> None:
+        return
 
     async def look(self, *, timeout: float) -> tuple[Link, ...]:
         return self.links

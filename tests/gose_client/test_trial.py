@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
-from gose_client import GoseClient
+from gose_client import GoseClient, GoseClientError, GridRefusedError
 from gose_client.trial import Link, LinkState
 from secfunet.card import SingleCard
 from tests.gose_client.conftest import Host
@@ -66,3 +67,22 @@ async def test_a_pin_that_is_wrong_and_a_card_that_is_away(host: Host, tmp_path:
         async with host.grid.running(), GoseClient(host.settings(), SingleCard(refuse)) as client:
             (found,) = await broken(client)
             assert (found.name, found.state, found.setting) == ("card", state, setting)
+
+
+async def test_a_probe_of_a_session_reaches_the_vms_card(host: Host) -> None:
+    async with host.client() as client:
+        async with host.grid.running():
+            session = await host.session(client)
+            await client.card_lives(timeout=5)
+            assert abs(await session.probe(timeout=10) - time.time()) < 60
+        with pytest.raises(GoseClientError):
+            await session.probe(timeout=2)
+        # Another grid process does not know the session: one login heals it, as it would for an operation.
+        async with host.grid.running():
+            await session.probe(timeout=15)
+            card = host.grid.cards["se-vm-1"]
+            await card.kill()
+            with pytest.raises(GridRefusedError) as refused:
+                await session.probe(timeout=10)
+            assert refused.value.reason == "CARD_UNAVAILABLE"
+            await session.close()

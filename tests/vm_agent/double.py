@@ -30,6 +30,7 @@ from secfunet.gose.v1 import operation_pb2
 from secfunet.identity import thumbprint
 from secfunet.middleware.v1 import agent_pb2, agent_pb2_grpc
 from secfunet.operation import request_digest
+from secfunet.rpc.facts import STATUS_KEY, Facts
 
 SERVER_NAME = "secure-middleware"
 DER, PEM = serialization.Encoding.DER, serialization.Encoding.PEM
@@ -181,6 +182,9 @@ class MiddlewareDouble(agent_pb2_grpc.EnrolmentServiceServicer, agent_pb2_grpc.A
         self.identity = grid.identity()
         self.identity_changed = asyncio.Event()
         self.latency = 0.0
+        self.broken: Facts | None = None  # what a probe finds
+        self.probes = 0
+        self.clock_offset = 0.0  # of the grid's clock
         self._servers: list[grpc.aio.Server] = []
 
     async def _answer(self, request: agent_pb2.OperateRequest) -> list[agent_pb2.OperateResponse]:
@@ -255,6 +259,16 @@ class MiddlewareDouble(agent_pb2_grpc.EnrolmentServiceServicer, agent_pb2_grpc.A
         self.serials.add(certificate.serial_number)
         self.agent_key = _spki(csr)
         return certificate.public_bytes(DER)
+
+    async def Probe(self, request: Any, context: Any) -> agent_pb2.ProbeResponse:  # noqa: N802
+        self.probes += 1
+        if self.broken is not None:
+            await context.abort(self.broken.code, self.broken.message, trailing_metadata=self._details(self.broken))
+        return agent_pb2.ProbeResponse(time=int(time.time() + self.clock_offset))
+
+    @staticmethod
+    def _details(facts: Facts) -> tuple[tuple[str, bytes], ...]:
+        return ((STATUS_KEY, facts.status().SerializeToString()),)
 
     async def Enrol(self, request: Any, context: Any) -> agent_pb2.EnrolResponse:  # noqa: N802
         if self.paused:
