@@ -17,6 +17,16 @@ from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.identity import Holder, Role, check_name
 
 
+class UnknownElementError(NotEnrolledError):
+    """The settings have no such secure element."""
+
+    def __init__(self, seid: str, role: str, known: str) -> None:
+        super().__init__("secure element", seid)
+        self.args = (
+            f"no secure element '{seid}' is in the settings ([[secure_elements]], seid); those of role {role}: {known}",
+        )
+
+
 def server_names(settings: GoseSettings) -> tuple[str, ...]:
     """What stands in the servers' certificates."""
     return tuple(dict.fromkeys((*settings.names, settings.service_provider_host, settings.openid_provider_host)))
@@ -32,7 +42,7 @@ def element_of(settings: GoseSettings, seid: str, role: Role) -> SecureElementSe
     element = settings.secure_element(seid)
     if element is None:
         known = ", ".join(entry.seid for entry in settings.secure_elements if entry.role == role) or "none"
-        raise NotEnrolledError(f"secure element (in the settings: {known})", seid)
+        raise UnknownElementError(seid, role, known)
     if element.role != role:
         raise EnrolmentError(f"the secure element '{seid}' has the role '{element.role}' in the settings, not '{role}'")
     return element
