@@ -425,3 +425,33 @@ async def test_an_enrolment_of_the_host_before_is_worth_nothing(hosts: TwoHosts)
     async with grpc.aio.secure_channel(join["agent"], credentials, NAME_OVERRIDE) as channel:
         with pytest.raises(grpc.aio.AioRpcError):
             await agent_pb2_grpc.AgentServiceStub(channel).GetIdentity(agent_pb2.GetIdentityRequest(), timeout=2)
+    # Nor is it renewed there; and where it was issued its run is over, and nobody is invited.
+    credentials = grpc.ssl_channel_credentials(join["guest_authority"].encode())
+    async with grpc.aio.secure_channel(join["enrol"], credentials, NAME_OVERRIDE) as channel:
+        request = agent_pb2.RenewEndedRequest(
+            public_key=old.key.public_der(), certificate_signing_request=old.key.signing_request()
+        )
+        answer = agent_pb2_grpc.EnrolmentServiceStub(channel).RenewEnded(request, timeout=TIMEOUT)
+        assert (await refusal(answer))[1] == "CERTIFICATE_NOT_CURRENT"
+    async with hosts.a.world.orchestrator() as stub:
+        again = pb.InviteVmRequest(uuid=uuid, vm_auth_token=hosts.a.token())
+        assert (await refusal(stub.InviteVm(again, timeout=TIMEOUT)))[1] == "VM_STATE_WRONG"
+
+
+async def test_what_waits_in_the_agent_moves_with_it(hosts: TwoHosts) -> None:
+    """Twenty operations are under way, or come while the VM moves: each is done, by the host that it comes to if need be."""
+    a, b = hosts.a, hosts.b
+    uuid = await hosts.running()
+    async with hosts.agent(uuid) as agent:
+        assert await signs(agent, a)
+        await b.expect(await a.definition(uuid), b.token())
+        a.world.grid.gate.clear()
+        waiting = [asyncio.create_task(agent.operate(sign_operation(), timeout=60)) for _ in range(10)]
+        await eventually(lambda: len(a.world.grid.executed) > 1)
+        a.hypervisor.on_migrate = lambda: waiting.extend(
+            asyncio.create_task(agent.operate(sign_operation(), timeout=60)) for _ in range(10)
+        )
+        await a.migrate(uuid, "b")
+        outputs = await asyncio.gather(*waiting, return_exceptions=True)
+        assert len(outputs) == 20
+        assert [output for output in outputs if not isinstance(output, bytes)] == []
