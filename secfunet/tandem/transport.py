@@ -484,7 +484,7 @@ class TandemTransport(asyncio.Transport):
         """Our close_notify is on its way: wait for the peer's, so that nothing in flight is reset away."""
         if self._socket is None or self._socket.is_closing():
             return
-        if self._eof_told or self._error is not None:
+        if self._eof_told or self.core.has_ended or self._error is not None:
             self._close_socket()
             return
         if self._close_timer is None:

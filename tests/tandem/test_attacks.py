@@ -20,6 +20,7 @@ from secfunet.tandem.aio import TandemServer, close_writer, open_tandem_connecti
 from secfunet.tandem.connection import TandemConnection, TandemState
 from secfunet.tandem.errors import HandshakeTimeoutError, PeerStalledError
 from secfunet.tandem.parameters import TandemParameters
+from secfunet.tandem.transport import CLOSE_TIMEOUT
 from secfunet.tls.cipher_suites import SUITES, TLS_1_3
 from secfunet.tls.errors import PeerAlertError, TruncatedStreamError
 from secfunet.tls.records import ContentType, encode_record, split_records
@@ -460,3 +461,26 @@ async def test_a_client_that_drips_records_makes_few_questions(ends: Ends, tmp_p
         assert got == b"DROP BY DROP"
         writer.close()
     assert sum(port.questions for port in ports) < 25
+
+
+async def test_a_close_behind_the_peers_end_does_not_wait_for_it(ends: Ends) -> None:
+    """The peer left while the card was at work; the protocol does not read, and closes: the socket goes at once, not seconds later."""
+    made: list[asyncio.Transport] = []
+
+    class Paused(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, asyncio.Transport)
+            transport.pause_reading()
+            made.append(transport)
+
+    counting(ends, seconds=0.02)
+    parameters = only(TLS_1_3, resume=False)
+    async with await start_tandem_server(Paused, ends.server, host="127.0.0.1", parameters=parameters) as listener:
+        await _leave_with_the_last_flight(ends, port_of(listener), parameters)
+        await until(lambda: bool(made))
+        await asyncio.sleep(0.05)
+        assert listener.connections, "its data waits to be read"
+        made[0].close()
+        async with asyncio.timeout(CLOSE_TIMEOUT / 2):
+            while listener.connections:  # noqa: ASYNC110 - what is waited for has no event
+                await asyncio.sleep(0.005)
