@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import os
 import secrets
+import signal
 import socket
 import sys
 import tempfile
@@ -65,20 +66,25 @@ async def _signatures(plan: Plan, stage: Stage) -> None:
                 done += 1
             return done / passed
 
-        async def rates(mode: str) -> list[float]:
-            async with _beside(mode, kept):
-                return [await rate() for _ in range(plan.rounds)]
-
         await rate()
         plan.add(Row.of("signatures of a quiet VM, alone", "1/s", [await rate() for _ in range(plan.rounds)]))
-        loop = plan.add(Row.of("signatures of a quiet VM beside an empty loop", "1/s", await rates(LOOP)))
         for mode in MODES:
-            row = Row.of(f"a quiet VM beside a hostile one: {mode}", "1/s", await rates(mode))
-            plan.add(row.against(loop).at_least(SHARE))
+            # Turn about, as what else the machine does changes.
+            async with _stopped(LOOP, kept) as loop, _stopped(mode, kept) as hostile:
+                samples: dict[asyncio.subprocess.Process, list[float]] = {loop: [], hostile: []}
+                for _ in range(plan.rounds):
+                    for process, rates in samples.items():
+                        process.send_signal(signal.SIGCONT)
+                        rates.append(await rate())
+                        process.send_signal(signal.SIGSTOP)
+            before = plan.add(Row.of(f"a quiet VM beside an empty loop, in turn with {mode}", "1/s", samples[loop]))
+            row = Row.of(f"a quiet VM beside a hostile one: {mode}", "1/s", samples[hostile])
+            plan.add(row.against(before).at_least(SHARE))
 
 
 @contextlib.asynccontextmanager
-async def _beside(mode: str, kept: Path) -> AsyncIterator[None]:
+async def _stopped(mode: str, kept: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A process that does it, whenever it is let go on."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "bench.hostile", mode, str(kept)),
         stdout=asyncio.subprocess.PIPE,
@@ -87,8 +93,9 @@ async def _beside(mode: str, kept: Path) -> AsyncIterator[None]:
     assert process.stdout is not None
     if not await process.stdout.readline():
         raise RuntimeError(f"the hostile VM does not run: {mode}")
+    process.send_signal(signal.SIGSTOP)
     try:
-        yield
+        yield process
     finally:
         process.kill()
         await process.wait()
