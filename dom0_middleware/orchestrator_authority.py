@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from dom0_middleware.authority import Authority, private_key_pem, uri_names
 from dom0_middleware.errors import Reason, Refused
-from secfunet.identity import MAX_CERTIFICATE_SIZE, IdentityError, der_of, load_certificate, thumbprint
+from secfunet.identity import MAX_CERTIFICATE_SIZE, NAME_PATTERN, IdentityError, der_of, load_certificate, thumbprint
 from secfunet.service.files import private_folder, sync_folder, write_atomically
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 ORCHESTRATOR_LIFETIME = 365 * 86400.0  # seconds
 SEEN_EVERY: Final = 60.0  # seconds between two writes of when an orchestrator was last here
 _URN = "urn:secfunet:orchestrator:"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NAME = re.compile(NAME_PATTERN, re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from pydantic import Field, IPvAnyAddress, field_validator, model_validator
 from gose_client.settings import GoseClientSettings
 from secfunet.card.place import CardPlace
 from secfunet.card.settings import CardUserSettings
+from secfunet.identity import NAME_PATTERN
 from secfunet.service.settings import FilePath, Settings
 
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-OrchestratorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-DestinationName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+OrchestratorName = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
+DestinationName = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
 LibvirtUri = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://[!-~]{1,255}$")]
 LoopbackAddress = Annotated[str, Field(pattern=r"^(127\.0\.0\.1|\[::1\]|localhost):[0-9]{1,5}$")]
 

@@ -16,6 +16,7 @@ from secfunet.card.settings import CardUserSettings
 from secfunet.container import ProfileName
 from secfunet.errors import SecFuNetError
 from secfunet.host_names import canonical_host, canonical_url
+from secfunet.identity import NAME_PATTERN
 from secfunet.openid.realm import check_realm, parse_url
 from secfunet.racs.errors import RacsValueError
 from secfunet.racs.syntax import check_seid
@@ -75,7 +76,7 @@ HostName = Annotated[str, _valued(canonical_host)]
 ListenAddress = Annotated[Address, BeforeValidator(parse_address)]
 Seconds = Annotated[float, Field(gt=0, le=366 * 86400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[str, Field(min_length=1, max_length=64, pattern=f"^{NAME_PATTERN}$")]
 
 
 class ServiceProviderSettings(Settings):

@@ -42,7 +42,10 @@ CONTAINER_AUTHORITY_URI: Final = "urn:secfunet:authority:containers"
 CONTAINER_SIGNING: Final = x509.ObjectIdentifier("2.25.227014359604482312907743850937283401529")
 """Its extended key usage: nothing but the trailers of containers (an OID under the UUID arc, ITU-T X.667)."""
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+"""What anybody and anything with a name in a grid or a dom0 is called: holders, orchestrators, destinations."""
+
+_NAME: Final = re.compile(NAME_PATTERN, re.ASCII)
 _THUMBPRINT: Final = re.compile(r"[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]", re.ASCII)
 _URN: Final = "urn:secfunet:"
 _PEM_BEGIN: Final = b"-----BEGIN "

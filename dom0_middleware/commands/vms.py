@@ -13,6 +13,7 @@ import typer
 from dom0_middleware.commands.calls import call_daemon, call_for_vm
 from dom0_middleware.commands.options import DEFAULT_CONFIG, FIRST_ORCHESTRATOR, As, AsJson, BadInput, Config, Timeout
 from dom0_middleware.vm_file import MAX_DEFINITION, DefinitionError, definition_from_json, definition_to_json
+from secfunet.errors import SecFuNetError
 from secfunet.identity import IdentityError, der_of, load_certificate
 from secfunet.middleware.v1 import orchestrator_pb2 as pb
 from secfunet.service.results import write_result
@@ -82,6 +83,7 @@ def start(
         return stub.StartVm(pb.StartVmRequest(uuid=uuid, vm_auth_token=token), timeout=timeout)
 
     response = call_for_vm(vm, config, orchestrator, timeout, ask)
+    _say_what_is_broken(config, orchestrator, timeout)
     if as_json:
         typer.echo(json.dumps({**_fields(response.vm), "guest_channel": response.guest_channel}, indent=2))
         return
@@ -306,6 +308,19 @@ def watch(config: Config = DEFAULT_CONFIG, orchestrator: As = FIRST_ORCHESTRATOR
         call_daemon(config, orchestrator, ask)
     except KeyboardInterrupt:
         raise typer.Exit from None
+
+
+def _say_what_is_broken(config: Path, orchestrator: str, timeout: float) -> None:
+    """The VM was started; whether its key can be used from here now is another matter, and better learnt here than in the guest."""
+    try:
+        found = call_daemon(config, orchestrator, lambda stub: stub.GetStatus(pb.GetStatusRequest(), timeout=timeout))
+    except SecFuNetError as error:
+        typer.echo(f"note: the daemon does not say whether the VM can use its key now: {error}", err=True)
+        return
+    working = (pb.LINK_STATE_OK, pb.LINK_STATE_WARNING)
+    for link in found.links:
+        if link.state not in working and not link.vm:
+            typer.echo(f"note: the VM cannot use its key now: {link.name}: {link.message}", err=True)
 
 
 def _token(path: Path | None) -> str:

@@ -88,6 +88,10 @@ async def test_the_command_says_so_with_its_exit_code(world: World) -> None:
     said = json.loads(out)
     assert (code, said["works"]) == (69, False)
     assert {"link": "card", "state": "away", "message": "the card is gone"} in said["links"]
+    await world.create()
+    await asyncio.sleep(1.05)
+    code, _, err = await run("vm", "start", "web", "--config", config)
+    assert (code, "the VM cannot use its key now: card: the card is gone" in err) == (0, True)
     await world.stop()
     assert (await run("status", "--config", config))[0] == 69
 
