@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import socket
 from collections.abc import Callable
 from typing import Final
 
@@ -197,8 +198,27 @@ class TlsStack:
             raise self._failure(error, before + self._output()) from None
         output = self._output()
         self._watch(output)
+        self._check_end_of_record(before + output)
         self._finish(output)
         return output
+
+    def _check_end_of_record(self, flight: bytes) -> None:
+        """A message behind the Finished, in the same record, would be lost: OpenSSL has it, and the docking host goes on behind the record.
+
+        In TLS 1.3 OpenSSL refuses that itself. Raises TlsHandshakeError.
+        """
+        if self.is_tls13:
+            return
+        try:
+            self._connection.recv(1, socket.MSG_PEEK)
+        except SSL.WantReadError:
+            answer = self._output()
+            if answer:
+                raise TlsHandshakeError(
+                    "a message behind the Finished", flight=flight + answer, alert=None, from_peer=False
+                ) from None
+        except SSL.Error as error:
+            raise self._failure(error, flight + self._output()) from None
 
     def _watch(self, output: bytes) -> None:
         if self.parameters.role == "server":

@@ -248,6 +248,7 @@ async def test_messages_cut_anywhere(place: Place, version: tuple[int, int], siz
     [
         (TLS_1_2, CERTIFICATE),
         (TLS_1_2, CERTIFICATE_VERIFY),
+        (TLS_1_2, FINISHED),
         (TLS_1_3, CERTIFICATE),
         (TLS_1_3, CERTIFICATE_VERIFY),
         (TLS_1_3, FINISHED),
