@@ -19,7 +19,7 @@ PACKAGES = {
     "gose": {Domain.GRID},
     "dom0_middleware": {Domain.MIDDLEWARE},
     "gose_client": {Domain.MIDDLEWARE},
-    "vm_agent": {Domain.AGENT, Domain.MIDDLEWARE},  # it acts on what the middleware says
+    "vm_agent": set(Domain),  # it acts on what the others say
 }
 
 
