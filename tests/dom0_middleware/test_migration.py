@@ -162,6 +162,7 @@ async def test_a_migration_behind_our_back_takes_the_key_and_brings_none(hosts: 
         await a.hypervisor.move(uuid, b.hypervisor.uri)
         await eventually(lambda: not a.world.service.vms.guests())
         await eventually(lambda: all(session.closed for session in a.world.grid.sessions))
+        await eventually(lambda: a.world.service._store.vm(uuid).arriving)  # the run ends first
         assert (await a.vm(uuid)).state == pb.VM_STATE_AWAY
         assert not b.channel.opened
         with pytest.raises(AgentError):
