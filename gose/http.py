@@ -120,6 +120,8 @@ class Door:
 
     @web.middleware
     async def _middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        # Requests can come a thousand in a packet, and the task of each may run to its end as soon as it is made: others have their turn.
+        await asyncio.sleep(0)
         correlation = request[CORRELATION] = clean_correlation(request.headers.get(CORRELATION_KEY, ""))
         connection = self._connections.get(request.transport) if request.transport is not None else None
         if connection is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import ssl
 from collections.abc import AsyncIterator
 
 import pytest
@@ -73,3 +74,30 @@ async def test_silent_strangers_keep_nobody_out(grid: TestGrid, door: str, caplo
         seconds = asyncio.get_running_loop().time() - began
         floods = [record for record in caplog.records if hasattr(record, "times")]
         assert len(floods) <= 8 * (seconds + 1), [record.message for record in floods]
+
+
+async def test_requests_that_come_in_one_packet_are_no_single_turn_of_the_loop(grid: TestGrid) -> None:
+    """Nothing that they ask for is there, so no answer waits for anything."""
+    count, turns = 200, 0
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    async with grid.running():
+
+        async def another() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        port = port_of(grid, "openid endpoint")
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+        request = b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        writer.write(request * count)
+        task = asyncio.create_task(another())
+        answered = 0
+        async with asyncio.timeout(20):
+            while answered < count:
+                answered += (await reader.read(65536)).count(b"HTTP/1.1 ")
+        task.cancel()
+        writer.close()
+    assert turns >= count
