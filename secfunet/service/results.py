@@ -7,6 +7,7 @@ whole while it keeps its owner and its mode. ``secfunet.service.files`` is for t
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from secfunet.errors import SecFuNetError
+from secfunet.service.files import UnsafeFileError, open_folder
 
 _DESCRIPTOR: Final = re.compile(r"/(?:dev/fd|proc/(?:self|thread-self)/fd)/([0-9]{1,7})", re.ASCII)
+_MAX_LINKS: Final = 40
 _STANDARD: Final = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 
 
@@ -62,7 +65,7 @@ def opened_input(name: str) -> Iterator[BinaryIO]:
 def write_result(content: bytes, out: Path | None, *, mode: int = 0o600) -> None:
     """Writes ``content`` to ``out`` (None or ``-``: standard output). ``mode``: of a file that is made, as far as the umask allows.
 
-    Raises NotWrittenError, which names the path that was given; StreamClosedError.
+    Raises NotWrittenError, which names the path that was given; UnsafeFileError for another user's link; StreamClosedError.
     """
     if out is None or str(out) == "-":
         stream = standard_output()
@@ -74,7 +77,7 @@ def write_result(content: bytes, out: Path | None, *, mode: int = 0o600) -> None
         if descriptor is not None:
             _write_and_close(os.dup(descriptor), content)
             return
-        target = Path(os.path.realpath(out))
+        target = _place_of(out)
         try:
             there = target.stat()
         except FileNotFoundError:
@@ -82,7 +85,7 @@ def write_result(content: bytes, out: Path | None, *, mode: int = 0o600) -> None
         if there is None or stat.S_ISREG(there.st_mode):
             _replace(target, content, there, mode)
         else:
-            _write_and_close(os.open(out, os.O_WRONLY | os.O_CLOEXEC), content)
+            _write_and_close(os.open(target, os.O_WRONLY | os.O_CLOEXEC), content)
     except OSError as error:
         raise NotWrittenError(out, error) from error
 
@@ -101,30 +104,76 @@ def _write_and_close(descriptor: int, content: bytes) -> None:
         file.write(content)
 
 
+def _place_of(out: Path) -> Path:
+    """The path without links on its way. Raises UnsafeFileError for a link that another user made to what is not his: he would choose which
+    file of this user's, or of root's, is overwritten.
+    """
+    left, place, makers = [*reversed(out.absolute().parts)], Path("/"), list[tuple[Path, int]]()
+    while left:
+        part = left.pop()
+        if part in ("/", ".."):
+            place = Path("/") if part == "/" else place.parent
+            continue
+        step = place / part
+        try:
+            status = step.lstat()
+        except FileNotFoundError:
+            place = step.joinpath(*reversed(left))
+            break
+        if not stat.S_ISLNK(status.st_mode):
+            place = step
+            continue
+        if len(makers) == _MAX_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(out))
+        makers.append((step, status.st_uid))
+        left += reversed(step.readlink().parts)
+    if makers:
+        owner = (place if place.exists() else place.parent).stat().st_uid
+        for link, maker in makers:
+            if maker not in (0, os.geteuid(), owner):
+                raise UnsafeFileError(
+                    link, f"is a symbolic link of another user (uid {maker}) to what is not his: not followed"
+                )
+    return place
+
+
 def _replace(target: Path, content: bytes, there: os.stat_result | None, mode: int) -> None:
-    """The old content or the new, never a part of it; in place where the folder takes no new file but the file may be written."""
+    """The old content or the new, never a part of it; in place where the folder takes no new file but the file may be written.
+
+    What root makes in a folder of another user is that user's.
+    """
     if there is not None and not os.access(target, os.W_OK):
         raise PermissionError(13, os.strerror(13), str(target))
-    unfinished = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}")
+    unfinished = f".{target.name[:200]}.{secrets.token_hex(8)}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    # Who may only write into a folder, and not read it, may put a result there.
+    is_root = os.geteuid() == 0
+    folder = (
+        open_folder(target.parent) if is_root else os.open(target.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    )
     try:
-        descriptor = os.open(unfinished, flags, mode if there is None else 0o600)
-    except PermissionError:
-        if there is None:
+        try:
+            descriptor = os.open(unfinished, flags, mode if there is None else 0o600, dir_fd=folder)
+        except PermissionError:
+            if there is None:
+                raise
+            _write_and_close(os.open(target, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC), content)
+            return
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                owner = there or os.fstat(folder)
+                is_ours = (owner.st_uid, owner.st_gid) == (os.geteuid(), os.getegid())
+                if not is_ours and (is_root or there is not None):
+                    os.fchown(descriptor, owner.st_uid, owner.st_gid)
+                if there is not None:
+                    os.fchmod(descriptor, stat.S_IMODE(there.st_mode))
+                file.flush()
+                os.fsync(descriptor)
+            os.rename(unfinished, target.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(unfinished, dir_fd=folder)
             raise
-        _write_and_close(os.open(target, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC), content)
-        return
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            if there is not None:
-                if (there.st_uid, there.st_gid) != (os.geteuid(), os.getegid()):
-                    os.fchown(descriptor, there.st_uid, there.st_gid)
-                os.fchmod(descriptor, stat.S_IMODE(there.st_mode))
-            file.flush()
-            os.fsync(descriptor)
-        unfinished.rename(target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            unfinished.unlink()
-        raise
+    finally:
+        os.close(folder)

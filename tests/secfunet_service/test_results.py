@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from secfunet.service.files import UnsafeFileError
 from secfunet.service.results import NotWrittenError, write_result
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +129,7 @@ def test_a_file_in_a_folder_of_somebody_else_is_written_in_place(tmp_path: Path)
         readonly.write_bytes(b"not yours")
         readonly.chmod(0o644)
         package = base / "secfunet"
-        for part in ("errors.py", "service/results.py"):
+        for part in ("errors.py", "service/files.py", "service/results.py"):
             (package / part).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / "secfunet" / part, package / part)
         python = shutil.which("python3", path="/usr/bin") or sys.executable
@@ -157,3 +158,46 @@ write_result(bytes(50000), Path('{tmp_path}/file'))" 2>&1 | tail -1; cat {tmp_pa
         pytest.skip(done.stderr)
     assert "file: No space left on device" in done.stdout
     assert done.stdout.splitlines()[1:] == ["before", "file", "rest"]
+
+
+USER, GROUP = 64123, 64124
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can make files and links of other users")
+
+
+def made_by(user: int, link: Path, target: Path) -> Path:
+    link.symlink_to(target)
+    os.chown(link, user, user, follow_symlinks=False)
+    return link
+
+
+@as_root
+def test_what_root_writes_into_a_folder_of_somebody_else_is_his(tmp_path: Path) -> None:
+    os.chown(tmp_path, USER, GROUP)
+    write_result(b"x", tmp_path / "new")
+    status = (tmp_path / "new").stat()
+    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (USER, GROUP, 0o600)
+
+
+@as_root
+def test_a_link_that_was_planted_is_not_followed(tmp_path: Path) -> None:
+    """Else its maker would choose what root overwrites: a file, one that is not there yet, one in another folder, a device."""
+    theirs, etc = tmp_path / "theirs", tmp_path / "etc"
+    theirs.mkdir()
+    etc.mkdir()
+    os.chown(theirs, USER, GROUP)
+    precious = etc / "precious"
+    precious.write_bytes(b"precious")
+    for number, target in enumerate((precious, etc / "new", etc, Path("/dev/null"))):
+        link = made_by(USER, theirs / str(number), target)
+        out = link / "file" if target == etc else link
+        with pytest.raises(UnsafeFileError, match="symbolic link of another user"):
+            write_result(b"x", out)
+    assert precious.read_bytes() == b"precious"
+    assert [entry.name for entry in etc.iterdir()] == ["precious"]
+    # His own file, by his own link, is his affair; and so is a link of root's.
+    (theirs / "his").write_bytes(b"old")
+    os.chown(theirs / "his", USER, GROUP)
+    write_result(b"new", made_by(USER, theirs / "link", theirs / "his"))
+    assert (theirs / "his").read_bytes() == b"new"
+    write_result(b"by root's", made_by(0, tmp_path / "link", precious))
+    assert precious.read_bytes() == b"by root's"
