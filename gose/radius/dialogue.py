@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 MAX_ROUNDS = 1024
 """Packets of one authentication: certificates of 16 KB at both ends, in the smallest fragments."""
 SILENCE: Final = 0.5
-"""Seconds that a peer may let its card wait while somebody else is entitled to the card."""
+"""Seconds, in all, that a peer may let its card wait if somebody else is entitled to the card."""
+_LOOK_AGAIN: Final = 0.25
 _SW_DISCARDED = 0x7000
 
 
@@ -65,7 +66,9 @@ class Cards(Protocol):
 
 
 class Dialogue:
-    """One authentication. ``asked``: the EAP request that its peer is to answer; ``until``: when it has to be answered."""
+    """One authentication. ``asked``: the EAP request that its peer is to answer; ``until``: when it has to be answered;
+    ``waited``: seconds that its card has waited for it.
+    """
 
     def __init__(self, nas: str, identity: EapPacket, ends_at: float) -> None:
         self.nas = nas
@@ -79,6 +82,8 @@ class Dialogue:
         self.stack = AsyncExitStack()
         self.in_work: tuple[bytes, asyncio.Task[Reply]] | None = None
         self.rounds = 0
+        self.waited = 0.0
+        self.asked_at = 0.0
         self.ends_at = ends_at
         self.until = ends_at
         self.timer: asyncio.TimerHandle | None = None
@@ -185,7 +190,7 @@ class Dialogues:
             is_over = reply.code is not Code.ACCESS_CHALLENGE
             if not is_over:
                 dialogue.asked = reply.eap
-                now = asyncio.get_running_loop().time()
+                now = dialogue.asked_at = asyncio.get_running_loop().time()
                 dialogue.until = min(now + self._limits.peer_patience, dialogue.ends_at)
             return reply
         except _Ignored:
@@ -230,8 +235,13 @@ class Dialogues:
                 self._log.warning("proxies", "a request leaves no room for an answer", {"nas": dialogue.nas})
                 return rejection(request)
             dialogue.card = await self._prepare(dialogue)
-        elif packet.type != EapType.TLS:
-            raise _Ignored("TLS is due")  # an identity would have the card begin anew
+        else:
+            if packet.type != EapType.TLS:
+                raise _Ignored("TLS is due")  # an identity would have the card begin anew
+            dialogue.waited += asyncio.get_running_loop().time() - dialogue.asked_at
+            if dialogue.waited > SILENCE and self._cards.is_pressed(dialogue.nas):
+                self._log.info("slow", "an authentication is given up: its peer is slow", {"nas": dialogue.nas})
+                return rejection(request)
         untrusted = await dialogue.card.process_eap(packet.encode())
         answer = EapPacket.decode(untrusted)
         if answer.code is EapCode.SUCCESS:
@@ -272,7 +282,9 @@ class Dialogues:
         if state not in self._open:
             return
         loop = asyncio.get_running_loop()
-        at = dialogue.until if dialogue.card is None else min(dialogue.until, loop.time() + SILENCE)
+        at = dialogue.until
+        if dialogue.card is not None:
+            at = min(at, loop.time() + max(_LOOK_AGAIN, SILENCE - dialogue.waited))
         if dialogue.timer is not None:
             dialogue.timer.cancel()
         dialogue.timer = loop.call_at(at, self._look, state)
