@@ -24,15 +24,16 @@ import typer
 
 from dom0_middleware.cloud_init.user_data import CloudInitError
 from dom0_middleware.commands import audit, orchestrators, state, vms
+from dom0_middleware.commands.calls import AmbiguousVm, UnknownVm
 from dom0_middleware.commands.options import DEFAULT_CONFIG, BadInput, Config
 from dom0_middleware.errors import MiddlewareError, SettingUnusable, Unavailable
-from dom0_middleware.orchestrator_client import CallInvalid, CallRefused, DaemonUnavailable
+from dom0_middleware.orchestrator_client import CallInvalid, CallRefused, DaemonUnavailable, NoCredentials
 from dom0_middleware.policy import PolicyFile
 from dom0_middleware.settings import MiddlewareSettings
 from secfunet.card.errors import CardError
 from secfunet.card.readers import show_readers
 from secfunet.service.audit import AuditBrokenError, AuditBusyError
-from secfunet.service.cli import ExitCode, print_version, run
+from secfunet.service.cli import VERSION_HELP, ExitCode, JsonOption, application, print_version, run, tell
 from secfunet.service.daemon import run_daemon, survive_hangup
 from secfunet.service.logs import configure_logs
 from secfunet.service.settings import SettingsError, load_settings
@@ -40,12 +41,7 @@ from secfunet.service.settings import SettingsError, load_settings
 DESCRIPTORS = 16384  # some 150 for each guest that takes all that one guest can (docs/operations.md, Bounds)
 log = logging.getLogger(__name__)
 
-app = typer.Typer(
-    help="The Secure Middleware: runs in dom0, between the agents of VMs and the grid that holds their keys.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = application("The Secure Middleware: runs in dom0, between the agents of VMs and the grid that holds their keys.")
 policy_app = typer.Typer(help="The policy.", no_args_is_help=True)
 app.add_typer(vms.app, name="vm")
 app.add_typer(orchestrators.app, name="orchestrator")
@@ -56,7 +52,7 @@ app.add_typer(policy_app, name="policy")
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=print_version("secure-middleware"), is_eager=True, help="Show it.")
+        bool, typer.Option("--version", callback=print_version("secure-middleware"), is_eager=True, help=VERSION_HELP)
     ] = False,
 ) -> None:
     """Runs before every command."""
@@ -117,16 +113,21 @@ def policy_check(
         Path | None, typer.Option("--file", help="A policy file; default: that of the settings.", dir_okay=False)
     ] = None,
     config: Config = DEFAULT_CONFIG,
+    as_json: JsonOption = False,
 ) -> None:
     """Say whether a policy file is valid; every problem at once."""
     path = file or load_settings(MiddlewareSettings, config).policy
     try:
         rules = load_settings(PolicyFile, path).rule
     except SettingsError as error:
-        for problem in error.problems:
-            typer.echo(f"error: {problem}", err=True)
+        said = "\n".join(f"error: {problem}" for problem in error.problems)
+        if as_json:
+            tell("", {"file": str(path), "valid": False, "problems": error.problems}, as_json=True)
+        else:
+            typer.echo(said, err=True)
         raise typer.Exit(ExitCode.CONFIG) from None
-    typer.echo(f"{path} is valid: {len(rules)} rules" + ("" if rules else "; everything is denied"))
+    said = f"{path} is valid: {len(rules)} rules" + ("" if rules else "; everything is denied")
+    tell(said, {"file": str(path), "valid": True, "rules": len(rules)}, as_json=as_json)
 
 
 def main() -> None:
@@ -139,6 +140,9 @@ def main() -> None:
             DaemonUnavailable: ExitCode.UNAVAILABLE,
             Unavailable: ExitCode.UNAVAILABLE,
             BadInput: ExitCode.DATA,
+            UnknownVm: ExitCode.DATA,
+            AmbiguousVm: ExitCode.DATA,
+            NoCredentials: ExitCode.CONFIG,
             CloudInitError: ExitCode.DATA,
             CardError: ExitCode.UNAVAILABLE,
             SettingUnusable: ExitCode.CONFIG,

@@ -29,14 +29,11 @@ from secfunet.identity import IdentityError
 from secfunet.racs.errors import RacsRefusedError
 from secfunet.racs.inventory import ServerUnreachableError
 from secfunet.service.audit import AuditBrokenError, AuditUnavailableError
-from secfunet.service.cli import ExitCode, print_version, run
+from secfunet.service.cli import VERSION_HELP, ExitCode, application, print_version, run
 from secfunet.service.credentials import NoCredentialsError
+from secfunet.vm_auth_token import TokenError
 
-app = typer.Typer(
-    help="A Grid of Secure Elements: its authority, and the service itself.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = application("A Grid of Secure Elements: its authority, and the service itself.")
 for _module in (authority, enrolment, binding, tokens, running):
     app.add_typer(_module.app)
 app.add_typer(audit.app, name="audit")
@@ -47,7 +44,7 @@ app.add_typer(users.app, name="user")
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=print_version("gose"), is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=print_version("gose"), is_eager=True, help=VERSION_HELP)
     ] = False,
 ) -> None:
     """Options of every command."""
@@ -62,6 +59,7 @@ def main() -> None:
             AuthorityMissingError: ExitCode.CONFIG,
             AuthorityDamagedError: ExitCode.CONFIG,
             IssuanceError: ExitCode.DATA,
+            TokenError: ExitCode.DATA,
             IdentityError: ExitCode.DATA,
             NotEnrolledError: ExitCode.DATA,
             AlreadyEnrolledError: ExitCode.REFUSED,

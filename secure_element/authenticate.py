@@ -19,6 +19,7 @@ from secfunet.radius.errors import RadiusSilenceError
 from secfunet.radius.peer import Authenticated, authenticate
 from secfunet.radius.udp import radius_port
 from secfunet.radius.wire import MAX_EAP, MIN_MTU, MIN_SECRET
+from secfunet.service.cli import JsonOption
 from secfunet.service.files import read_secret
 from secfunet.service.settings import load_settings
 from secfunet.tls.server_names import verify_server_name
@@ -102,7 +103,7 @@ def authenticate_command(
     tls: Annotated[str, typer.Option(help="1.2, 1.3 or any.")] = "any",
     mtu: Annotated[int, typer.Option(min=MIN_MTU, max=MAX_EAP, help="Longest EAP packet, either way.")] = 1400,
     timeout: Annotated[float, typer.Option(min=1, max=600, help="Seconds for the whole.")] = 30.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Have the card authenticated by a RADIUS server with EAP-TLS, and compare the keys of both ends. No key is shown or kept."""
     if tls not in _RANGES:

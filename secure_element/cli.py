@@ -33,7 +33,7 @@ from secfunet.radius.errors import (
     RadiusRejectedError,
     RadiusSilenceError,
 )
-from secfunet.service.cli import ExitCode, print_version, run
+from secfunet.service.cli import VERSION_HELP, ExitCode, JsonOption, application, print_version, run
 from secfunet.service.daemon import run_daemon, survive_hangup
 from secfunet.service.files import private_folder, read_secret, write_atomically
 from secfunet.service.logs import configure_logs
@@ -42,7 +42,7 @@ from secfunet.service.settings import load_settings
 from secfunet.tls.errors import ServerNameError
 from secfunet.user_token import UserTokenError
 from secure_element.authenticate import RadiusSecretError, authenticate_command
-from secure_element.errors import SecureElementError, StoreError
+from secure_element.errors import SecureElementError, StoreError, StoreExistsError
 from secure_element.personalise import (
     administrator_of,
     change_pin,
@@ -53,12 +53,10 @@ from secure_element.personalise import (
 from secure_element.pin import ATTEMPTS, make_pin
 from secure_element.settings import CardSettings
 from secure_element.store import KEY_DATA_SIZE, CardStore, DomainRecord, StoreContents
-from secure_element.token_cli import token_app
+from secure_element.token_cli import ConfigOption, token_app
 
-app = typer.Typer(
-    help="A secure element in software: an EAP-TLS smartcard behind a Unix socket, or in a virtual reader of pcscd.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
+app = application(
+    "A secure element in software: an EAP-TLS smartcard behind a Unix socket, or in a virtual reader of pcscd."
 )
 
 pin_app = typer.Typer(help="The PIN of a served card.", no_args_is_help=True)
@@ -67,13 +65,11 @@ keys_app = typer.Typer(help="The administrator's keys of a served card.", no_arg
 app.add_typer(keys_app, name="keys")
 app.add_typer(token_app, name="token")
 
-ConfigOption = Annotated[Path, typer.Option("--config", help="The card's TOML file.", show_default=False)]
 UserPinOption = Annotated[Path | None, typer.Option(help="File (mode 0600) with the user's PIN; asked for if missing.")]
 KeysFileOption = Annotated[
     Path, typer.Option("--administrator-keys-file", help="File (mode 0600) with the administrator's SCP03 keys.")
 ]
 GeneratePinOption = Annotated[bool, typer.Option("--generate-pin", help="Make a random PIN and write it to that file.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 IdentityOption = Annotated[str, typer.Option(help="Friendly name of the TLS-Id on the card.")]
 
@@ -93,7 +89,7 @@ _STATUS_TIMEOUT: Final = 5.0
 def _common(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=print_version("secure-element"), is_eager=True, help="Print the version."),
+        typer.Option("--version", callback=print_version("secure-element"), is_eager=True, help=VERSION_HELP),
     ] = False,
 ) -> None:
     """Options that every command has."""
@@ -114,7 +110,7 @@ def init(
     """Make the card's store, and its key file if the settings name one that does not exist. An existing store is never touched."""
     settings = load_settings(CardSettings, config)
     if settings.store.exists():
-        raise StoreError(f"{settings.store} exists already: its keys would be lost")
+        raise StoreExistsError(f"{settings.store} exists already: its keys would be lost")
     pin = _new_pin(user_pin_file, generate_pin)
     keys_file = administrator_keys_file or settings.store.with_suffix(".keys")
     private_folder(settings.store.parent)
@@ -147,7 +143,7 @@ def _new_pin(path: Path | None, generate: bool) -> bytes:
         if path is None:
             raise typer.BadParameter("--generate-pin needs --user-pin-file: somebody must get to know it")
         if path.exists():
-            raise typer.BadParameter(f"{path} exists already")
+            raise StoreExistsError(f"{path} exists already: --generate-pin writes into a new file")
         private_folder(path.parent)
         pin = "".join(secrets.choice(_PIN_LETTERS) for _ in range(8)).encode()
         write_atomically(path, pin + b"\n")
@@ -304,7 +300,9 @@ async def _status(settings: CardSettings) -> dict[str, str | int]:
         )
     except CardBusyError:
         return report | {"state": "in use"}
-    except CardGoneError:
+    except CardGoneError as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise  # nothing is known of the card
         return report | {"state": "down"}
     try:
         await client.select()
@@ -321,6 +319,7 @@ def main() -> None:
     run(
         app,
         {
+            StoreExistsError: ExitCode.REFUSED,
             StoreError: ExitCode.CONFIG,
             SecureElementError: ExitCode.FAILED,
             CardFormatError: ExitCode.DATA,

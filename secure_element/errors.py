@@ -48,3 +48,7 @@ class CommandRefusedError(SecureElementError):
 
 class StoreError(SecureElementError):
     """The store cannot be used: it is missing, in use, damaged, or sealed with another key."""
+
+
+class StoreExistsError(StoreError):
+    """A file that would be made is there, and holds what would be lost."""

@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from secfunet.card.parameters import KeyAlgorithm
 from secfunet.scp03 import KeySet, Scp03FormatError
 from secfunet.service.files import open_private, remove_unfinished, write_atomically
-from secure_element.errors import StoreError
+from secure_element.errors import StoreError, StoreExistsError
 
 MAGIC: Final = b"SFNSE\x02"
 KEY_SALT_SIZE: Final = 16
@@ -222,7 +222,7 @@ class CardStore:
         lock = _lock(path)
         try:
             if path.exists():
-                raise StoreError(f"{path} exists already: its keys would be lost")
+                raise StoreExistsError(f"{path} exists already: its keys would be lost")
             key_salt = randbytes(KEY_SALT_SIZE)
             store = cls(path, secret.kind, secret.derive(key_salt), key_salt, contents, lock, randbytes)
             store.replace(contents)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Final
@@ -17,6 +16,7 @@ from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.card.place import connect_card, segmentation_at
 from secfunet.card.tokens import CardTokens
 from secfunet.container import ContainerProfile, ProfileName
+from secfunet.service.cli import JsonOption, tell
 from secfunet.service.files import read_secret
 from secfunet.service.results import write_result
 from secfunet.service.settings import load_settings
@@ -26,7 +26,17 @@ from secure_element.settings import CardSettings
 
 token_app = typer.Typer(help="The tokens in a served card.", no_args_is_help=True)
 
-ConfigOption = Annotated[Path, typer.Option("--config", help="The card's TOML file.", show_default=False)]
+DEFAULT_CONFIG: Final = Path("/etc/secfunet/secure-element.toml")
+ConfigOption = Annotated[
+    Path,
+    typer.Option(
+        "--config",
+        envvar="SECURE_ELEMENT_CONFIG",
+        help="The card's settings (TOML).",
+        default_factory=lambda: DEFAULT_CONFIG,
+        show_default=str(DEFAULT_CONFIG),
+    ),
+]
 PinOption = Annotated[Path | None, typer.Option("--user-pin-file", help="File (mode 0600); asked for if missing.")]
 IdentityOption = Annotated[
     str | None, typer.Option(help="Friendly name of the TLS-Id; the card's first one if missing.", show_default=False)
@@ -70,7 +80,7 @@ def list_tokens(
     config: ConfigOption,
     user_pin_file: PinOption = None,
     identity: IdentityOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON array.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show the tokens of an identity: name, size, and the counter that they came with."""
 
@@ -79,11 +89,8 @@ def list_tokens(
             return [{"name": one.name, "size": one.size, "counter": one.counter} for one in await tokens.stored()]
 
     found = asyncio.run(act())
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    for one in found:
-        typer.echo(f"{one['name']}: {one['size']} bytes, counter {one['counter']}")
+    text = "\n".join(f"{one['name']}: {one['size']} bytes, counter {one['counter']}" for one in found)
+    tell(text, found, as_json=as_json)
 
 
 @token_app.command()
@@ -145,15 +152,15 @@ def distrust(authority: AuthorityArgument, config: ConfigOption, administrator_k
 
 
 @token_app.command()
-def authorities(config: ConfigOption, administrator_keys_file: KeysFileOption) -> None:
+def authorities(config: ConfigOption, administrator_keys_file: KeysFileOption, as_json: JsonOption = False) -> None:
     """Show whose tokens the card takes: SHA-256 of the public key, and the last counter taken."""
 
-    async def act() -> None:
+    async def act() -> list[dict[str, str | int]]:
         async with _administrator(config, administrator_keys_file) as tokens:
-            for one in await tokens.authorities():
-                typer.echo(f"{one.digest.hex()}: counter {one.counter}")
+            return [{"digest": one.digest.hex(), "counter": one.counter} for one in await tokens.authorities()]
 
-    asyncio.run(act())
+    found = asyncio.run(act())
+    tell("\n".join(f"{one['digest']}: counter {one['counter']}" for one in found), found, as_json=as_json)
 
 
 @contextlib.asynccontextmanager

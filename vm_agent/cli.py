@@ -24,17 +24,17 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from secfunet.errors import SecFuNetError
-from secfunet.service.cli import ExitCode, print_version, run
+from secfunet.service.cli import VERSION_HELP, ExitCode, JsonOption, application, print_version, run
 from secfunet.service.daemon import survive_hangup
 from secfunet.service.results import opened_input, write_result
 from secfunet.service.settings import load_settings
+from secfunet.service.tables import moment
 from vm_agent.options import ENVIRONMENT
 from vm_agent.settings import DEFAULT_CONFIG, DEFAULT_SOCKET, AgentSettings
 
@@ -52,10 +52,13 @@ Exit codes: 0 done; 1 failed, or the answer was refused; 2 wrong arguments; 65 w
 78 wrong settings.
 """
 
-app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="rich", add_completion=False)
+app = application(HELP)
 
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="Settings of the agent (TOML).", show_default=str(DEFAULT_CONFIG))
+    Path | None,
+    typer.Option(
+        "--config", envvar="VM_AGENT_CONFIG", help="Settings of the agent (TOML).", show_default=str(DEFAULT_CONFIG)
+    ),
 ]
 SocketOption = Annotated[
     Path | None,
@@ -112,7 +115,9 @@ _BY_STATUS: dict[str, type[CommandError]] = {
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=print_version("vm-agent"), is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version("vm-agent"), is_eager=True, help=VERSION_HELP)
+    ] = False,
 ) -> None:
     pass
 
@@ -198,7 +203,7 @@ def encrypt(
 @app.command()
 def identity(
     pem: Annotated[bool, typer.Option("--pem", help="Only the VM's certificate, PEM.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    json_: JsonOption = False,
     config: ConfigOption = None,
     socket: SocketOption = None,
     timeout: TimeoutOption = 20.0,
@@ -222,12 +227,12 @@ def identity(
     else:
         typer.echo(f"VMID              {found.vmid}")
         typer.echo(f"operations        {', '.join(found.operations) or 'none'}")
-        typer.echo(f"authorised until  {_time(found.authorised_until)}")
+        typer.echo(f"authorised until  {moment(found.authorised_until)}")
 
 
 @app.command()
 def status(
-    json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    json_: JsonOption = False,
     config: ConfigOption = None,
     socket: SocketOption = None,
     timeout: TimeoutOption = 20.0,
@@ -253,7 +258,7 @@ def status(
         typer.echo(f"enrolled          {'yes' if found.enrolled else 'no'}")
         typer.echo(f"connected         {'yes' if found.connected else 'no'}")
         typer.echo(f"transport         {found.transport or 'none yet'}")
-        typer.echo(f"certificate until {_time(found.certificate_expires_at)}")
+        typer.echo(f"certificate until {moment(found.certificate_expires_at)}")
         typer.echo(f"operations        {'work' if found.works else 'fail'}")
         if found.broken_link:
             typer.echo(f"broken link       {found.broken_link} ({found.reason})")
@@ -325,15 +330,6 @@ def _write(result: bytes, out: Path | None) -> None:
         typer.echo(base64.b64encode(result).decode())
     else:
         write_result(result, out)
-
-
-def _time(seconds: int) -> str:
-    if not seconds:
-        return "-"
-    try:
-        return datetime.fromtimestamp(seconds, UTC).isoformat()
-    except (ValueError, OverflowError, OSError):
-        return str(seconds)
 
 
 def main() -> None:

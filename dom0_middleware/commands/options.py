@@ -8,13 +8,16 @@ from typing import Annotated
 import typer
 
 from secfunet.errors import SecFuNetError
+from secfunet.service.cli import JsonOption
 
 DEFAULT_CONFIG = Path("/etc/secfunet/secure-middleware.toml")
 FIRST_ORCHESTRATOR = "admin"
 
-Config = Annotated[Path, typer.Option("--config", help="Settings (TOML).", dir_okay=False)]
+Config = Annotated[
+    Path, typer.Option("--config", envvar="SECURE_MIDDLEWARE_CONFIG", help="Settings (TOML).", dir_okay=False)
+]
 As = Annotated[str, typer.Option("--as", help="The orchestrator whose certificate to use.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")]
+AsJson = JsonOption
 Timeout = Annotated[float, typer.Option("--timeout", help="Seconds to wait.", min=0.1, max=3600)]
 
 

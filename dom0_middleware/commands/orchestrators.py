@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +18,9 @@ from dom0_middleware.errors import Refused
 from dom0_middleware.orchestrator_authority import OrchestratorAuthority
 from dom0_middleware.settings import MiddlewareSettings
 from secfunet.service.audit import Actor, AuditJournal, Record
+from secfunet.service.cli import tell
 from secfunet.service.settings import load_settings
+from secfunet.service.tables import columns, moment
 
 app = typer.Typer(help="Who may command the daemon.", no_args_is_help=True)
 
@@ -35,32 +36,33 @@ class _Action(StrEnum):
 
 
 @app.command("add")
-def add(name: Name, config: Config = DEFAULT_CONFIG) -> None:
+def add(name: Name, config: Config = DEFAULT_CONFIG, as_json: AsJson = False) -> None:
     """Make a key and a certificate for a NAME that has none."""
     settings, authority = _opened(config)
     with _recorded(settings, authority, _Action.ADD, name):
         path = authority.add(name)
-    typer.echo(f"made {path} and its key beside it")
+    tell(f"made {path} and its key beside it", _made(authority, name, path), as_json=as_json)
     if name not in settings.orchestrators.allowed:
         typer.echo(f"note: '{name}' is not in orchestrators.allowed of {config}: its calls are refused", err=True)
 
 
 @app.command("rotate")
-def rotate(name: Name, config: Config = DEFAULT_CONFIG) -> None:
+def rotate(name: Name, config: Config = DEFAULT_CONFIG, as_json: AsJson = False) -> None:
     """Make a new key and certificate for NAME; the ones before end at once."""
     settings, authority = _opened(config)
     with _recorded(settings, authority, _Action.ROTATE, name):
         path = authority.rotate(name)
-    typer.echo(f"made {path} and its key beside it; the certificate of before has ended")
+    said = f"made {path} and its key beside it; the earlier certificate has ended"
+    tell(said, _made(authority, name, path), as_json=as_json)
 
 
 @app.command("remove")
-def remove(name: Name, config: Config = DEFAULT_CONFIG) -> None:
+def remove(name: Name, config: Config = DEFAULT_CONFIG, as_json: AsJson = False) -> None:
     """End NAME's certificate, at once and for good."""
     settings, authority = _opened(config)
     with _recorded(settings, authority, _Action.REMOVE, name):
         authority.remove(name)
-    typer.echo(f"the certificate of '{name}' has ended")
+    tell(f"the certificate of '{name}' has ended", {"name": name}, as_json=as_json)
 
 
 @app.command("list")
@@ -83,18 +85,23 @@ def list_all(config: Config = DEFAULT_CONFIG, as_json: AsJson = False) -> None:
         ]
         typer.echo(json.dumps(rows, indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("name", "allowed", "until", "last seen", "certificate", "serial")
-    for each in found:
-        seen = "never" if each.last_seen is None else _time(each.last_seen)
-        serial = format(each.serial, "x")
-        table.add_row(
-            each.name, "yes" if each.name in allowed else "no", _time(each.not_after), seen, each.thumbprint, serial
+    lines = [
+        (
+            each.name,
+            "yes" if each.name in allowed else "no",
+            moment(each.not_after),
+            "never" if each.last_seen is None else moment(each.last_seen),
+            each.thumbprint,
+            format(each.serial, "x"),
         )
-    console = Console()
-    (console if console.is_terminal else Console(width=200)).print(table)
+        for each in found
+    ]
+    typer.echo(columns(("NAME", "ALLOWED", "UNTIL", "LAST SEEN", "CERTIFICATE", "SERIAL"), lines))
+
+
+def _made(authority: OrchestratorAuthority, name: str, path: Path) -> dict[str, object]:
+    found = next(each for each in authority.list() if each.name == name)
+    return {"name": name, "certificate_file": str(path), "certificate": found.thumbprint, "until": int(found.not_after)}
 
 
 def _opened(config: Path) -> tuple[MiddlewareSettings, OrchestratorAuthority]:
@@ -121,7 +128,3 @@ def _recorded(
 def _certificate(authority: OrchestratorAuthority, name: str, what: str) -> str:
     found = next((each for each in authority.list() if each.name == name), None)
     return "" if found is None else f"certificate {found.thumbprint} {what}"
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")

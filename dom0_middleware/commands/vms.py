@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +15,9 @@ from dom0_middleware.vm_file import MAX_DEFINITION, DefinitionError, definition_
 from secfunet.errors import SecFuNetError
 from secfunet.identity import IdentityError, der_of, load_certificate
 from secfunet.middleware.v1 import orchestrator_pb2 as pb
+from secfunet.service.cli import tell
 from secfunet.service.results import write_result
+from secfunet.service.tables import columns, moment
 
 if TYPE_CHECKING:
     from secfunet.middleware.v1.orchestrator_pb2_grpc import OrchestratorServiceAsyncStub as Stub
@@ -167,15 +168,23 @@ def show_one(
 
 @app.command("delete")
 def delete(
-    vm: Vm, config: Config = DEFAULT_CONFIG, orchestrator: As = FIRST_ORCHESTRATOR, timeout: Timeout = 30.0
+    vm: Vm,
+    config: Config = DEFAULT_CONFIG,
+    orchestrator: As = FIRST_ORCHESTRATOR,
+    as_json: AsJson = False,
+    timeout: Timeout = 30.0,
 ) -> None:
     """Undefine a stopped VM and forget its binding."""
 
     def ask(stub: Stub, uuid: str) -> Awaitable[pb.DeleteVmResponse]:
         return stub.DeleteVm(pb.DeleteVmRequest(uuid=uuid), timeout=timeout)
 
-    for also in call_for_vm(vm, config, orchestrator, timeout, ask).also_removed:
-        typer.echo(f"removed with it: {also}", err=True)
+    also = list(call_for_vm(vm, config, orchestrator, timeout, ask).also_removed)
+    tell(
+        "\n".join([f"deleted {vm}", *(f"removed with it: {one}" for one in also)]),
+        {"also_removed": also},
+        as_json=as_json,
+    )
 
 
 @app.command("revoke")
@@ -302,7 +311,7 @@ def watch(config: Config = DEFAULT_CONFIG, orchestrator: As = FIRST_ORCHESTRATOR
             if as_json:
                 typer.echo(json.dumps({"time": event.time, "event": kind, "vm": _fields(event.vm)}))
             else:
-                typer.echo(f"{_time(event.time)}  {kind:9}  {event.vm.name}  {event.vm.uuid}")
+                typer.echo(f"{moment(event.time)}  {kind:9}  {event.vm.name}  {event.vm.uuid}")
 
     try:
         call_daemon(config, orchestrator, ask)
@@ -357,20 +366,14 @@ def _show(vms: Sequence[pb.Vm], *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([_fields(vm) for vm in vms], indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("name", "uuid", "state", "enrolled", "agent", "authorised until", "vmid")
+    rows = []
     for vm in vms:
-        fields = _fields(vm)
-        right = "revoked" if vm.revoked else _time(vm.authorised_until) if vm.authorised_until else "no token"
+        right = "revoked" if vm.revoked else moment(vm.authorised_until) if vm.authorised_until else "no token"
         if vm.token_ends_soon:
             right += " (renew it)"
         enrolled = "yes" if vm.enrolled else "no"
-        table.add_row(vm.name, vm.uuid, str(fields["state"]), enrolled, _agent(vm), right, vm.vmid)
-    console = Console()
-    # A pipe has no width: nothing is to be folded there.
-    (console if console.is_terminal else Console(width=200)).print(table)
+        rows.append((vm.name, vm.uuid, str(_fields(vm)["state"]), enrolled, _agent(vm), right, vm.vmid))
+    typer.echo(columns(("NAME", "UUID", "STATE", "ENROLLED", "AGENT", "AUTHORISED UNTIL", "VMID"), rows))
 
 
 def _agent(vm: pb.Vm) -> str:
@@ -378,8 +381,4 @@ def _agent(vm: pb.Vm) -> str:
         return f"channel closed: {vm.channel_refused}"
     if not vm.agent_since:
         return "-"
-    return f"{'connected' if vm.agent_connected else 'away'} since {_time(vm.agent_since)}"
-
-
-def _time(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    return f"{'connected' if vm.agent_connected else 'away'} since {moment(vm.agent_since)}"

@@ -17,6 +17,7 @@ from gose.registry import Identity, Registry, open_registry
 from gose.settings import GoseSettings
 from secfunet.container import ContainerProfile
 from secfunet.identity import Role
+from secfunet.service.cli import JsonOption, tell
 from secfunet.service.settings import load_settings
 
 app = typer.Typer()
@@ -26,6 +27,7 @@ app = typer.Typer()
 def bind_vm(
     name: str,
     hypervisor: Annotated[str, typer.Option(help="Name of the hypervisor that alone is to read the VM's results.")],
+    as_json: JsonOption = False,
     config: ConfigOption = CONFIG,
 ) -> None:
     """Have the VM's card seal its results itself, for that hypervisor only; again: for another one. Then issue a new token."""
@@ -33,16 +35,18 @@ def bind_vm(
     with open_registry(settings.database) as registry:
         recipient = registry.named(Role.HYPERVISOR, hypervisor)
         _bind(settings, registry, name, recipient)
-    typer.echo(f"the card of {name} is bound to {hypervisor}: tokens of before are worth nothing, issue a new one")
+    said = f"the card of {name} is bound to {hypervisor}: earlier tokens are no longer valid; issue a new one"
+    tell(said, {"vm": name, "hypervisor": hypervisor}, as_json=as_json)
 
 
 @app.command("unbind-vm")
-def unbind_vm(name: str, config: ConfigOption = CONFIG) -> None:
+def unbind_vm(name: str, as_json: JsonOption = False, config: ConfigOption = CONFIG) -> None:
     """Have the service provider seal the VM's results again. Then issue a new token."""
     settings = load_settings(GoseSettings, config)
     with open_registry(settings.database) as registry:
         _bind(settings, registry, name, None)
-    typer.echo(f"the card of {name} is bound to nobody: issue a new token")
+    said = f"the card of {name} is not bound any more: issue a new token"
+    tell(said, {"vm": name, "hypervisor": None}, as_json=as_json)
 
 
 def _bind(settings: GoseSettings, registry: Registry, name: str, hypervisor: Identity | None) -> None:

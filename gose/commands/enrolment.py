@@ -28,6 +28,7 @@ from secfunet.card.administrator_keys import AdministratorKeys
 from secfunet.card.parameters import KeyAlgorithm
 from secfunet.card.place import parse_place
 from secfunet.identity import Role, pem_of
+from secfunet.service.cli import JsonOption, tell
 from secfunet.service.results import write_result
 from secfunet.service.settings import load_settings
 
@@ -48,12 +49,13 @@ def enrol_hypervisor(
     key: KeyOption = "rsa-2048",  # type: ignore[assignment]  # typer parses the default, too
     valid: ValidOption = "365d",  # type: ignore[assignment]  # likewise
     replace: ReplaceOption = False,
+    as_json: JsonOption = False,
     config: ConfigOption = CONFIG,
 ) -> None:
     """Make the card at a socket or in a reader the card of a hypervisor. Its key is RSA: containers are made for it."""
     order = EnrolmentOrder(holder(Role.HYPERVISOR, name), identity, key, valid, replace=replace)
     access = CardAccess.at(parse_place(card), AdministratorKeys.read(administrator_keys_file))
-    _enrol(load_settings(GoseSettings, config), order, access, out)
+    _enrol(load_settings(GoseSettings, config), order, access, out, as_json=as_json)
 
 
 @app.command("sign-hypervisor")
@@ -70,6 +72,7 @@ def sign_hypervisor(
             "--replace", help="Renew it, or give its name to another card; its tokens end with the old certificate."
         ),
     ] = False,
+    as_json: JsonOption = False,
     config: ConfigOption = CONFIG,
 ) -> None:
     """Enrol the hypervisor whose card lies on another host, by that card's request; 'secure-element install' takes the certificate."""
@@ -79,7 +82,7 @@ def sign_hypervisor(
     authority = AuthorityFolder(settings.authority)
     with open_registry(settings.database) as registry, authority.ledger.attempt(_attempt(order)):
         identity = sign_request(order, der, authority.certificate_authority, registry, clock=time.time)
-    _write_certificate(identity, out)
+    _write_certificate(identity, out, as_json=as_json)
 
 
 @app.command("enrol-vm")
@@ -90,13 +93,14 @@ def enrol_vm(
     key: KeyOption = "rsa-2048",  # type: ignore[assignment]  # typer parses the default, too
     valid: ValidOption = "365d",  # type: ignore[assignment]  # likewise
     replace: ReplaceOption = False,
+    as_json: JsonOption = False,
     config: ConfigOption = CONFIG,
 ) -> None:
     """Allocate a secure element of the grid to a VM."""
     settings = load_settings(GoseSettings, config)
     element = element_of(settings, seid, Role.VM)
     order = EnrolmentOrder(holder(Role.VM, name), element.label, key, valid, seid=seid, replace=replace)
-    _enrol(settings, order, access_to(settings, element), out)
+    _enrol(settings, order, access_to(settings, element), out, as_json=as_json)
 
 
 @app.command("enrol-server")
@@ -107,6 +111,7 @@ def enrol_server(
     key: KeyOption = "rsa-2048",  # type: ignore[assignment]  # typer parses the default, too
     valid: ValidOption = "365d",  # type: ignore[assignment]  # likewise
     replace: ReplaceOption = False,
+    as_json: JsonOption = False,
     config: ConfigOption = CONFIG,
 ) -> None:
     """Make a secure element of the grid one of those that serve the login page, for the names in the settings."""
@@ -121,7 +126,7 @@ def enrol_server(
         server_names=server_names(settings),
         replace=replace,
     )
-    _enrol(settings, order, access_to(settings, element), out)
+    _enrol(settings, order, access_to(settings, element), out, as_json=as_json)
 
 
 @app.command("enrol-cards")
@@ -131,8 +136,11 @@ def enrol_cards(
     valid: ValidOption = "365d",  # type: ignore[assignment]  # likewise
     replace: Annotated[
         list[str] | None,
-        typer.Option(metavar="SEID", help="One that has a new key made, its certificate notwithstanding (repeatable)."),
+        typer.Option(
+            metavar="SEID", help="Generate a new key for this card even though it has a certificate (repeatable)."
+        ),
     ] = None,
+    as_json: JsonOption = False,
     config: ConfigOption = CONFIG,
 ) -> None:
     """Enrol every secure element of the settings that has no certificate in the folder yet, each under its SEID."""
@@ -145,16 +153,27 @@ def enrol_cards(
         if certificate.exists() and element.seid not in anew:
             continue
         enrol_one = enrol_server if element.role == "server" else enrol_vm
-        enrol_one(element.seid, element.seid, certificate, key, valid, replace=element.seid in anew, config=config)
+        enrol_one(
+            element.seid,
+            element.seid,
+            certificate,
+            key,
+            valid,
+            replace=element.seid in anew,
+            as_json=as_json,
+            config=config,
+        )
 
 
-def _enrol(settings: GoseSettings, order: EnrolmentOrder, access: CardAccess, out: Path | None) -> None:
+def _enrol(
+    settings: GoseSettings, order: EnrolmentOrder, access: CardAccess, out: Path | None, *, as_json: bool
+) -> None:
     authority = AuthorityFolder(settings.authority)
     with open_registry(settings.database) as registry, authority.ledger.attempt(_attempt(order)):
         identity: Identity = asyncio.run(
             enrol(order, access, authority.certificate_authority, registry, clock=time.time)
         )
-    _write_certificate(identity, out)
+    _write_certificate(identity, out, as_json=as_json)
     note_missing_card(settings, order.seid)
 
 
@@ -163,7 +182,14 @@ def _attempt(order: EnrolmentOrder) -> AuthorityRecord:
     return AuthorityRecord(Action.ENROL, "failed", role=role, name=name, seid=order.seid or "")
 
 
-def _write_certificate(identity: Identity, out: Path | None) -> None:
+def _write_certificate(identity: Identity, out: Path | None, *, as_json: bool) -> None:
     if out is not None:
         write_result(pem_of(identity.certificate), out, mode=0o644)
-    typer.echo(f"{identity.role} {identity.name} is enrolled: {identity.thumbprint}")
+    facts = {
+        "role": str(identity.role),
+        "name": identity.name,
+        "thumbprint": identity.thumbprint,
+        "seid": identity.seid,
+        "until": int(identity.expires_at),
+    }
+    tell(f"{identity.role} {identity.name} is enrolled: {identity.thumbprint}", facts, as_json=as_json)

@@ -63,4 +63,4 @@ ReplaceOption = Annotated[
         help="Destroy the key that is there, and make a new one. The old certificate is worth nothing then.",
     ),
 ]
-CONFIG: Final = Path("gose.toml")
+CONFIG: Final = Path("/etc/secfunet/gose.toml")

@@ -10,13 +10,14 @@ from typing import Annotated
 import typer
 from pydantic import TypeAdapter, ValidationError
 
-from gose.commands.options import CONFIG, ConfigOption
+from gose.commands.options import CONFIG, ConfigOption, ValidOption
 from gose.commands.requests import certify
 from gose.racs.settings import NodeSettings
 from gose.racs.tls import client_side
 from gose.settings import Address, GoseSettings, ListenAddress
 from secfunet.identity import Holder, Role, check_name
 from secfunet.racs.inventory import ask_inventory
+from secfunet.service.cli import JsonOption, tell
 from secfunet.service.daemon import run_daemon, survive_hangup
 from secfunet.service.logs import configure_logs
 from secfunet.service.settings import load_settings
@@ -28,7 +29,7 @@ app = typer.Typer(help="Cards for grids on other hosts (RACS): lend them, and lo
 def serve(
     config: Annotated[
         Path, typer.Option("--config", envvar="GOSE_RACS_CONFIG", help="The node's settings (TOML).", show_default=True)
-    ] = Path("racs.toml"),
+    ] = Path("/etc/secfunet/racs.toml"),
 ) -> None:
     """Lend this host's cards to the users in the settings until SIGTERM."""
     survive_hangup()
@@ -49,30 +50,32 @@ def sign(
     request: Annotated[Path, typer.Option(help="PKCS#10 request (PEM) whose common name is NAME.", exists=True)],
     host: Annotated[list[str], typer.Option(help="DNS name or IP address of the node; may be given several times.")],
     out: Annotated[Path, typer.Option("--out", help="Where to write the certificate (PEM).")],
-    days: Annotated[int, typer.Option(min=1, max=3652, help="How long it is valid.")] = 365,
+    valid: ValidOption = "365d",  # type: ignore[assignment]  # typer parses the default, too
+    as_json: JsonOption = False,
     config: ConfigOption = CONFIG,
 ) -> None:
     """Certify a node: a host that lends cards to this grid, or this grid itself as a user of such a host."""
     holder = Holder(Role.NODE, check_name(name))
-    found = certify(load_settings(GoseSettings, config), holder, request, out, days=days, server_names=host)
-    typer.echo(f"node {name} is certified: {found}")
+    found = certify(load_settings(GoseSettings, config), holder, request, out, valid=valid, server_names=host)
+    facts = {"role": str(Role.NODE), "name": name, "thumbprint": found}
+    tell(f"node {name} is certified: {found}", facts, as_json=as_json)
 
 
 @app.command("list")
 def list_cards(
     address: Annotated[str, typer.Argument(metavar="HOST:PORT")],
-    key: Annotated[Path, typer.Option(help="Private key (PEM, mode 0600).")],
+    key_file: Annotated[Path, typer.Option("--key-file", help="Private key (PEM, mode 0600).")],
     certificate: Annotated[Path, typer.Option(help="Its certificate (PEM).")],
     authority: Annotated[Path, typer.Option(help="The authority of the node's certificate (PEM).")],
-    timeout: Annotated[float, typer.Option(min=0.1, max=600, help="Seconds.")] = 10.0,
+    timeout: Annotated[float, typer.Option(min=0.1, max=600, help="Seconds to wait.")] = 10.0,
+    as_json: JsonOption = False,
 ) -> None:
     """Show which cards a node lends to the holder of this certificate."""
     where = _address(address)
-    context = client_side(key, certificate, authority)
+    context = client_side(key_file, certificate, authority)
     inventory = asyncio.run(ask_inventory(where.host, where.port, context, timeout=timeout))
-    typer.echo(f"RACS {inventory.version}")
-    for seid in inventory.seids:
-        typer.echo(seid)
+    facts = {"version": inventory.version, "secure_elements": list(inventory.seids)}
+    tell("\n".join([f"RACS {inventory.version}", *inventory.seids]), facts, as_json=as_json)
 
 
 def _address(text: str) -> Address:

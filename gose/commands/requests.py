@@ -12,7 +12,6 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from gose.authority import AuthorityFolder
 from gose.authority.certificate_authority import check_request
 from gose.authority.errors import IssuanceError
-from gose.authority.folder import DAY
 from gose.authority.ledger import Action, AuthorityRecord
 from gose.settings import GoseSettings
 from secfunet.identity import Holder, der_of, pem_of, thumbprint
@@ -32,7 +31,7 @@ def read_request(path: Path) -> bytes:
 
 
 def certify(
-    settings: GoseSettings, holder: Holder, request: Path, out: Path, *, days: int, server_names: Sequence[str] = ()
+    settings: GoseSettings, holder: Holder, request: Path, out: Path, *, valid: float, server_names: Sequence[str] = ()
 ) -> str:
     """Certifies a holder who is not in the registry, and writes the certificate (PEM); its thumbprint.
 
@@ -43,7 +42,7 @@ def certify(
     with authority.ledger.attempt(AuthorityRecord(Action.CERTIFICATE, "failed", role=role, name=name)):
         key = check_request(read_request(request), holder)
         certificate = authority.certificate_authority.issue(
-            holder, key, now=time.time(), valid=days * DAY, server_names=tuple(server_names)
+            holder, key, now=time.time(), valid=valid, server_names=tuple(server_names)
         )
     issued = der_of(certificate)
     write_result(pem_of(issued), out, mode=0o644)

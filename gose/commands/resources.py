@@ -8,7 +8,7 @@ import typer
 
 from gose.authority import CardAccess
 from gose.authority.enrolment import CONNECT_TIMEOUT, STOP_GRID
-from gose.authority.errors import EnrolmentError
+from gose.authority.errors import EnrolmentError, IssuanceError
 from gose.cards import CardWays
 from gose.registry import NotEnrolledError
 from gose.running import RunningError, ask_running_grid
@@ -38,13 +38,13 @@ def holder(role: Role, name: str) -> Holder:
 
 
 def element_of(settings: GoseSettings, seid: str, role: Role) -> SecureElementSettings:
-    """The secure element of that name and role in the settings. Raises NotEnrolledError, EnrolmentError."""
+    """The secure element of that name and role in the settings. Raises NotEnrolledError, IssuanceError."""
     element = settings.secure_element(seid)
     if element is None:
         known = ", ".join(entry.seid for entry in settings.secure_elements if entry.role == role) or "none"
         raise UnknownElementError(seid, role, known)
     if element.role != role:
-        raise EnrolmentError(f"the secure element '{seid}' has the role '{element.role}' in the settings, not '{role}'")
+        raise IssuanceError(f"the secure element '{seid}' has the role '{element.role}' in the settings, not '{role}'")
     return element
 
 

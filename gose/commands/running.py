@@ -18,7 +18,7 @@ from gose.commands.options import CONFIG, ConfigOption
 from gose.registry import Registry, open_registry
 from gose.settings import GoseSettings
 from secfunet.card.readers import show_readers
-from secfunet.service.cli import ExitCode
+from secfunet.service.cli import ExitCode, JsonOption
 from secfunet.service.daemon import run_daemon, survive_hangup
 from secfunet.service.logs import configure_logs
 from secfunet.service.settings import load_settings
@@ -30,7 +30,7 @@ _TOP_OF_SCREEN: Final = "\033[H\033[2J"  # ECMA-48: cursor home, erase all
 
 @app.command()
 def status(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object for a program.")] = False,
+    as_json: JsonOption = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="The cards, again and again until Ctrl-C (with --json: an object a line).")
     ] = False,
@@ -83,7 +83,7 @@ app.command("readers")(show_readers)
 
 @app.command()
 def check(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object for a program.")] = False,
+    as_json: JsonOption = False,
     config: ConfigOption = CONFIG,
 ) -> None:
     """Say whether a grid with these settings would work: files, certificates, names, addresses, and each card with its PIN.

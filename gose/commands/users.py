@@ -10,12 +10,13 @@ import typer
 
 from gose.authority import AuthorityFolder
 from gose.authority.ledger import Action, AuthorityRecord
-from gose.commands.options import CONFIG, ConfigOption
+from gose.commands.options import CONFIG, ConfigOption, ValidOption
 from gose.commands.requests import certify
 from gose.registry import open_registry
 from gose.settings import GoseSettings
 from secfunet.container import ContainerProfile
 from secfunet.identity import Holder, Role, check_name, load_certificate
+from secfunet.service.cli import JsonOption, tell
 from secfunet.service.files import read_secret
 from secfunet.service.results import write_result
 from secfunet.service.settings import load_settings
@@ -29,12 +30,14 @@ def sign(
     name: str,
     request: Annotated[Path, typer.Option(help="What 'secure-element request' wrote beside the card.", exists=True)],
     out: Annotated[Path, typer.Option("--out", help="Where to write the certificate (PEM).")],
-    days: Annotated[int, typer.Option(min=1, max=3652, help="How long it is valid.")] = 365,
+    valid: ValidOption = "365d",  # type: ignore[assignment]  # typer parses the default, too
+    as_json: JsonOption = False,
     config: ConfigOption = CONFIG,
 ) -> None:
     """Certify the card of a user by its request; 'secure-element install' takes the certificate. Its key is RSA."""
-    found = certify(load_settings(GoseSettings, config), Holder(Role.USER, check_name(name)), request, out, days=days)
-    typer.echo(f"user {name} is certified: {found}")
+    found = certify(load_settings(GoseSettings, config), Holder(Role.USER, check_name(name)), request, out, valid=valid)
+    facts = {"role": str(Role.USER), "name": name, "thumbprint": found}
+    tell(f"user {name} is certified: {found}", facts, as_json=as_json)
 
 
 @app.command("issue-token")
@@ -43,6 +46,7 @@ def issue_token(
     certificate: Annotated[Path, typer.Option(help="Certificate (PEM) of the card for which it is.", exists=True)],
     value_file: Annotated[Path, typer.Option(help=f"File (mode 0600) with the token, at most {MAX_VALUE} bytes.")],
     out: Annotated[Path, typer.Option("--out", help="Where to write the container: for 'secure-element token load'.")],
+    as_json: JsonOption = False,
     config: ConfigOption = CONFIG,
 ) -> None:
     """Pack a token into a container that this card alone opens, and takes once."""
@@ -59,7 +63,8 @@ def issue_token(
             now=time.time(),
         )
     write_result(container, out, mode=0o644)
-    typer.echo(f"{out}: {len(container)} bytes; load containers in the order in which they were made")
+    said = f"{out}: {len(container)} bytes; load containers in the order in which they were made"
+    tell(said, {"token": token, "out": str(out), "size": len(container)}, as_json=as_json)
 
 
 @app.command("token-authority")
@@ -67,6 +72,7 @@ def token_authority(
     out: Annotated[
         Path, typer.Option("--out", help="Where to write the public key (PEM): for 'secure-element token trust'.")
     ],
+    as_json: JsonOption = False,
     config: ConfigOption = CONFIG,
 ) -> None:
     """Write the public key of this grid's authority of users' tokens, which is made if there is none."""
@@ -74,4 +80,4 @@ def token_authority(
     authority = AuthorityFolder(settings.authority)
     _ = authority.user_token_authority
     write_result(authority.user_tokens_path.read_bytes(), out, mode=0o644)
-    typer.echo(f"tokens of users are signed by {out}")
+    tell(f"tokens of users are signed by {out}", {"out": str(out)}, as_json=as_json)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gose.errors import Refusal
-from gose.overview.table import minute
 from gose.places import Claim, Places
 from gose.registry import Identity, Registry, Token
 from gose.running import RunningSession
 from gose.standing import check_right
 from gose.state import open_database
+from secfunet.service.tables import moment
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def open_places(state: Path) -> Iterator[Places | None]:
 def standing_of_token(registry: Registry, places: Places | None, token: Token, now: float) -> Standing:
     """Rules, in their order: those of every call; the card's binding; where the VM is."""
     if token.revoked_at is not None:
-        return Standing(f"revoked {minute(token.revoked_at)}")
+        return Standing(f"revoked {moment(token.revoked_at)}")
     try:
         check_right(registry, vmid=token.vmid, hvid=token.hvid, token_id=token.jti)
         if places is not None:
@@ -64,5 +64,5 @@ def standing_of_session(registry: Registry, session: RunningSession, now: float)
 def standing_of_identity(identity: Identity, now: float) -> Standing:
     """Of a certificate."""
     if identity.revoked_at is not None:
-        return Standing(f"revoked {minute(identity.revoked_at)}")
+        return Standing(f"revoked {moment(identity.revoked_at)}")
     return Standing("expired") if identity.expires_at <= now else Standing()

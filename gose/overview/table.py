@@ -1,11 +1,11 @@
-"""Columns of text, and how times are written in them."""
+"""Tables with a title, and how latencies are written in them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import UTC, datetime
 
 from gose.running import Latency
+from secfunet.service.tables import columns
 
 
 def table(title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -13,22 +13,7 @@ def table(title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) 
     body = list(rows)
     if not body:
         return f"{title}: none"
-    widths = [max(len(row[column]) for row in (header, *body)) for column in range(len(header))]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (header, *body)
-    )
-    return f"{title}:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def day(seconds: float) -> str:
-    """UTC."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")
-
-
-def minute(seconds: float) -> str:
-    """UTC."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
+    return f"{title}:\n" + "\n".join(f"  {line}" for line in columns(header, body).splitlines())
 
 
 def duration(seconds: float) -> str:

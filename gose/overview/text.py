@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from gose.overview.picture import CardReport, Overview
-from gose.overview.table import day, latency, minute, table
+from gose.overview.table import latency, table
 from gose.registry import Identity
+from secfunet.service.tables import moment
 
 
 def as_text(overview: Overview) -> str:
     """For people; times are UTC."""
     names = overview.names
     parts = [
-        f"authority: {overview.authority.path}, CA until {day(overview.authority.ca_certificate.not_valid_after_utc.timestamp())}",
+        f"authority: {overview.authority.path}, CA until {moment(overview.authority.ca_certificate.not_valid_after_utc.timestamp())}",
         grid_line(overview),
         table(
             "secure elements",
@@ -48,7 +49,7 @@ def as_text(overview: Overview) -> str:
                     names.get(token.vmid, token.vmid),
                     names.get(token.hvid, token.hvid),
                     ",".join(sorted(token.operations)),
-                    minute(token.expires_at),
+                    moment(token.expires_at),
                     str(overview.standings[token.jti]),
                 )
                 for token in overview.tokens
@@ -58,7 +59,7 @@ def as_text(overview: Overview) -> str:
             "revocations",
             ("KIND", "NAME", "SINCE"),
             (
-                (revocation.kind.value, revocation.name, minute(revocation.revoked_at))
+                (revocation.kind.value, revocation.name, moment(revocation.revoked_at))
                 for revocation in overview.revocations
             ),
         ),
@@ -72,7 +73,7 @@ def grid_line(overview: Overview) -> str:
     if running is None:
         return "grid: not running"
     return (
-        f"grid: running since {minute(running.started_at)} (process {running.pid}, version {running.version}), "
+        f"grid: running since {moment(running.started_at)} (process {running.pid}, version {running.version}), "
         f"{len(running.sessions)} sessions, {running.streams} streams"
     )
 
@@ -96,7 +97,7 @@ def _sessions(overview: Overview, names: Mapping[str, str]) -> Iterator[str]:
                     names.get(session.hvid, session.hvid),
                     session.seid,
                     ",".join(session.operations),
-                    minute(session.expires_at),
+                    moment(session.expires_at),
                     str(overview.standings[session.name]),
                 )
                 for session in overview.running.sessions
@@ -112,7 +113,7 @@ def _identities(overview: Overview, title: str, short_form: str, identities: Ite
             (
                 identity.name,
                 str(overview.standings[identity.thumbprint]),
-                day(identity.expires_at),
+                moment(identity.expires_at),
                 identity.seid or "-",
                 identity.thumbprint,
             )

@@ -18,6 +18,8 @@ from secfunet.card.parameters import Segmentation
 from secfunet.card.pcsc import connect_pcsc, list_readers
 from secfunet.card.place import PcscPlace
 from secfunet.pcsc.frames import ReaderSeen
+from secfunet.service.cli import JsonOption
+from secfunet.service.tables import columns
 
 TIMEOUT: Final = 5.0
 """Seconds that a pcscd has for its list, and a card for its answers."""
@@ -82,8 +84,7 @@ def as_table(reports: Sequence[ReaderReport]) -> str:
     for report in reports:
         attempts = "-" if report.pin_attempts is None else str(report.pin_attempts)
         rows.append((str(report.place), report.state, attempts, report.atr.hex().upper() or "-"))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return columns(rows[0], rows[1:])
 
 
 def show_readers(
@@ -91,7 +92,7 @@ def show_readers(
         list[Path] | None,
         typer.Option(help="Socket of a pcscd; may be given several times. [default: the system's]", show_default=False),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show this host's PC/SC readers as 'pcsc:' names, the cards in them, and the attempts that the PIN of a free card has left."""
     reports = asyncio.run(read_readers([path.absolute() for path in pcscd or []] or [None]))

@@ -68,6 +68,8 @@ async def connect_unix(path: Path, *, timeout: float, answer_timeout: float = AN
             return card
     except TimeoutError:
         raise CardGoneError(f"no card answers at {path} within {timeout:g} s") from None
+    except PermissionError as error:
+        raise CardGoneError(f"{path}: this user may not speak to the card there ({error.strerror})") from error
     except OSError as error:
         raise CardGoneError(f"no card answers at {path}: {error.strerror or error}") from None
     finally:

@@ -10,13 +10,13 @@ from typing import Annotated
 import typer
 
 from secfunet.service.audit_verify import Verdict, rotated_files, verify
-from secfunet.service.cli import ExitCode
+from secfunet.service.cli import ExitCode, JsonOption
 
 FilesOption = Annotated[
     list[Path] | None,
     typer.Option("--file", help="A log file (repeatable, oldest first); default: the log of the settings."),
 ]
-AsJsonOption = Annotated[bool, typer.Option("--json", help="One JSON object for a program.")]
+AsJsonOption = JsonOption
 
 
 def verify_and_report(files: list[Path] | None, log: Callable[[], Path], *, as_json: bool) -> None:

@@ -194,7 +194,7 @@ async def test_the_life_of_a_vm(world: World, tmp_path: Path) -> None:
         assert json.loads((await run("vm", "revoke", "web", "--json", "--config", config))[1])[0]["revoked"]
         assert (await run("vm", "stop", "web", "--config", config))[0] == 0
         assert (await run("vm", "delete", uuid, "--config", config))[0] == 0
-        assert (await run("vm", "show", "web", "--config", config))[0] == 1
+        assert (await run("vm", "show", "web", "--config", config))[0] == 65
         code, _, err = await run("vm", "list", "--as", "stranger", "--config", config)
         assert code == 77
         assert "ORCHESTRATOR_NOT_ALLOWED" in err
@@ -270,7 +270,7 @@ async def test_a_uuid_is_looked_up_before_a_name(world: World) -> None:
     # As one that was made when such names were given.
     world.service._store._execute("UPDATE vms SET name=? WHERE uuid=?", (web, impostor))
     code, _, err = await run("vm", "revoke", web, "--config", config)
-    assert code == 1
+    assert code == 65
     assert "is the UUID of one VM and the name of another" in err
     async with world.orchestrator() as stub:
         assert not any(vm.revoked for vm in (await stub.ListVms(pb.ListVmsRequest(), timeout=10)).vms)

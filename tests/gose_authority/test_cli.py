@@ -88,7 +88,7 @@ async def test_an_administrators_day(gose: Gose, tmp_path: Path) -> None:
         done = gose("enrol-vm", "web", "--seid", "vm-1", "--key", "p-256", "--out", str(vm_pem))
         assert done.returncode == 0, done.stderr
         assert gose("enrol-server", "login", "--seid", "server-1", "--key", "p-256").returncode == 0
-        assert gose("enrol-server", "login", "--seid", "vm-1").returncode == ExitCode.FAILED
+        assert gose("enrol-server", "login", "--seid", "vm-1").returncode == ExitCode.DATA
         wrong = gose("enrol-vm", "web2", "--seid", "gone", "--out", str(vm_pem))
         assert wrong.returncode == ExitCode.FAILED
         assert "administrator_keys_file" in wrong.stderr
@@ -105,7 +105,11 @@ async def test_an_administrators_day(gose: Gose, tmp_path: Path) -> None:
             assert token.operations == {"sign"}
             assert token.expires_at - token.issued_at == 3600
             file = tmp_path / "token"
-            assert gose("issue-token", "--vm", "web", "--hypervisor", "host", "--out", str(file)).stdout == ""
+            written = gose("issue-token", "--vm", "web", "--hypervisor", "host", "--out", str(file), "--json")
+            assert (
+                json.loads(written.stdout)["jti"]
+                == json.loads(gose("token", "show", str(file), "--json").stdout)["jti"]
+            )
             assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
             report = json.loads(gose("status", "--json").stdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -13,10 +14,17 @@ from tests.gose.grid import free_ports
 
 pytestmark = pytest.mark.e2e
 
+ENVIRONMENT = {**os.environ, "GOSE_CONFIG": "gose.toml", "GOSE_RACS_CONFIG": "racs.toml"}
+
 
 def gose(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        (sys.executable, "-m", "gose.cli", *arguments), cwd=folder, capture_output=True, text=True, timeout=60
+        (sys.executable, "-m", "gose.cli", *arguments),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=ENVIRONMENT,
     )
 
 
@@ -62,7 +70,7 @@ def test_from_a_request_to_a_list_of_cards(tmp_path: Path) -> None:
             "racs",
             "list",
             f"localhost:{at}",
-            "--key",
+            "--key-file",
             f"{name}.key",
             "--certificate",
             f"{name}.pem",
@@ -72,7 +80,9 @@ def test_from_a_request_to_a_list_of_cards(tmp_path: Path) -> None:
     assert look("grid-a").returncode == 69
     log = tmp_path / "log"
     with log.open("wb") as file:
-        node = subprocess.Popen((sys.executable, "-m", "gose.cli", "racs", "serve"), cwd=tmp_path, stderr=file)
+        node = subprocess.Popen(
+            (sys.executable, "-m", "gose.cli", "racs", "serve"), cwd=tmp_path, stderr=file, env=ENVIRONMENT
+        )
     try:
         deadline = time.monotonic() + 30
         while "the node is ready" not in log.read_text():

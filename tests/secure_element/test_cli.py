@@ -80,7 +80,7 @@ def test_init_makes_store_keys_and_pin_once(tmp_path: Path) -> None:
     assert keys.keys.enc.hex() not in made.stdout + made.stderr
     before = (tmp_path / "state/card.store").read_bytes()
     again = command("init", "--config", str(config), *generate_pin(tmp_path))
-    assert again.returncode == 78
+    assert again.returncode == 77
     assert "exists already" in again.stderr
     assert (tmp_path / "state/card.store").read_bytes() == before
 

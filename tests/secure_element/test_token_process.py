@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import resource
 import stat
@@ -113,7 +114,12 @@ async def test_a_full_disk_stores_no_token_and_burns_no_container(tmp_path: Path
 def run(folder: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
     module = {"gose": "gose.cli", "secure-element": "secure_element.cli"}[program]
     return subprocess.run(
-        [sys.executable, "-m", module, *arguments], capture_output=True, check=False, cwd=folder, timeout=60
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        check=False,
+        cwd=folder,
+        timeout=60,
+        env={**os.environ, "GOSE_CONFIG": "gose.toml"},
     )
 
 
