@@ -106,10 +106,7 @@ async def test_an_administrators_day(gose: Gose, tmp_path: Path) -> None:
             assert token.expires_at - token.issued_at == 3600
             file = tmp_path / "token"
             written = gose("issue-token", "--vm", "web", "--hypervisor", "host", "--out", str(file), "--json")
-            assert (
-                json.loads(written.stdout)["jti"]
-                == json.loads(gose("token", "show", str(file), "--json").stdout)["jti"]
-            )
+            assert json.loads(written.stdout)["jti"] == unverified_claims(file.read_text().strip()).jti
             assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
             report = json.loads(gose("status", "--json").stdout)
