@@ -187,7 +187,7 @@ async def test_a_wrong_authority_of_the_grid_is_told_at_start(world: World) -> N
             await world.start()
 
 
-@pytest.mark.parametrize("name", ["..", ".", "-rf", "_x", str(uuids.uuid4()), uuids.uuid4().hex, "é", "a\n"])
+@pytest.mark.parametrize("name", ["..", ".", "-rf", "_x", str(uuids.UUID(int=7)), uuids.UUID(int=7).hex, "é", "a\n"])
 async def test_names_that_the_grid_or_a_command_could_not_use(world: World, name: str) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await world.create(name=name)
