@@ -12,8 +12,6 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Final
 
 from cryptography import x509
@@ -34,31 +32,11 @@ from gose.standing import RegistryStanding
 from secfunet.errors import SecFuNetError
 from secfunet.identity import Role, load_certificate
 from secfunet.service.audit import AuditJournal
+from secfunet.service.findings import Finding, Weight
 
 NEAR_END: Final = 30 * 86400.0  # seconds
 PROVIDER_TIMEOUT: Final = 3.0
 CARDS_AT_ONCE: Final = 16
-
-
-class Weight(StrEnum):
-    """What a finding means."""
-
-    OK = "ok"
-    WARNING = "warning"  # it works, and somebody should look
-    AWAY = "away"  # it is not there now, and may come
-    WRONG = "wrong"  # it will not work before somebody corrects it
-
-
-@dataclass(frozen=True)
-class Finding:
-    """``what``: a key of the settings, a file, or a card."""
-
-    what: str
-    weight: Weight = Weight.OK
-    message: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.what}: {self.message}" if self.message else self.what
 
 
 def look_before_start(settings: GoseSettings, *, now: float) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-un
 from gose.answers import AnswerStore
 from gose.authority import OPENID_PROVIDER, SERVICE_PROVIDER, AuthorityFolder
 from gose.certificates import ServerCertificates, client_context
-from gose.checks import Weight, look_before_start, provider_problem
+from gose.checks import look_before_start, provider_problem
 from gose.errors import StartError
 from gose.http import Door, RunningServer
 from gose.metrics import Metrics
@@ -53,6 +53,7 @@ from secfunet.openid.provider import CheckidRequest, OpenIdProvider
 from secfunet.openid.relying_party import RelyingParty
 from secfunet.service.doorkeeper import Doorkeeper
 from secfunet.service.files import private_folder
+from secfunet.service.findings import Weight
 from secfunet.service.grpc_door import GrpcDoor
 from secfunet.service.metrics import MetricsServer
 from secfunet.service.reload import Reloaded, Rereading, changed_keys

@@ -36,6 +36,7 @@ from secfunet.radius.errors import (
 from secfunet.service.cli import VERSION_HELP, ExitCode, JsonOption, application, print_version, run
 from secfunet.service.daemon import run_daemon, survive_hangup
 from secfunet.service.files import private_folder, read_secret, write_atomically
+from secfunet.service.findings import report
 from secfunet.service.logs import configure_logs
 from secfunet.service.results import write_result
 from secfunet.service.settings import load_settings
@@ -173,6 +174,15 @@ def serve(config: ConfigOption) -> None:
         return serving(settings, secret, read_again=lambda: load_settings(CardSettings, config))
 
     run_daemon(make_service)
+
+
+@app.command()
+def check(config: ConfigOption, as_json: JsonOption = False) -> None:
+    """Say whether a card with these settings would be served: key, store, the place where clients find it. Disturbs no client."""
+    from secure_element.checks import look
+
+    settings = load_settings(CardSettings, config)
+    report(asyncio.run(look(settings)), as_json=as_json)
 
 
 @app.command()

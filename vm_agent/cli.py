@@ -136,6 +136,15 @@ def serve(config: ConfigOption = None) -> None:
 
 
 @app.command()
+def check(config: ConfigOption = None, json_: JsonOption = False) -> None:
+    """Says whether an agent with these settings would work: folders, group, and what dom0 has handed over to this VM."""
+    from secfunet.service.findings import report
+    from vm_agent.checks import look
+
+    report(look(load_settings(AgentSettings, config or DEFAULT_CONFIG)), as_json=json_)
+
+
+@app.command()
 def sign(
     file: InputArgument,
     scheme: Annotated[

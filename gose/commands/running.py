@@ -18,8 +18,9 @@ from gose.commands.options import CONFIG, ConfigOption
 from gose.registry import Registry, open_registry
 from gose.settings import GoseSettings
 from secfunet.card.readers import show_readers
-from secfunet.service.cli import ExitCode, JsonOption
+from secfunet.service.cli import JsonOption
 from secfunet.service.daemon import run_daemon, survive_hangup
+from secfunet.service.findings import report
 from secfunet.service.logs import configure_logs
 from secfunet.service.settings import load_settings
 
@@ -90,26 +91,12 @@ def check(
 
     A card that a running grid has is not touched. Exit code 78: something must be corrected; 69: a card is not there, or not used.
     """
-    from gose.checks import Weight, look
+    from gose.checks import look
 
     settings = load_settings(GoseSettings, config)
     for element in settings.secure_elements:
         element.ask_for_pin(f"{element.seid} ({element.place})")
-    found = asyncio.run(look(settings, now=time.time()))
-    if as_json:
-        typer.echo(
-            json.dumps(
-                [{"what": one.what, "state": one.weight.value, "message": one.message} for one in found], indent=2
-            )
-        )
-    else:
-        for one in found:
-            typer.echo(f"{one.weight.value:<8} {one}")
-    weights = {one.weight for one in found}
-    if Weight.WRONG in weights:
-        raise typer.Exit(ExitCode.CONFIG)
-    if Weight.AWAY in weights:
-        raise typer.Exit(ExitCode.UNAVAILABLE)
+    report(asyncio.run(look(settings, now=time.time())), as_json=as_json)
 
 
 @app.command()

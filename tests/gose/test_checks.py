@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from gose.authority import create_authority
-from gose.checks import Weight, look_before_start
+from gose.checks import look_before_start
 from gose.settings import GoseSettings
+from secfunet.service.findings import Weight
 from tests.gose.grid import free_ports
 from tests.support.cards import running_card
 
