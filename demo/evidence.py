@@ -77,7 +77,8 @@ def last_operation(stack: Stack, vm: str) -> OperationSeen:
     """The latest operation of ``vm``. Raises NoEvidenceError if audit and grid do not both tell of it."""
     audit = records(stack.layout.host(stack.host) / "state" / "audit.jsonl")
     decided = _last(audit, action="operation", name=vm)
-    done = _last(records(stack.daemons["gose"].log), message="operations done", correlation=decided["correlation"])
+    batch = decided["correlation"].partition("-")[0]  # dom0 numbers the operations of a batch under the batch's id
+    done = _last(records(stack.daemons["gose"].log), message="operations done", correlation=batch)
     if decided["request"] not in done["done"]:
         raise NoEvidenceError(f"the grid did not do what record {decided['n']} of the audit log permitted")
     return OperationSeen(

@@ -141,7 +141,8 @@ def _ends(what: str, certificate: x509.Certificate, now: float, advice: str) -> 
     begin, end = certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
     day = f"{certificate.not_valid_after_utc:%Y-%m-%d}"
     if now < begin:
-        return Finding(what, Weight.WRONG, "is not valid yet: is this host's clock right?")
+        # A clock that is behind when a host starts comes right by itself: no reason to stay away for good.
+        return Finding(what, Weight.WARNING, "is not valid yet: is this host's clock right?")
     if now >= end:
         return Finding(what, Weight.WRONG, f"ended on {day}: {advice}")
     if end - now < NEAR_END:

@@ -138,7 +138,7 @@ async def test_the_commands(world: World) -> None:
     assert (await run("vm", "list", "--config", config))[0] == 0
     assert (await run("orchestrator", "remove", "admin", "--config", config))[0] == 0
     code, _, err = await run("vm", "list", "--config", config)
-    assert (code, "orchestrator add admin" in err) == (1, True)
+    assert (code, "orchestrator add admin" in err) == (78, True)
     journal = world.state / "orchestrators.jsonl"
     acts = [json.loads(line) for line in journal.read_text().splitlines()]
     assert [(r["action"], r["decision"], r["name"]) for r in acts][-2:] == [

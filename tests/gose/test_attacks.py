@@ -553,10 +553,10 @@ async def test_a_call_that_is_given_up_at_any_moment(grid: TestGrid, service: Gr
     session = await grid.session("vm-1", "hv-a")
     operation = sign_operation()
     slot = next(slot for slot in service.rack.slots() if slot.seid == "se-vm-1")
-    before = slot.jobs_done
     async with grid.channel("hv-a") as channel:
         stub = grid.stub(channel)
         await stub.GetSession(service_provider_pb2.GetSessionRequest(), timeout=5, metadata=under(session))
+        before = slot.jobs_done  # the card was asked for a sign of life
         call = stub.Execute(execute(operation), timeout=5, metadata=under(session))
         await asyncio.sleep(wait)
         call.cancel()

@@ -53,7 +53,7 @@ def test_a_card_has_a_socket_or_a_reader(tmp_path: Path, lines: str, place: obje
     [
         ('user_pin_file = "pin"', "either a 'socket' or 'pcsc'"),
         ('socket = "a"\npcsc = "b"\nuser_pin_file = "pin"', "either a 'socket' or 'pcsc'"),
-        ('pcsc = ""\nuser_pin_file = "pin"', "at least 1 character"),
+        ('pcsc = ""\nuser_pin_file = "pin"', "must not be empty"),
         ('pcsc = "a\\u0000"\nuser_pin_file = "pin"', "printable"),
         ('pcsc = { name = "a" }\nuser_pin_file = "pin"', "unknown key 'pcsc.name'"),
         ('socket = "a"', "exactly one of 'user_pin_file', 'user_pin_credential' and 'user_pin_prompt'"),
