@@ -26,11 +26,15 @@ from pydantic import Field, model_validator
 from dom0_middleware.errors import Reason, Refused
 from dom0_middleware.schemes import OPERATIONS, SCHEMES
 from secfunet.service.rate import TokenBuckets
-from secfunet.service.settings import Settings, SettingsError, load_settings
+from secfunet.service.settings import Settings, SettingsError, form, load_settings
 
 log = logging.getLogger(__name__)
 
-Pattern = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
+Pattern = Annotated[
+    str,
+    Field(max_length=128),
+    form(r"^[\x21-\x7e]+$", "a pattern of printable ASCII characters, without blanks (web-*)"),
+]
 
 
 class Rate(Settings):

@@ -10,15 +10,17 @@ from pydantic import Field, IPvAnyAddress, field_validator, model_validator
 from gose_client.settings import GoseClientSettings
 from secfunet.card.place import CardPlace
 from secfunet.card.settings import CardUserSettings
-from secfunet.identity import NAME_PATTERN
-from secfunet.service.settings import FilePath, Settings
+from secfunet.identity import NAME_PATTERN, NAME_WORDS
+from secfunet.service.settings import FilePath, Settings, form
 
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-OrchestratorName = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
-DestinationName = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
-LibvirtUri = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://[!-~]{1,255}$")]
-LoopbackAddress = Annotated[str, Field(pattern=r"^(127\.0\.0\.1|\[::1\]|localhost):[0-9]{1,5}$")]
+OrchestratorName = Annotated[str, form(f"^{NAME_PATTERN}$", NAME_WORDS)]
+DestinationName = Annotated[str, form(f"^{NAME_PATTERN}$", NAME_WORDS)]
+LibvirtUri = Annotated[str, form(r"^[a-z][a-z0-9+.-]*://[!-~]{1,255}$", "a URI of libvirt (xen+tls://host/system)")]
+LoopbackAddress = Annotated[
+    str, form(r"^(127\.0\.0\.1|\[::1\]|localhost):[0-9]{1,5}$", "a port of this host's loopback (127.0.0.1:7001)")
+]
 
 
 class LibvirtSettings(Settings):
@@ -76,8 +78,12 @@ class TcpChannelSettings(Settings):
     """``address``: dom0's own on ``bridge``. ``ports``: two a running domain, ``first-last``."""
 
     address: IPvAnyAddress
-    bridge: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] = "xenbr0"
-    ports: Annotated[str, Field(pattern=r"^[0-9]{1,5}-[0-9]{1,5}$")] = "7000-7999"
+    bridge: Annotated[
+        str, form(r"^[A-Za-z0-9_.-]{1,15}$", "a bridge's name, of 1 to 15 letters, digits, '_', '.' and '-'")
+    ] = "xenbr0"
+    ports: Annotated[str, form(r"^[0-9]{1,5}-[0-9]{1,5}$", "a range of ports, first and last (7000-7999)")] = (
+        "7000-7999"
+    )
 
     @property
     def port_range(self) -> range:
@@ -122,7 +128,7 @@ class MiddlewareSettings(Settings):
     limits: LimitSettings = LimitSettings()
     reflection: bool = False
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property
     def orchestrator_socket(self) -> Path:

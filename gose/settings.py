@@ -16,13 +16,13 @@ from secfunet.card.settings import CardUserSettings
 from secfunet.container import ProfileName
 from secfunet.errors import SecFuNetError
 from secfunet.host_names import canonical_host, canonical_url
-from secfunet.identity import NAME_PATTERN
+from secfunet.identity import NAME_PATTERN, NAME_WORDS
 from secfunet.openid.realm import check_realm, parse_url
 from secfunet.racs.errors import RacsValueError
 from secfunet.racs.syntax import check_seid
 from secfunet.service.addresses import canonical_network
 from secfunet.service.doorkeeper import KEPT_DESCRIPTORS, METRICS_BOUNDS, DoorBounds
-from secfunet.service.settings import FilePath, Settings
+from secfunet.service.settings import FilePath, Settings, form
 
 
 class Address(NamedTuple):
@@ -76,7 +76,7 @@ HostName = Annotated[str, _valued(canonical_host)]
 ListenAddress = Annotated[Address, BeforeValidator(parse_address)]
 Seconds = Annotated[float, Field(gt=0, le=366 * 86400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-Name = Annotated[str, Field(min_length=1, max_length=64, pattern=f"^{NAME_PATTERN}$")]
+Name = Annotated[str, form(f"^{NAME_PATTERN}$", NAME_WORDS)]
 
 
 class ServiceProviderSettings(Settings):

@@ -44,6 +44,7 @@ CONTAINER_SIGNING: Final = x509.ObjectIdentifier("2.25.2270143596044823129077438
 
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """What anybody and anything with a name in a grid or a dom0 is called: holders, orchestrators, destinations."""
+NAME_WORDS: Final = "1 to 64 letters, digits, '.', '_' and '-', of which the first is a letter or digit"
 
 _NAME: Final = re.compile(NAME_PATTERN, re.ASCII)
 _THUMBPRINT: Final = re.compile(r"[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]", re.ASCII)

@@ -12,7 +12,7 @@ from secfunet.card.place import CardPlace
 from secfunet.card.settings import LocalCardSettings
 from secfunet.service.credentials import CredentialName, NoCredentialsError, credential_path
 from secfunet.service.files import read_secret
-from secfunet.service.settings import FilePath, Settings
+from secfunet.service.settings import FilePath, Settings, form
 from secure_element.applet import CardOptions, SessionKeyOrder
 from secure_element.eap_engine import EAP_FRAGMENT
 from secure_element.errors import StoreError
@@ -52,7 +52,9 @@ class StoreKeySettings(Settings):
         return StoreSecret(read_secret(path).strip(b"\r\n"))  # a line of text, wherever it is kept
 
 
-Loopback = Annotated[str, Field(pattern=r"^(127\.0\.0\.1|\[::1\]|localhost):[0-9]{1,5}$")]
+Loopback = Annotated[
+    str, form(r"^(127\.0\.0\.1|\[::1\]|localhost):[0-9]{1,5}$", "a port of this host's loopback (127.0.0.1:35963)")
+]
 
 
 class CardSettings(LocalCardSettings):
@@ -68,7 +70,7 @@ class CardSettings(LocalCardSettings):
     session_key_order: SessionKeyOrder = SessionKeyOrder.TRACE
     legacy_tls: bool = False
     eap_fragment: Annotated[int, Field(ge=64, le=2900)] = EAP_FRAGMENT
-    socket_mode: Annotated[str, Field(pattern="^0[0-7]{3}$")] = "0600"
+    socket_mode: Annotated[str, form("^0[0-7]{3}$", 'permissions in octal, as text ("0660")')] = "0600"
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     # None, as it is for every card that serves somebody: answers leave as soon as they are there.

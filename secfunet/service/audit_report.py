@@ -1,16 +1,21 @@
-"""``audit verify`` of every program that keeps a log: the same reading, the same words, the same exit codes."""
+"""``audit verify`` and ``audit show`` of every program that keeps a log: the same reading, the same words, the same exit codes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from secfunet.service.audit_verify import Verdict, rotated_files, verify
 from secfunet.service.cli import ExitCode, JsonOption
+from secfunet.service.tables import moment
 
 FilesOption = Annotated[
     list[Path] | None,
@@ -59,3 +64,57 @@ def _for_person(verdict: Verdict) -> None:
     if verdict.sound:
         span = f"{verdict.first} to {head.n}, head {head.hash}" if head else "none"
         typer.echo(f"sound: {verdict.records} records ({span})")
+
+
+LastOption = Annotated[int, typer.Option("--last", min=1, max=1_000_000, help="How many records, from the end.")]
+FollowOption = Annotated[bool, typer.Option("--follow", help="Go on with records as they come, until Ctrl-C.")]
+_LOOK: Final = 0.5  # seconds between two looks at a log that is followed
+_SHOWN: Final = ("decision", "name", "reason", "detail")
+
+
+def show_records(files: list[Path] | None, log: Callable[[], Path], *, last: int, follow: bool, as_json: bool) -> None:
+    """Prints the last records (with ``as_json`` the lines of the log as they are), and those to come. They are not verified."""
+    path = files[-1] if files else log()
+    lines: deque[bytes] = deque(maxlen=last)
+    for file in files or rotated_files(path) or [path]:
+        with file.open("rb") as content:
+            lines.extend(line for line in content if line.endswith(b"\n"))
+    for line in lines:
+        typer.echo(_shown(line, as_json=as_json))
+    if follow:
+        with contextlib.suppress(KeyboardInterrupt):
+            for line in _to_come(path):
+                typer.echo(_shown(line, as_json=as_json))
+
+
+def _to_come(path: Path) -> Iterator[bytes]:
+    """Lines that are written from now on, over every rotation."""
+    file = path.open("rb")
+    try:
+        file.seek(0, os.SEEK_END)
+        unfinished = b""
+        while True:
+            unfinished += file.read(1 << 20)
+            *whole, unfinished = unfinished.split(b"\n")
+            yield from whole
+            with contextlib.suppress(FileNotFoundError):
+                if not whole and path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                    file.close()
+                    file, unfinished = path.open("rb"), b""
+                    continue
+            if not whole:
+                time.sleep(_LOOK)
+    finally:
+        file.close()
+
+
+def _shown(line: bytes, *, as_json: bool) -> str:
+    text = line.decode("ascii", "replace").rstrip("\n")
+    if as_json:
+        return text
+    try:
+        record = json.loads(text)
+        facts = [str(record[key]) for key in _SHOWN if record.get(key)]
+        return f"{record['n']:>6}  {moment(record['time'])}  {record.get('action', '-'):20} {'  '.join(facts)}"
+    except (ValueError, KeyError, TypeError):
+        return f"not a record: {text[:100]}"

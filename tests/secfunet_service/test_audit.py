@@ -413,3 +413,34 @@ def test_any_text_makes_a_record_that_verifies(
     log.record(operation("refused", detail=detail, name=name))
     log.close()
     assert verify([file], anchor_of=file).sound
+
+
+def test_records_are_shown_and_followed_over_a_rotation(path: Path) -> None:
+    log = written(path, 30, close=False)
+    program = (
+        "import sys; from pathlib import Path; from secfunet.service.audit_report import show_records\n"
+        "show_records([Path(sys.argv[1])], Path, last=2, follow=True, as_json=True)"
+    )
+    command = [sys.executable, "-u", "-c", program, str(path)]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as shown:
+        assert shown.stdout is not None
+        try:
+
+            def next_number() -> int:
+                assert shown.stdout is not None
+                return int(json.loads(shown.stdout.readline())["n"])
+
+            assert (next_number(), next_number()) == (29, 30)
+            time.sleep(0.7)
+            log.record(operation())
+            log.flush()
+            assert next_number() == 31
+            path.rename(path.with_name(path.name + ".1"))
+            log.reopen()
+            log.record(operation())
+            log.flush()
+            assert next_number() == 32
+        finally:
+            shown.kill()
+    log.close()
