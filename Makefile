@@ -7,7 +7,7 @@ XEN_WORKERS ?= $(shell awk '/MemAvailable/ { print ($$2 > 11e6) ? 2 : 1 }' /proc
 LOCKED := $(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header pyproject.toml
 DEMO_EXTRAS := agent build card dom0 gose
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak test-peers test-xen check fuzz format bench bench-xen lock clean deb release testbed testbed-up testbed-down testbed-clean
+.PHONY: help setup demo test test-walk soak test-peers test-xen check fuzz format bench bench-xen lock clean deb release testbed testbed-up testbed-down testbed-clean
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ demo: ## run the main job: a VM signs with a key that it never holds (KEEP=1 lea
 
 test: setup ## run all tests (ARGS="..." goes to pytest)
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadscope $(ARGS)
+
+test-walk: setup ## run the tests that go a person's way: the documents' commands as they stand, the same mistakes with each program, the demonstration
+	@$(BIN)/python -m pytest -m walk -n $(PYTEST_WORKERS) --dist loadscope $(ARGS)
 
 soak: setup ## 100,000 operations through the whole chain while cards die at random (ARGS="..." goes to pytest)
 	@$(BIN)/python -m pytest -m long -v --log-cli-level INFO --timeout 7200 tests/e2e/test_deaths.py $(ARGS)

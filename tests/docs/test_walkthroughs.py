@@ -17,6 +17,7 @@ COMMANDS = Path(sys.executable).parent
 
 pytestmark = [
     pytest.mark.e2e,
+    pytest.mark.walk,
     pytest.mark.skipif(os.getuid() != 0 or shutil.which("unshare") is None, reason="takes namespaces of its own"),
 ]
 

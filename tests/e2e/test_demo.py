@@ -52,6 +52,7 @@ async def test_the_demonstration_tells_the_story_of_the_readme(place: Path) -> N
     assert [line for line in sample() if line not in printed] == []
 
 
+@pytest.mark.walk
 async def test_it_goes_on_until_ctrl_c_and_its_commands_work_when_copied(place: Path) -> None:
     process = await asyncio.create_subprocess_exec(
         *(str(PYTHON), "-m", "demo", "--keep", "--folder", str(place / "d")),
@@ -84,6 +85,7 @@ async def test_it_goes_on_until_ctrl_c_and_its_commands_work_when_copied(place: 
     assert "Everything is stopped" in output.decode()
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("after", [0.6, 2.0])
 async def test_an_interruption_ends_every_process(place: Path, after: float) -> None:
     process = await asyncio.create_subprocess_exec(

@@ -25,7 +25,7 @@ ASK = {
     "secure-middleware": ("vm", "list"),
     "vm-agent": ("serve",),
 }
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.walk]
 
 
 @pytest.fixture(scope="module")
