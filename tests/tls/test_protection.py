@@ -149,6 +149,14 @@ def test_padding_of_tls13_is_taken_off_and_must_not_be_all() -> None:
     with pytest.raises(RecordError) as caught:
         open_record(pair(suite, False)[1], record(bytes(20)))
     assert caught.value.alert is AlertDescription.UNEXPECTED_MESSAGE
+    # TLSInnerPlaintext has at most 2^14 + 1 bytes, type and padding included (RFC 8446, 5.4), whatever part of it is padding.
+    for size in (0, 1, 100, MAX_PLAINTEXT):
+        content = bytes([7]) * size
+        full = content + b"\x17" + bytes(MAX_PLAINTEXT - size)
+        assert open_record(pair(suite, False)[1], record(full)) == (23, content)
+        with pytest.raises(RecordError) as caught:
+            open_record(pair(suite, False)[1], record(full + b"\0"))
+        assert caught.value.alert is AlertDescription.RECORD_OVERFLOW
 
 
 def test_wrong_padding_and_wrong_mac_are_one_error() -> None:
