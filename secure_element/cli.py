@@ -187,7 +187,7 @@ def check(config: ConfigOption, as_json: JsonOption = False) -> None:
 
 @app.command()
 def status(config: ConfigOption, as_json: JsonOption = False) -> None:
-    """Say whether the card is served, free, and how many PIN attempts are left. Costs none; disturbs no client."""
+    """Say whether the card is served and free, and how many PIN attempts are left. Uses no attempt, and disturbs no client."""
     settings = load_settings(CardSettings, config)
     report = asyncio.run(_status(settings))
     if as_json:
@@ -207,7 +207,9 @@ def request(
     administrator_keys_file: KeysFileOption,
     identity: IdentityOption = "hypervisor",
     key: Annotated[str, typer.Option(help=", ".join(_ALGORITHMS))] = "rsa-2048",
-    renew: Annotated[bool, typer.Option("--renew", help="For the key that the card has already.")] = False,
+    renew: Annotated[
+        bool, typer.Option("--renew", help="Request a certificate for the key that the card already has.")
+    ] = False,
 ) -> None:
     """Make a key pair in the card and a request for its certificate. Run again before the certificate is installed: the same key."""
     if key not in _ALGORITHMS:
@@ -276,7 +278,7 @@ def pin_unblock(
             await client.unblock_pin(pin)
 
     asyncio.run(act())
-    typer.echo("the user's PIN is new, with all its attempts")
+    typer.echo("the user PIN was replaced; its attempt counter is reset")
 
 
 @keys_app.command("rotate")

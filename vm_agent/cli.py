@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 Scheme = TypeVar("Scheme")
 
-HELP = """Lets the programs of this VM use a private key that is not in it.
+HELP = """Let the programs of this VM use a private key that is not in it.
 
 [bold]serve[/] runs the agent; the other commands use a running one over its Unix socket.
 
@@ -65,7 +65,7 @@ SocketOption = Annotated[
     typer.Option(
         "--socket",
         envvar="VM_AGENT_SOCKET",
-        help="Of the agent; goes before the settings.",
+        help="The agent's socket; overrides the settings.",
         show_default=str(DEFAULT_SOCKET),
     ),
 ]
@@ -124,7 +124,7 @@ def _options(
 
 @app.command()
 def serve(config: ConfigOption = None) -> None:
-    """Runs the agent until SIGTERM."""
+    """Run the agent until SIGTERM."""
     survive_hangup()  # and so does the program that this process becomes
     path = config or DEFAULT_CONFIG
     options = load_settings(AgentSettings, path).options()
@@ -137,7 +137,7 @@ def serve(config: ConfigOption = None) -> None:
 
 @app.command()
 def check(config: ConfigOption = None, json_: JsonOption = False) -> None:
-    """Says whether an agent with these settings would work: folders, group, and what dom0 has handed over to this VM."""
+    """Say whether an agent with these settings would work: folders, group, and what dom0 has handed over to this VM."""
     from secfunet.service.findings import report
     from vm_agent.checks import look
 
@@ -158,7 +158,7 @@ def sign(
     socket: SocketOption = None,
     timeout: TimeoutOption = 20.0,
 ) -> None:
-    """Signs a file with the VM's key. The file is hashed here; only its digest travels.
+    """Sign a file with the VM's key. The file is hashed here; only its digest travels.
 
     By default RSA keys sign with rsassa-pss-sha256 (openssl dgst -sha256 -sigopt rsa_padding_mode:pss -verify ...), EC keys with ECDSA.
     """
@@ -184,7 +184,7 @@ def decrypt(
     socket: SocketOption = None,
     timeout: TimeoutOption = 20.0,
 ) -> None:
-    """Decrypts a short message that was encrypted to the VM's RSA key."""
+    """Decrypt a short message that was encrypted to the VM's RSA key."""
     from secfunet.operation import encryption_scheme
 
     chosen = _named(encryption_scheme, scheme)
@@ -201,7 +201,7 @@ def encrypt(
     socket: SocketOption = None,
     timeout: TimeoutOption = 20.0,
 ) -> None:
-    """Encrypts a short message to the VM's own RSA key."""
+    """Encrypt a short message to the VM's own RSA key."""
     from secfunet.operation import encryption_scheme
 
     chosen = _named(encryption_scheme, scheme)
@@ -217,7 +217,7 @@ def identity(
     socket: SocketOption = None,
     timeout: TimeoutOption = 20.0,
 ) -> None:
-    """Shows who this VM is."""
+    """Show who this VM is."""
     from secfunet.identity import pem_of
 
     with _client(config, socket, timeout) as client:
@@ -246,7 +246,7 @@ def status(
     socket: SocketOption = None,
     timeout: TimeoutOption = 20.0,
 ) -> None:
-    """Shows how the agent is, and asks along the whole chain, to the VM's card: exit code 69 if an operation would fail now."""
+    """Show how the agent is, and asks along the whole chain, to the VM's card: exit code 69 if an operation would fail now."""
     with _client(config, socket, timeout) as client:
         found = client.status(probe=True)
     if json_:
