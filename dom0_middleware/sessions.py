@@ -79,6 +79,8 @@ class VmSessions:
         self._clock = clock
         self._flood_log = FloodLog(log)
         self._slots: dict[str, _Slot] = {}
+        # Slots of an earlier token, whose last calls are not over: what ends a VM's right ends them, too.
+        self._retiring: dict[str, set[_Slot]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
@@ -125,21 +127,23 @@ class VmSessions:
 
     def end(self, uuid: str) -> None:
         """At once: what is in flight for this VM fails, its session is used no more. The grid is told in the background."""
-        slot = self._slots.pop(uuid, None)
-        if slot is None:
-            return
-        slot.ended = True
-        for task in slot.tasks:
-            task.cancel()
-        if slot.session is not None:
-            self._close_later(slot.session)
-            slot.session = None
+        slots = set(self._retiring.get(uuid, ()))
+        if (present := self._slots.pop(uuid, None)) is not None:
+            slots.add(present)
+        for slot in slots:
+            slot.ended = True
+            for task in slot.tasks:
+                task.cancel()
+            if slot.session is not None:
+                self._close_later(slot.session)
+                slot.session = None
 
     def renew(self, uuid: str) -> None:
         """The VM got another token: what is in flight ends as it may, what comes next gets a session of its own."""
         slot = self._slots.pop(uuid, None)
         if slot is not None:
-            task = asyncio.ensure_future(_retire(slot))
+            self._retiring.setdefault(uuid, set()).add(slot)
+            task = asyncio.ensure_future(self._retire(uuid, slot))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
@@ -150,7 +154,7 @@ class VmSessions:
 
     async def close(self) -> None:
         """Ends every session and waits until the grid was told."""
-        for uuid in list(self._slots):
+        for uuid in {*self._slots, *self._retiring}:
             self.end(uuid)
         while self._closing:
             await asyncio.wait(set(self._closing))
@@ -238,12 +242,18 @@ class VmSessions:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-
-async def _retire(slot: _Slot) -> None:
-    if slot.tasks:
-        await asyncio.wait(set(slot.tasks))
-    if slot.session is not None:
-        await _close(slot.session)
+    async def _retire(self, uuid: str, slot: _Slot) -> None:
+        try:
+            if slot.tasks:
+                await asyncio.wait(set(slot.tasks))
+        finally:
+            retiring = self._retiring.get(uuid, set())
+            retiring.discard(slot)
+            if not retiring:
+                self._retiring.pop(uuid, None)
+        session, slot.session = slot.session, None
+        if session is not None:
+            await _close(session)
 
 
 async def _close(session: GridSession) -> None:

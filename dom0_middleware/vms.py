@@ -201,7 +201,7 @@ class Vms:
                 raise Refused(
                     Reason.BINDING_MISMATCH, "the domain with this UUID is not the one that was bound to this VMID"
                 )
-            guest = self._runs.guest(uuid)
+            guest = await self._present_guest(uuid, info)
             if info.state is not DomainState.STOPPED and guest is not None and vm_auth_token:
                 return self._replace_token(guest, info, vm_auth_token), self._runs.folder(uuid)
             if info.state is not DomainState.STOPPED and guest is None and vm_auth_token and self._runs.can_attach:
@@ -262,8 +262,8 @@ class Vms:
             info = await self._require_domain(record)
             if info.state is DomainState.STOPPED:
                 raise Refused(Reason.VM_STATE_WRONG, "this VM does not run: start it")
-            guest = self._runs.guest(uuid)
-            if guest is not None and info.domain_id == guest.domain_id:
+            guest = await self._present_guest(uuid, info)
+            if guest is not None:
                 if vm_auth_token:
                     self._replace_token(guest, info, vm_auth_token)
                 await self._runs.invite(guest)
@@ -507,6 +507,14 @@ class Vms:
         if not bound(record, info):
             raise Refused(Reason.BINDING_MISMATCH, "the domain with this UUID is not this VM's")
         return info
+
+    async def _present_guest(self, uuid: str, info: DomainInfo) -> GuestDomain | None:
+        """The run of the domain that there is now. One of a domain that is gone, whose event has not come to its turn, is over."""
+        guest = self._runs.guest(uuid)
+        if guest is not None and guest.domain_id != info.domain_id:
+            await self._runs.end(uuid)
+            return None
+        return guest
 
     async def _wait_until_stopped(self, record: VmRecord, timeout: float) -> DomainInfo:
         loop = asyncio.get_running_loop()

@@ -35,11 +35,9 @@ MAX_TIMEOUT = 3600.0  # seconds; a longer deadline is none
 class Callers:
     """``admit(context, call) -> Call`` raises MiddlewareError to refuse. ``guest``: the domain whose server this is.
 
-    A guest that has itself refused again and again is answered later and later (``refusals.RefusalPace``). ``max_request``: bytes of a
-    call's one request; ``calls``: at once.
     A guest that has itself refused again and again is answered later and later (``refusals.RefusalPace``); for one that gives its calls up
     again and again, ``flooded`` is told why its channel is to be ended. ``max_request``: bytes of a
-    call's one request.
+    call's one request; ``calls``: at once.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ import libvirt
 import pytest
 
 from dom0_middleware.domain_xml import NAMESPACE, domain_xml
+from dom0_middleware.guest import Phase
 from dom0_middleware.hypervisor import DomainSpec
 from secfunet.identity import thumbprint
 from secfunet.middleware.v1 import agent_pb2, orchestrator_pb2
@@ -479,4 +480,25 @@ async def test_a_domain_that_rebooted_by_itself_has_nothing_until_a_token_gives_
                 await host.start(uuid)
             assert not (await host.vm(uuid)).enrolled
             await host.start(uuid, host.token())
+            assert await signs(agent, host)
+
+
+@pytest.mark.parametrize("how", ["invite", "start"])
+async def test_a_domain_that_rebooted_a_moment_ago_gets_a_run_of_its_own(how: str) -> None:
+    """The orchestrator is faster than the event: the run of the domain that is gone ends all the same, with all that it had."""
+    async with two_hosts() as hosts:
+        host, uuid = hosts.a, await hosts.running()
+        before = host.world.service.vms.guests()[0]
+        host.channel.closed.clear()
+        host.hypervisor.reboot_guest(uuid, tell=False)
+        async with host.world.orchestrator() as stub:
+            if how == "invite":
+                await stub.InviteVm(pb.InviteVmRequest(uuid=uuid), timeout=TIMEOUT)
+            else:
+                await stub.StartVm(pb.StartVmRequest(uuid=uuid, vm_auth_token=host.token()), timeout=TIMEOUT)
+        (now,) = host.world.service.vms.guests()
+        assert now is not before
+        assert before.phase is Phase.ENDED
+        assert host.channel.closed == [(uuid, 0.0)]
+        async with hosts.agent(uuid) as agent:
             assert await signs(agent, host)

@@ -87,6 +87,26 @@ async def test_an_end_reaches_what_is_in_flight(where: str) -> None:
     assert len(sessions) == 0
 
 
+@pytest.mark.parametrize("where", ["login", "execute"])
+async def test_an_end_reaches_what_is_in_flight_under_an_earlier_token(where: str) -> None:
+    """The VM got another token, and lost its right before the last answer under the one before."""
+    grid = GridDouble()
+    sessions = VmSessions(grid)
+    gate = grid.login_gate if where == "login" else grid.gate
+    gate.clear()
+    task = asyncio.create_task(sessions.execute(record(), [sign_operation()], timeout=5))
+    await asyncio.sleep(0.01)
+    sessions.renew("uuid-web")
+    await asyncio.sleep(0.01)
+    sessions.end("uuid-web")
+    with pytest.raises(Refused) as error:
+        await asyncio.wait_for(task, 1)
+    assert error.value.reason is Reason.SESSION_ENDED
+    gate.set()
+    await sessions.close()
+    assert all(session.closed for session in grid.sessions)
+
+
 async def test_the_end_of_one_vm_is_not_that_of_another() -> None:
     grid = GridDouble()
     sessions = VmSessions(grid)
