@@ -66,6 +66,8 @@ def load_settings(model: type[Model], path: Path) -> Model:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(path, [_not_toml(path, str(error))]) from error
+    except ValueError as error:  # tomllib passes on what int() says of thousands of digits
+        raise SettingsError(path, [f"{path}: not valid TOML: a number has too many digits"]) from error
     except RecursionError:
         raise SettingsError(path, [f"{path}: not valid TOML: tables or lists lie too deep in each other"]) from None
     return validate_settings(model, raw, path, TomlLines(text))
@@ -90,6 +92,9 @@ def _not_toml(path: Path, message: str) -> str:
 
 def _problem(model: type[BaseModel], problem: Any, path: Path, lines: TomlLines) -> str:
     location, field = _follow(model, problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        # The key that is not known always stands in the file, however it is written.
+        location, field = (*_follow(model, problem["loc"][:-1])[0], problem["loc"][-1]), None
     line = lines.line_of(location)
     where = f"{path}:{line}" if line is not None else f"{path}"
     return f"{where}: {_sentence(model, problem, location, field)}"

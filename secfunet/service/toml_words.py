@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +34,8 @@ _KINDS: Final[dict[str, str]] = {
     "bytes_type": "text in quotes",
 }
 """By pydantic's name of the problem."""
+_LARGEST_SHOWN: Final = 10**60  # Python itself refuses to write a number of thousands of digits
+_BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 
 
 def wanted(problem: Mapping[str, Any], forms: Mapping[str, str]) -> str:
@@ -105,6 +108,8 @@ def in_toml(value: object) -> str:
         return "[" + ", ".join(in_toml(one) for one in value[:4]) + (", …]" if len(value) > 4 else "]")
     if isinstance(value, dict):
         return "a table"
+    if isinstance(value, int) and abs(value) >= _LARGEST_SHOWN:
+        return "far larger" if value > 0 else "far smaller"
     text = (
         json.dumps(str(value), ensure_ascii=False) if isinstance(value, str | Path) else json.dumps(value, default=str)
     )
@@ -120,5 +125,5 @@ def name_of(location: Location) -> str:
             said.append(f"'{'.'.join(keys)}' {part + 1}" if keys else f"{said.pop()}, {part + 1}")
             keys = []
         else:
-            keys.append(part)
+            keys.append(part if _BARE_KEY.fullmatch(part) else in_toml(part))
     return ", ".join([*said, f"'{'.'.join(keys)}'"] if keys else said)

@@ -52,6 +52,12 @@ def test_values_and_defaults(tmp_path: Path) -> None:
     ("text", "sentence"),
     [
         ('nmae = "a"', "example.toml:1: unknown key 'nmae': did you mean 'name'?"),
+        ('name = "a"\nlog-level = 1', "example.toml:2: unknown key 'log-level': known here:"),
+        ('name = "a"\n"x y" = 1', "example.toml:2: unknown key '\"x y\"': known here:"),
+        ('name = "a"\n[listener]\nport-no = 7', "example.toml:3: unknown key 'listener.port-no': did you mean 'port'?"),
+        ('name = "a"\n[[cards]]\n"" = 7', "unknown key 'cards' 1, '\"\"': known here: address, port"),
+        ('name = "a"\nkind = ' + "9" * 5000, "not valid TOML: a number has too many digits"),
+        ('name = "a"\nkind = 0x' + "f" * 5000, '\'kind\': must be "a" or "b"; it is far larger'),
         ('name = "a"\n[listener]\nprot = 7', "unknown key 'listener.prot': did you mean 'port'?"),
         (
             'name = "a"\n[[cards]]\naddres = "x"',
