@@ -68,6 +68,9 @@ class VchanChannel:
 
     async def hand_over(self, join: JoinInformation) -> None:
         await self._join.hand_over(join)
+        # A guest whose agent was restarted so often that it has no channel left could not use it.
+        if (end := self._ends.get(join.uuid)) is not None:
+            end.allow_more()
 
     async def erase_join(self, uuid: str) -> None:
         await self._join.erase(uuid)

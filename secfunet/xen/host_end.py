@@ -25,7 +25,8 @@ FIRST_PENALTY, LONGEST_PENALTY = (
     600.0,
 )  # the same after a channel that the guest broke; it doubles, and never goes back
 MAX_CHANNELS = 9
-"""In one run. Nothing tells dom0 whether a guest has unmapped the pages of its earlier channels: so all of them count, nine pages each."""
+"""In one run, from its begin or from when dom0 last allowed more. Nothing tells dom0 whether a guest has unmapped the pages of its earlier
+channels: so all of them count, nine pages each."""
 
 
 class HostState(StrEnum):
@@ -52,7 +53,7 @@ class HostEnd:
     """Made by ``serve``. After each guest that leaves (its agent restarted, say) there is a new channel, with new pages.
 
     Pages of a guest that keeps them mapped are not free, and a guest can keep those of each channel: so there are ``MAX_CHANNELS`` in a run
-    and no more. A guest that comes and goes again and again has to wait longer and longer; one that breaks its channels, much longer.
+    and no more, unless dom0 allows more (``allow_more``). A guest that comes and goes again and again has to wait longer and longer; one that breaks its channels, much longer.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class HostEnd:
         self._link: Link | None = None
         self._task: asyncio.Task[None] | None = None
         self._channels = 0
+        self._most = MAX_CHANNELS
         self._why = ""
         self._state, self._since = HostState.WAITING, clock()
 
@@ -106,6 +108,16 @@ class HostEnd:
         self._channels = 1
         self._task = asyncio.create_task(self._serve(first), name=f"vchan-{self._name}")
 
+    def allow_more(self) -> None:
+        """The present channel, or else the next one, counts as the first of its run: somebody in dom0 takes the guest's word for the pages."""
+        if self._state is HostState.CLOSED:
+            return
+        there_is_one = self._state in (HostState.WAITING, HostState.OPEN)
+        self._most = self._channels + MAX_CHANNELS - there_is_one
+        if self._state is HostState.REFUSED:
+            self._enter(HostState.PAUSED)
+            self._task = asyncio.create_task(self._serve(None), name=f"vchan-{self._name}")
+
     @property
     def alive(self) -> bool:
         """The guest's end is connected and speaks."""
@@ -129,22 +141,22 @@ class HostEnd:
             await asyncio.gather(self._task, return_exceptions=True)
         self._enter(HostState.CLOSED)
 
-    async def _serve(self, channel: Vchan) -> None:
+    async def _serve(self, channel: Vchan | None) -> None:
         loop = asyncio.get_running_loop()
         pause, penalty = FIRST_PAUSE, FIRST_PENALTY
-        made: Vchan | None = channel
+        made = channel
         while True:
             begin = loop.time()
             broken = False
             if made is not None:
                 broken = await self._serve_once(made)
-            if self._channels >= MAX_CHANNELS:
+            if self._channels >= self._most:
                 self._why = (
                     f"it has had the {MAX_CHANNELS} channels of its run; the last one: {self._why or 'nobody came'}"
                 )
                 self._enter(HostState.REFUSED)
                 log.warning(
-                    "a domain has had all channels of its run: it gets no more until it is started again",
+                    "a domain has had all channels of its run: it gets no more until it is invited, or started again",
                     extra={"vm": self._name, "channels": self._channels},
                 )
                 return

@@ -299,6 +299,34 @@ async def test_a_guest_that_only_comes_and_goes_gets_no_more_either(caplog: pyte
     await end.close()
 
 
+async def test_dom0_may_allow_a_guest_more_channels() -> None:
+    """Its agent was restarted again and again, and it is honest: it need not be started anew for that."""
+    xen = Xen()
+
+    async def sleep(seconds: float) -> None:
+        return
+
+    async def come_and_go(times: int) -> None:
+        for _ in range(times):
+            await (await asyncio.wait_for(xen.waiting.get(), 10)).close()
+
+    end = HostEnd(xen.make, {}, "db", sleep=sleep)  # type: ignore[arg-type]
+    await end.start()
+    end.allow_more()  # as at the begin of a run: it changes nothing
+    await come_and_go(MAX_CHANNELS)
+    await until(lambda: end.status.state is HostState.REFUSED)
+    assert len(xen.made) == MAX_CHANNELS
+    end.allow_more()
+    assert end.status.state is not HostState.REFUSED
+    end.allow_more()
+    await come_and_go(MAX_CHANNELS)
+    await until(lambda: end.status.state is HostState.REFUSED)
+    assert len(xen.made) == 2 * MAX_CHANNELS
+    await end.close()
+    end.allow_more()
+    assert end.status.state is HostState.CLOSED
+
+
 async def test_the_budget_of_a_guest_is_not_new_with_each_channel() -> None:
     xen = Xen()
 
