@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 
 _HIGH_WATER = 512 * 1024
 _LOW_WATER = 128 * 1024
+MAX_DROPPED = 1 << 20
+"""Bytes that still come and are dropped behind our alert, before the socket is closed all the same."""
 CLOSE_TIMEOUT = 2.0
 """Seconds that a closed connection waits for the peer's close_notify before the socket is closed."""
 
@@ -39,6 +41,8 @@ class TandemTransport(asyncio.Transport):
         self._wire = Wire(self)
         self._socket: asyncio.Transport | None = None
         self._protocol: asyncio.BaseProtocol | None = None
+        self._has_spoken = False
+        self._drops = False
         self._handshake_wake = asyncio.Event()
         self._handshake_error: Exception | None = None
         self._giving_up: asyncio.Timeout | None = None
@@ -75,6 +79,7 @@ class TandemTransport(asyncio.Transport):
         output = self.core.take_output()
         if output and self._socket is not None and not self._socket.is_closing():
             self._socket.write(output)
+            self._has_spoken = True
 
     async def wait_for_peer(self) -> None:
         """Wait until the core has been fed something. Raises what went wrong meanwhile."""
@@ -113,9 +118,10 @@ class TandemTransport(asyncio.Transport):
         """Send the core's alert, if it has one, and close."""
         self.flush_core()
         self._closing = True
-        if self._socket is not None:
-            self._socket.close()
-            self._close_timer = self._loop.call_later(CLOSE_TIMEOUT, self._socket.abort)
+        if self._has_spoken:
+            self._close_behind_alert()
+        else:
+            self._close_socket()
 
     async def wait_for_tickets(self) -> bytes:
         """Wait for the records of the tickets that come first; empty when data came instead, or the connection ended."""
@@ -279,6 +285,9 @@ class TandemTransport(asyncio.Transport):
 
     def wire_eof(self) -> bool:
         """The peer has closed its direction of the socket. Returns whether ours stays open."""
+        if self._drops:
+            self._close_socket()
+            return True
         if self._protocol is None and self.core.state is not TandemState.OPEN:
             self._during_handshake(self.core.received_eof)
             return True
@@ -294,6 +303,10 @@ class TandemTransport(asyncio.Transport):
         """The core's buffer has no room."""
         if self._protocol is None:
             self._during_handshake(self.core.received_too_much)
+
+    def wire_dropped_enough(self) -> None:
+        """The peer sends and sends behind our alert."""
+        self._close_socket()
 
     def wire_lost(self, exc: Exception | None) -> None:
         """The socket is closed."""
@@ -451,6 +464,9 @@ class TandemTransport(asyncio.Transport):
         if isinstance(error, TlsProtocolError):
             self.core.stream.fatal_alert(error.alert)
             self._flush_stream()
+            self._wake()
+            self._close_behind_alert()
+            return
         self._wake()
         self._close_socket()
 
@@ -495,6 +511,24 @@ class TandemTransport(asyncio.Transport):
                 self._close_socket()
                 return
             self._close_timer = self._loop.call_later(CLOSE_TIMEOUT, self._close_socket)
+
+    def _close_behind_alert(self) -> None:
+        """End our direction, and drop what still comes, to the peer's end: within CLOSE_TIMEOUT and MAX_DROPPED."""
+        if self._socket is None or self._socket.is_closing() or self._drops:
+            return
+        if self.core.has_ended:
+            self._close_socket()
+            return
+        try:
+            self._socket.write_eof()
+        except OSError:
+            self._close_socket()
+            return
+        self._drops = True
+        self._wire.drop(MAX_DROPPED)
+        if self._close_timer is not None:
+            self._close_timer.cancel()
+        self._close_timer = self._loop.call_later(CLOSE_TIMEOUT, self._close_socket)
 
     def _close_socket(self) -> None:
         if self._socket is not None and not self._socket.is_closing():

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from secfunet.tandem.transport import TandemTransport
 
 _ROOM_FOR_ONE = HEADER_LENGTH + MAX_CIPHERTEXT_TLS12
+_PIECE = 64 * 1024
 
 
 class Wire(asyncio.BufferedProtocol):
@@ -19,6 +20,8 @@ class Wire(asyncio.BufferedProtocol):
     def __init__(self, upper: TandemTransport) -> None:
         self._upper = upper
         self._is_full = False
+        self._dropped: bytearray | None = None
+        self._may_drop = 0
         self.transport: asyncio.Transport | None = None
         self.is_write_paused = False
 
@@ -29,17 +32,29 @@ class Wire(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """See asyncio. There is always room: reading is paused before the buffer is full."""
-        return self._upper.core.incoming.writable()
+        return self._upper.core.incoming.writable() if self._dropped is None else memoryview(self._dropped)
 
     def buffer_updated(self, nbytes: int) -> None:
         """See asyncio."""
+        if self._dropped is not None:
+            self._may_drop -= nbytes
+            if self._may_drop < 0:
+                self._upper.wire_dropped_enough()
+            return
         self._upper.core.incoming.wrote(nbytes)
         self._upper.wire_received()
         self.check_room()
 
+    def drop(self, limit: int) -> None:
+        """Read on, to the peer's end or ``limit`` bytes, and keep nothing: a socket that is closed with unread bytes in it resets the
+        connection, and what was sent last may never be seen."""
+        self._dropped, self._may_drop = bytearray(_PIECE), limit
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.resume_reading()
+
     def check_room(self) -> None:
         """Pause or resume reading by the room that is left."""
-        if self.transport is None or self.transport.is_closing():
+        if self.transport is None or self.transport.is_closing() or self._dropped is not None:
             return
         incoming = self._upper.core.incoming
         is_full = len(incoming) > incoming.capacity - 2 * _ROOM_FOR_ONE
@@ -51,7 +66,7 @@ class Wire(asyncio.BufferedProtocol):
 
     def apply_reading(self) -> None:
         """Read exactly if there is room and the upper side wants data."""
-        if self.transport is None or self.transport.is_closing():
+        if self.transport is None or self.transport.is_closing() or self._dropped is not None:
             return
         if self._is_full or self._upper.is_wire_reading_paused:
             self.transport.pause_reading()

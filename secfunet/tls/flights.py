@@ -204,7 +204,10 @@ class FlightDetector:
             if ended or self._phase is _Phase.ENCRYPTED:
                 raise TlsProtocolError("a message behind the end of a flight", AlertDescription.UNEXPECTED_MESSAGE)
             ended = self._hello(kind, body) if self._phase is _Phase.HELLO else self._clear_message(kind, body)
-        if (ended or self._phase is _Phase.ENCRYPTED) and not self._messages.is_between_messages:
+        is_clean = self._messages.is_between_messages
+        if self._role == "client" and self._phase is _Phase.CLEAR:
+            is_clean |= self._messages.begins_hello_request
+        if (ended or self._phase is _Phase.ENCRYPTED) and not is_clean:
             raise TlsProtocolError("a message behind the end of a flight", AlertDescription.UNEXPECTED_MESSAGE)
         return ended
 

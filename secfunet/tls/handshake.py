@@ -52,6 +52,11 @@ class HandshakeReader:
         """Whether all that came belongs to whole messages."""
         return not self._pending
 
+    @property
+    def begins_hello_request(self) -> bool:
+        """Whether what came of the next message can be a HelloRequest, which is four zero bytes, and nothing else."""
+        return 0 < len(self._pending) < 4 and not any(self._pending)
+
     def feed(self, untrusted_fragment: bytes) -> list[tuple[int, bytes]]:
         """Take the content of one record; return type and body of each message that is now whole.
 

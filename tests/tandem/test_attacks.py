@@ -484,3 +484,47 @@ async def test_a_close_behind_the_peers_end_does_not_wait_for_it(ends: Ends) -> 
         async with asyncio.timeout(CLOSE_TIMEOUT / 2):
             while listener.connections:  # noqa: ASYNC110 - what is waited for has no event
                 await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("moment", ["handshake", "open"])
+async def test_an_alert_is_not_reset_away_by_what_the_peer_still_sends(ends: Ends, tmp_path: Path, moment: str) -> None:
+    """A peer that looks for an answer only when it has sent everything finds the alert, and an orderly end behind it."""
+    peer = MemoryPeer(Identities(tmp_path, ends.authority, kinds=("p256",)).context("client", "p256"), "client")
+    async with await ends.listen(only(TLS_1_3, suites=(0x1301,))) as listener:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(listener))
+        if moment == "open":
+            writer.write(peer.step())
+            while not peer.is_through:
+                writer.write(peer.step(await reader.read(65536)))
+            await until(lambda: len(listener.connections) == 1)
+        writer.write(encode_record(ContentType.HANDSHAKE, bytes(100)) + bytes(600_000))
+        await writer.drain()
+        for _ in range(3):
+            await asyncio.sleep(0.05)
+            writer.write(bytes(100_000))
+            await writer.drain()
+        heard = split_records(await reader.read())
+        # In an open connection tickets come first, and the alert is encrypted.
+        assert heard[-1].kind == (ContentType.ALERT if moment == "handshake" else ContentType.APPLICATION_DATA)
+        assert heard[-1].length == (2 if moment == "handshake" else 2 + 1 + 16)
+        writer.close()
+        await until(lambda: not listener.connections)
+
+
+async def test_a_peer_that_never_ends_is_dropped_behind_our_alert(ends: Ends) -> None:
+    """Neither by silence nor by sending on does it keep the socket for long."""
+    async with await ends.listen() as listener:
+        for flood in (b"", bytes(65536)):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port_of(listener))
+            writer.write(encode_record(ContentType.HANDSHAKE, bytes(100)))
+            assert split_records(await reader.read())[-1].kind == ContentType.ALERT
+            began = asyncio.get_running_loop().time()
+            with contextlib.suppress(ConnectionError):
+                async with asyncio.timeout(2 * CLOSE_TIMEOUT):
+                    while not writer.transport.is_closing():
+                        writer.write(flood or b"x")
+                        await writer.drain()
+                        await asyncio.sleep(0 if flood else 0.05)
+            took = asyncio.get_running_loop().time() - began
+            assert took < (CLOSE_TIMEOUT / 2 if flood else 1.9 * CLOSE_TIMEOUT)
+            writer.close()

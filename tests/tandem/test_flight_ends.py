@@ -223,7 +223,8 @@ def test_the_card_overlooks_hello_requests_in_the_handshake(identities: Identiti
 
     suite = SUITES[0xC02B]
     chosen = TandemParameters(min_version=TLS_1_2, max_version=TLS_1_2, suites=(suite.number,))
-    for size in (1, 50, 16000):
+    # Among these some cut the last of them, behind the end of the flight, in two.
+    for size in (1, *range(48, 60), 16000):
         host = Host(TandemConnection("client", chosen, server_name="localhost"), EngineCard(AUTHORITY))
         peer = MemoryPeer(identities.context("server", "p256"), "server")
         recut, out = Recut(peer, suite, change=between), host.work()
