@@ -12,7 +12,7 @@ from dom0_middleware.api.guard import MAX_TIMEOUT, timeout_of
 from dom0_middleware.audit import Action, DomainRecord
 from dom0_middleware.call import Call, current_call
 from dom0_middleware.enrolment import key_hash
-from dom0_middleware.errors import MiddlewareError, Reason, Refused, cause_of
+from dom0_middleware.errors import MiddlewareError, Reason, Refused, Unavailable, cause_of
 from dom0_middleware.guest import GuestDomain, Phase
 from dom0_middleware.guest_authority import GuestAuthority
 from dom0_middleware.identity import Identities
@@ -100,7 +100,10 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         return pb.GetIdentityResponse(identity=identity)
 
     async def Probe(self, request: pb.ProbeRequest, context: Context) -> pb.ProbeResponse:  # noqa: N802 - gRPC's name
-        time_there = await self._probe.answer(timeout_of(context))
+        try:
+            time_there = await self._probe.answer(timeout_of(context))
+        except TimeoutError:
+            raise Unavailable(Reason.DEADLINE_EXCEEDED, "the grid did not answer in time") from None
         return pb.ProbeResponse(time=time_there)
 
     async def WatchIdentity(  # noqa: N802 - gRPC's name

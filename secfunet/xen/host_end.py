@@ -53,7 +53,8 @@ class HostEnd:
     """Made by ``serve``. After each guest that leaves (its agent restarted, say) there is a new channel, with new pages.
 
     Pages of a guest that keeps them mapped are not free, and a guest can keep those of each channel: so there are ``MAX_CHANNELS`` in a run
-    and no more, unless dom0 allows more (``allow_more``). A guest that comes and goes again and again has to wait longer and longer; one that breaks its channels, much longer.
+    and no more, unless dom0 allows more (``allow_more``). A guest that comes and goes again and again has to wait longer and longer; one
+    that breaks its channels, much longer.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class HostEnd:
         self._task = asyncio.create_task(self._serve(first), name=f"vchan-{self._name}")
 
     def allow_more(self) -> None:
-        """The present channel, or else the next one, counts as the first of its run: somebody in dom0 takes the guest's word for the pages."""
+        """The present channel, or else the next one, counts as the first of its run: dom0 trusts that the others are unmapped."""
         if self._state is HostState.CLOSED:
             return
         there_is_one = self._state in (HostState.WAITING, HostState.OPEN)

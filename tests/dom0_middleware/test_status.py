@@ -150,3 +150,22 @@ async def test_a_guest_learns_whether_an_operation_would_work(world: World) -> N
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await agent.Probe(agent_pb2.ProbeRequest(), timeout=TIMEOUT)
         assert facts(error.value)[1] == "VM_REVOKED"
+
+
+async def test_a_probe_that_is_given_up_is_no_fault_of_the_middleware(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    guest = await world.enrolled()
+    hung = asyncio.Event()
+
+    async def hangs(*, timeout: float) -> None:
+        await hung.wait()
+
+    world.grid.card_lives = hangs  # type: ignore[method-assign]
+    async with guest.agent() as agent:
+        for _ in range(5):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await agent.Probe(agent_pb2.ProbeRequest(), timeout=0.2)
+    await asyncio.sleep(0.3)
+    hung.set()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
