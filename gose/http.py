@@ -164,14 +164,25 @@ class Door:
         return refusal_response(refusal)
 
     async def body(self, request: web.Request) -> bytes:
-        """The request's body. Raises Refusal when it is too long or too slow."""
+        """The request's body. Raises Refusal when it is too long or too slow.
+
+        Until it is there the request is not in work: a connection that trickles may be ended in favour of another one.
+        """
+        connection = self._connections.get(request.transport) if request.transport is not None else None
+        if connection is not None:
+            connection.body_awaited()
         try:
             async with asyncio.timeout(self._limits.http_request_timeout):
                 return await request.read()
+        except ConnectionError:
+            raise Refusal(Reason.REQUEST_INVALID, "the connection ended before the body") from None
         except TimeoutError:
             raise Refusal(Reason.REQUEST_INVALID, "the body did not arrive in time") from None
         except web.HTTPRequestEntityTooLarge:
             raise Refusal(Reason.REQUEST_INVALID, f"a body has at most {self._limits.http_body} bytes") from None
+        finally:
+            if connection is not None:
+                connection.body_over()
 
 
 class _Connection(asyncio.Protocol):
@@ -248,6 +259,16 @@ class _Connection(asyncio.Protocol):
             self._visit.busy = True
         if self._timers:
             self._timers[0].cancel()
+
+    def body_awaited(self) -> None:
+        """The grid can do nothing before its peer does."""
+        if self._visit is not None:
+            self._visit.busy = False
+
+    def body_over(self) -> None:
+        """It has come, or never will."""
+        if self._visit is not None:
+            self._visit.busy = True
 
     def request_ends(self) -> None:
         """Its answer is made."""

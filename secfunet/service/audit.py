@@ -283,12 +283,21 @@ class AuditLog:
         self._descriptor = self._lock = -1
 
     def reopen(self) -> None:
-        """After a rotation: what was recorded goes to the old file, what comes goes to a new one of the same name, in one chain."""
+        """After a rotation: what was recorded goes to the old file, what comes goes to a new one of the same name, in one chain.
+
+        If there can be no new one now, the old one is written on. Raises as ``open`` does.
+        """
         self.flush()
         self._sync(self._descriptor, self._written)
-        os.close(self._descriptor)
-        self._descriptor = -1
-        self._continue()
+        old, size = self._descriptor, self._size
+        try:
+            self._continue()
+        except BaseException:
+            if self._descriptor != old:
+                os.close(self._descriptor)
+            self._descriptor, self._size = old, size
+            raise
+        os.close(old)
 
     def record(self, record: Record) -> None:
         """Adds one decision; it waits in memory until it is flushed. Raises what ``unavailable`` makes if too many wait already."""
@@ -328,12 +337,17 @@ class AuditLog:
             await asyncio.sleep(self._sync_interval)
             if self._written != self._anchored:
                 # A descriptor of its own: a rotation may close the other meanwhile, and a cancelled task does not stop its thread.
-                await asyncio.to_thread(self._sync_copy, os.dup(self._descriptor), self._written)
+                try:
+                    copy = os.dup(self._descriptor)
+                except OSError as error:  # no descriptor is free: the next time there may be one
+                    log.error("the audit log cannot be synced: %s", error)
+                    continue
+                await asyncio.to_thread(self._sync_copy, copy, self._written)
 
     def _sync_copy(self, descriptor: int, head: Head) -> None:
         try:
             self._sync(descriptor, head)
-        except OSError as error:
+        except (SecFuNetError, OSError) as error:
             log.error("the audit log cannot be synced: %s", error)
         finally:
             os.close(descriptor)
@@ -379,7 +393,7 @@ class AuditLog:
         """Where a new, empty file continues: the anchor, or what a killed daemon wrote behind it into a file that was then rotated."""
         heads = [anchor]
         for path in self._path.parent.glob(f"{self._path.name}?*"):
-            if not path.name.endswith((".head", ".lock", ".gz")):
+            if path.is_file() and not path.name.endswith((".head", ".lock", ".gz")):
                 with path.open("rb") as file:
                     file.seek(max(0, path.stat().st_size - 2 * MAX_LINE))
                     tail = file.read()

@@ -9,12 +9,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, BinaryIO, Final
 
 import typer
 
 from secfunet.service.audit_verify import Verdict, rotated_files, verify
 from secfunet.service.cli import ExitCode, JsonOption
+from secfunet.service.flood_log import excerpt
 from secfunet.service.tables import moment
 
 FilesOption = Annotated[
@@ -69,6 +70,7 @@ def _for_person(verdict: Verdict) -> None:
 LastOption = Annotated[int, typer.Option("--last", min=1, max=1_000_000, help="How many records, from the end.")]
 FollowOption = Annotated[bool, typer.Option("--follow", help="Go on with records as they come, until Ctrl-C.")]
 _LOOK: Final = 0.5  # seconds between two looks at a log that is followed
+_MAX_SHOWN: Final = 300  # characters of one field; the log has 256 of it
 _SHOWN: Final = ("decision", "name", "reason", "detail")
 
 
@@ -76,22 +78,32 @@ def show_records(files: list[Path] | None, log: Callable[[], Path], *, last: int
     """Prints the last records (with ``as_json`` the lines of the log as they are), and those to come. They are not verified."""
     path = files[-1] if files else log()
     lines: deque[bytes] = deque(maxlen=last)
+    # Read once and kept open: nothing is left out between what was there and what comes.
+    live = path.open("rb") if follow else None
     for file in files or rotated_files(path) or [path]:
-        with file.open("rb") as content:
-            lines.extend(line for line in content if line.endswith(b"\n"))
+        if live is not None and file == path:
+            lines.extend(_whole_lines(live))
+        else:
+            with file.open("rb") as content:
+                lines.extend(_whole_lines(content))
     for line in lines:
         typer.echo(_shown(line, as_json=as_json))
-    if follow:
+    if live is not None:
         with contextlib.suppress(KeyboardInterrupt):
-            for line in _to_come(path):
+            for line in _to_come(path, live):
                 typer.echo(_shown(line, as_json=as_json))
 
 
-def _to_come(path: Path) -> Iterator[bytes]:
-    """Lines that are written from now on, over every rotation."""
-    file = path.open("rb")
+def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+    """From where ``file`` is; it is left behind the last newline."""
+    while (line := file.readline()).endswith(b"\n"):
+        yield line
+    file.seek(-len(line), os.SEEK_CUR)
+
+
+def _to_come(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """Lines that are written behind the place ``file`` is at, over every rotation."""
     try:
-        file.seek(0, os.SEEK_END)
         unfinished = b""
         while True:
             unfinished += file.read(1 << 20)
@@ -99,6 +111,8 @@ def _to_come(path: Path) -> Iterator[bytes]:
             yield from whole
             with contextlib.suppress(FileNotFoundError):
                 if not whole and path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                    # What the writer put into the old file before it made the new one.
+                    yield from (unfinished + file.read()).split(b"\n")[:-1]
                     file.close()
                     file, unfinished = path.open("rb"), b""
                     continue
@@ -114,7 +128,9 @@ def _shown(line: bytes, *, as_json: bool) -> str:
         return text
     try:
         record = json.loads(text)
-        facts = [str(record[key]) for key in _SHOWN if record.get(key)]
-        return f"{record['n']:>6}  {moment(record['time'])}  {record.get('action', '-'):20} {'  '.join(facts)}"
-    except (ValueError, KeyError, TypeError):
-        return f"not a record: {text[:100]}"
+        # Who is recorded may have chosen some of it: nothing of it acts on a terminal.
+        facts = [excerpt(record[key], _MAX_SHOWN) for key in _SHOWN if record.get(key)]
+        action = excerpt(record.get("action", "-"))
+        return f"{record['n']:>6}  {moment(record['time'])}  {action:20} {'  '.join(facts)}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"not a record: {excerpt(text)}"

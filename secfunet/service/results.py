@@ -85,7 +85,8 @@ def write_result(content: bytes, out: Path | None, *, mode: int = 0o600) -> None
         if there is None or stat.S_ISREG(there.st_mode):
             _replace(target, content, there, mode)
         else:
-            _write_and_close(os.open(target, os.O_WRONLY | os.O_CLOEXEC), content)
+            with _folder_of(target) as folder:
+                _write_and_close(_open_there(target, folder), content)
     except OSError as error:
         raise NotWrittenError(out, error) from error
 
@@ -137,6 +138,25 @@ def _place_of(out: Path) -> Path:
     return place
 
 
+@contextlib.contextmanager
+def _folder_of(target: Path) -> Iterator[int]:
+    # Who may only write into a folder, and not read it, may put a result there.
+    is_root = os.geteuid() == 0
+    folder = (
+        open_folder(target.parent) if is_root else os.open(target.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    )
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _open_there(target: Path, folder: int, flags: int = 0) -> int:
+    """The file itself: a link that came into its place meanwhile is not followed."""
+    flags |= os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(target.name or ".", flags, dir_fd=folder)
+
+
 def _replace(target: Path, content: bytes, there: os.stat_result | None, mode: int) -> None:
     """The old content or the new, never a part of it; in place where the folder takes no new file but the file may be written.
 
@@ -146,18 +166,14 @@ def _replace(target: Path, content: bytes, there: os.stat_result | None, mode: i
         raise PermissionError(13, os.strerror(13), str(target))
     unfinished = f".{target.name[:200]}.{secrets.token_hex(8)}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    # Who may only write into a folder, and not read it, may put a result there.
     is_root = os.geteuid() == 0
-    folder = (
-        open_folder(target.parent) if is_root else os.open(target.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    )
-    try:
+    with _folder_of(target) as folder:
         try:
             descriptor = os.open(unfinished, flags, mode if there is None else 0o600, dir_fd=folder)
         except PermissionError:
             if there is None:
                 raise
-            _write_and_close(os.open(target, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC), content)
+            _write_and_close(_open_there(target, folder, os.O_TRUNC), content)
             return
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -175,5 +191,3 @@ def _replace(target: Path, content: bytes, there: os.stat_result | None, mode: i
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(unfinished, dir_fd=folder)
             raise
-    finally:
-        os.close(folder)

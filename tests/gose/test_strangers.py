@@ -114,3 +114,23 @@ async def test_requests_that_come_in_one_packet_are_no_single_turn_of_the_loop(g
         task.cancel()
         writer.close()
     assert turns >= count
+
+
+async def test_bodies_that_never_end_keep_nobody_out(grid: TestGrid) -> None:
+    """A request whose body does not come is not work that the grid would have to protect."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    head = b"POST /openid HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: 900\r\n\r\na="
+    async with grid.running(http_connections=4):
+        port = port_of(grid, "openid endpoint")
+        writers = []
+        for _ in range(4):
+            _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+            writer.write(head)
+            writers.append(writer)
+        await asyncio.sleep(0.3)
+        try:
+            assert await grid.session("vm-1", "hv-a")
+        finally:
+            for writer in writers:
+                writer.transport.abort()

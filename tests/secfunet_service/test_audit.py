@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pwd
+import resource
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ from secfunet.service.audit import (
     anchor_path,
     split_line,
 )
+from secfunet.service.audit_report import show_records
 from secfunet.service.audit_verify import ProblemKind, rotated_files, verify
 
 ZERO = "0" * 64
@@ -242,6 +244,46 @@ async def test_it_is_synced_within_the_interval(path: Path) -> None:
         assert json.loads(anchor_path(path).read_bytes()) == {"n": 1, "hash": log.head.hash}
 
 
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_it_is_synced_again_after_a_time_without_descriptors(path: Path) -> None:
+    async with AuditLog(path, clock=time.time, sync_interval=0.02) as log:
+        with no_descriptor_left():
+            log.record(operation())
+            await asyncio.sleep(0.2)
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+            if anchor_path(path).exists():
+                break
+        assert json.loads(anchor_path(path).read_bytes())["n"] == 1
+
+
+def test_a_log_that_cannot_be_reopened_goes_on_in_the_old_file_until_it_can(path: Path) -> None:
+    log = written(path, 3, close=False)
+    path.rename(path.with_name("audit.jsonl.1"))
+    path.mkdir()
+    with pytest.raises(IsADirectoryError):
+        log.reopen()
+    log.record(operation())
+    log.flush()
+    path.rmdir()
+    log.reopen()
+    log.record(operation())
+    log.close()
+    assert [len(file.read_bytes().splitlines()) for file in rotated_files(path)] == [4, 1]
+    assert verify(rotated_files(path), anchor_of=path).sound
+
+
 def test_a_record_costs_microseconds(path: Path) -> None:
     log = written(path, 0, close=False)
     begin = time.process_time()
@@ -444,3 +486,16 @@ def test_records_are_shown_and_followed_over_a_rotation(path: Path) -> None:
         finally:
             shown.kill()
     log.close()
+
+
+def test_what_is_shown_does_nothing_to_a_terminal(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = written(path, 0, close=False)
+    log.record(operation(name="\x1b[2Jweb", detail="\rfine\n     2  a line of its own\u202e"))
+    log.close()
+    with path.open("ab") as file:
+        file.write(b'[1]\n{"n":1,"time":[],"action":{}}\n{"n":1e999,"time":1e999}\n' + b"[" * 30_000 + b"\n\x1b[2J\n")
+    show_records([path], lambda: path, last=10, follow=False, as_json=False)
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) == 6
+    assert all(line.isprintable() for line in text.splitlines())
+    assert "\\x1b[2Jweb" in text

@@ -201,3 +201,24 @@ def test_a_link_that_was_planted_is_not_followed(tmp_path: Path) -> None:
     assert (theirs / "his").read_bytes() == b"new"
     write_result(b"by root's", made_by(0, tmp_path / "link", precious))
     assert precious.read_bytes() == b"by root's"
+
+
+def test_a_link_that_comes_into_the_place_of_a_pipe_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the path and its opening: the owner of the folder chooses the moment."""
+    pipe, precious = tmp_path / "pipe", tmp_path / "precious"
+    precious.write_bytes(b"precious")
+    os.mkfifo(pipe)
+    real = os.open
+
+    def late(path: object, *how: object, **more: object) -> int:
+        if str(path).endswith("pipe") and not pipe.is_symlink():
+            pipe.unlink()
+            pipe.symlink_to(precious)
+        return real(path, *how, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", late)
+    with pytest.raises(NotWrittenError):
+        write_result(b"xxx", pipe)
+    assert precious.read_bytes() == b"precious"
