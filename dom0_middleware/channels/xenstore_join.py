@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from dom0_middleware.channels.port import ChannelError, JoinInformation
 from secfunet.xen import JOIN_PATH, home
@@ -21,6 +22,7 @@ class XenstoreJoin:
 
     def __init__(self) -> None:
         self._domains: dict[str, int] = {}
+        self._order = asyncio.Lock()
 
     def domain(self, uuid: str, domain_id: int) -> None:
         """The present run of ``uuid`` is domain ``domain_id``."""
@@ -40,7 +42,7 @@ class XenstoreJoin:
                 xenstore.write(f"{home(domain_id)}/{JOIN_PATH}", join.to_json(), readers=(domain_id,))
 
         try:
-            await asyncio.to_thread(write)
+            await self._in_order(write)
         except XenError as error:
             raise ChannelError(f"the join information cannot be handed over: {error}") from error
 
@@ -56,6 +58,15 @@ class XenstoreJoin:
                 xenstore.remove(f"{home(domain_id)}/{JOIN_PATH}")
 
         try:
-            await asyncio.to_thread(remove)
+            await self._in_order(remove)
         except XenError as error:
             log.warning("used join information cannot be removed: %s", error, extra={"vm": uuid})
+
+    async def _in_order(self, work: Callable[[], None]) -> None:
+        """One after the other, also if the caller gives up: what one agent's enrolment erases must not be the next invitation."""
+
+        async def act() -> None:
+            async with self._order:
+                await asyncio.to_thread(work)
+
+        await asyncio.shield(asyncio.ensure_future(act()))

@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from ipaddress import ip_address
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dom0_middleware.channels import door
+from dom0_middleware.channels import door, xenstore_join
 from dom0_middleware.channels.door import attach
 from dom0_middleware.channels.folder import FolderChannel
 from dom0_middleware.channels.interfaces import (
@@ -27,7 +28,7 @@ from dom0_middleware.channels.interfaces import (
     parse_neighbours,
 )
 from dom0_middleware.channels.iproute import FactsUnavailable
-from dom0_middleware.channels.port import ChannelDomain, ChannelError
+from dom0_middleware.channels.port import ChannelDomain, ChannelError, JoinInformation
 from dom0_middleware.channels.tcp import TcpChannel
 
 UUID = "6695eb01-f6a4-8304-79aa-97f2502e193f"
@@ -313,3 +314,37 @@ async def test_a_domain_without_an_address_has_no_tcp_channel(folder: Path) -> N
         await tcp.open(ChannelDomain(UUID, 3))
     with pytest.raises(ChannelError):
         await tcp.open(ChannelDomain(UUID, None, ADDRESS))
+
+
+@pytest.mark.parametrize("gives_up", [False, True])
+async def test_an_invitation_is_not_erased_for_an_enrolment_before_it(
+    monkeypatch: pytest.MonkeyPatch, gives_up: bool
+) -> None:
+    """Each is a thread of its own, and xenstored may let one of them wait."""
+    may_remove, there = threading.Event(), set[str]()
+
+    class Tree:
+        def __enter__(self) -> Tree:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def write(self, path: str, value: bytes, *, readers: object) -> None:
+            there.add(path)
+
+        def remove(self, path: str) -> None:
+            may_remove.wait(10)
+            there.discard(path)
+
+    monkeypatch.setattr(xenstore_join, "Xenstore", Tree)
+    join = xenstore_join.XenstoreJoin()
+    join.domain(UUID, 7)
+    erased = asyncio.ensure_future(join.erase(UUID))
+    await asyncio.sleep(0.01)
+    if gives_up:
+        erased.cancel()
+    invited = asyncio.ensure_future(join.hand_over(JoinInformation(UUID, "secret", "", "", "", "")))
+    await asyncio.sleep(0.05)
+    may_remove.set()
+    await asyncio.gather(erased, invited, return_exceptions=True)
+    assert len(there) == 1
