@@ -12,6 +12,7 @@ from typing import Annotated, Final
 import typer
 
 from secfunet.card import TlsParameters, ready_card
+from secfunet.card.client import tell_tls_parameters
 from secfunet.card.parameters import TLS_1_2, TLS_1_3
 from secfunet.card.place import CardPlace, connect_card, segmentation_at
 from secfunet.radius.access import AccessClient
@@ -69,8 +70,8 @@ async def authenticate_card(place: CardPlace, pin: bytes, order: Order) -> Authe
             identity = order.identity or await card.current_identity()
             await card.set_identity(identity)
             low, high = order.versions
-            await card.set_tls_parameters(
-                TlsParameters(min_version=low, max_version=high, resume=False, eap_mtu=order.mtu)
+            await tell_tls_parameters(
+                card, TlsParameters(min_version=low, max_version=high, resume=False, eap_mtu=order.mtu)
             )
             client = AccessClient(order.secret, nas="secure-element", mtu=order.mtu)
             done = await authenticate(card, client, port.exchange, unix_time=int(time.time()))

@@ -23,7 +23,7 @@ from gose.errors import GoseError
 from gose.radius.packets import IGNORED, LINK_HEADER, STATE_SIZE, AccessRequest, Reply
 from gose.settings import Limits
 from secfunet.apdu import ApduError, StatusError
-from secfunet.card.client import CardClient
+from secfunet.card.client import CardClient, tell_tls_parameters
 from secfunet.card.errors import CardError
 from secfunet.card.parameters import TlsParameters
 from secfunet.eap import EapCode, EapFormatError, EapPacket, EapType
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 MAX_ROUNDS = 1024
 """Packets of one authentication: certificates of 16 KB at both ends, in the smallest fragments."""
+MIN_EAP: Final = 4
+"""Bytes of an EAP packet's header."""
 SILENCE: Final = 0.5
 """Seconds, in all, that a peer may let its card wait if somebody else is entitled to the card."""
 _LOOK_AGAIN: Final = 0.25
@@ -238,7 +240,9 @@ class Dialogues:
         else:
             if packet.type != EapType.TLS:
                 raise _Ignored("TLS is due")  # an identity would have the card begin anew
-            dialogue.waited += asyncio.get_running_loop().time() - dialogue.asked_at
+            now = asyncio.get_running_loop().time()
+            dialogue.waited += now - dialogue.asked_at
+            dialogue.asked_at = now  # what is ignored below is not counted again
             if dialogue.waited > SILENCE and self._cards.is_pressed(dialogue.nas):
                 self._log.info("slow", "an authentication is given up: its peer is slow", {"nas": dialogue.nas})
                 return rejection(request)
@@ -258,7 +262,7 @@ class Dialogues:
         card = await dialogue.stack.enter_async_context(lease)
         dialogue.ends_at = asyncio.get_running_loop().time() + self._limits.handshake_timeout
         mtu = dialogue.mtu if dialogue.mtu < MAX_EAP else None
-        await card.set_tls_parameters(TlsParameters(role="server", eap_mtu=mtu))
+        await tell_tls_parameters(card, TlsParameters(role="server", eap_mtu=mtu))
         start = await card.process_eap(dialogue.identity.encode(), int(self._clock()))
         if start != dialogue.start.encode():
             raise CardError("the card begins otherwise than it was announced")
@@ -336,5 +340,6 @@ async def _give_back(dialogue: Dialogue) -> None:
 def rejection(request: AccessRequest) -> Reply:
     """With EAP-Failure for the packet that the request carries, if it has an identifier (RFC 3579, 2.6.3)."""
     eap = request.eap or b""
-    failure = EapPacket(EapCode.FAILURE, eap[1]).encode() if len(eap) > 1 else b""
+    # What is shorter than an EAP packet leaves no room for one.
+    failure = EapPacket(EapCode.FAILURE, eap[1]).encode() if len(eap) >= MIN_EAP else b""
     return Reply(Code.ACCESS_REJECT, failure)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Final
 
 from secfunet.apdu import MAX_RESPONSE, ApduError, CommandApdu, ResponseApdu, StatusError, status_error
 from secfunet.card.binding import Binding, SealedAnswer, SealRequest
@@ -30,6 +32,8 @@ from secfunet.card.parameters import (
 )
 from secfunet.card.ports import CardPort, PipeliningPort
 from secfunet.card.tlv import encode_tlv
+
+_WRONG_DATA: Final = 0x6A80
 
 KeyRequest = tuple[KeyOperation, int, bytes]
 """An operation with the key: what to do, the number of the scheme, and with which bytes."""
@@ -357,3 +361,19 @@ def _name(untrusted: bytes) -> str:
         return untrusted.decode("ascii")
     except UnicodeDecodeError:
         raise CardFormatError("the name of an identity is not ASCII") from None
+
+
+async def tell_tls_parameters(card: CardClient, parameters: TlsParameters) -> bool:
+    """Set-TLS-Parameters for a card of any version: one that knows none of ``report``, ``server_port`` and ``eap_mtu`` is told the others.
+
+    Returns whether it was told all. Raises StatusError when it refuses those, too.
+    """
+    known = dataclasses.replace(parameters, report=False, server_port=0, eap_mtu=None)
+    try:
+        await card.set_tls_parameters(parameters)
+    except StatusError as error:
+        if error.sw != _WRONG_DATA or known == parameters:
+            raise
+        await card.set_tls_parameters(known)
+        return False
+    return True

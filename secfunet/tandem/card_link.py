@@ -11,7 +11,7 @@ import dataclasses
 from typing import Final, Protocol
 
 from secfunet.apdu import StatusError
-from secfunet.card.client import CardClient
+from secfunet.card.client import CardClient, tell_tls_parameters
 from secfunet.card.parameters import EapState, NegotiatedTls
 from secfunet.eap import EapCode, EapError, EapPacket, EapType
 from secfunet.eap_tls import ACK, Asked, EapTlsChannel, EapTlsMessage
@@ -23,7 +23,6 @@ _FRAGMENT: Final = 60_000
 _MAX_FRAGMENTS: Final = 1024
 """More packets than a flight of 128 KiB needs at 128 bytes each."""
 
-_WRONG_DATA: Final = 0x6A80
 _NOT_IN_THIS_STATE: Final = 0x6985
 
 
@@ -109,15 +108,7 @@ class EapCardLink:
     async def _prepare(self) -> None:
         self._is_prepared = True
         await self._card.reset_state()
-        try:
-            await self._card.set_tls_parameters(dataclasses.replace(self._tls, report=True))
-        except StatusError as error:
-            if error.sw != _WRONG_DATA:
-                raise
-            # An older card knows neither this flag nor the port.
-            await self._card.set_tls_parameters(dataclasses.replace(self._tls, server_port=0))
-        else:
-            self.reports_unused = True
+        self.reports_unused = await tell_tls_parameters(self._card, dataclasses.replace(self._tls, report=True))
 
     async def _exchange(self, message: EapTlsMessage, *, with_time: bool) -> bytes:
         """Send one message, exchange whatever fragments it takes, and return the card's flight."""

@@ -11,19 +11,22 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyrad.packet import AuthPacket
 
-from gose.radius.dialogue import Dialogues, NotAdmittedError
-from gose.radius.packets import parse_request
+from gose.radius.dialogue import Dialogues, NotAdmittedError, rejection
+from gose.radius.packets import encode_reply, parse_request
 from gose.settings import Limits
 from gose.slots.shares import share
-from secfunet.card import KeyAlgorithm, SingleCard
+from secfunet.apdu import CommandApdu
+from secfunet.card import KeyAlgorithm, SingleCard, TlsParameters, ready_card
+from secfunet.card.instructions import MethodFunction
 from secfunet.eap import EapCode, EapPacket, EapType
-from secfunet.radius.wire import Code
+from secfunet.radius.wire import Attribute, Code
 from secure_element.card_os import CardOs
 from secure_element.eap_engine import EapDiscarded, EapEngine, EapFailure
 from tests.gose_radius.peer import SECRET, RadiusClient
 from tests.secure_element_tls.pki import authority, tls_id
-from tests.support.local_card import new_store, personalised, ready_client
+from tests.support.local_card import USER_PIN, LocalPort, new_store, personalised, ready_client
 from tests.support.pki import CertificateAuthority
 
 STRANGER = tls_id(authority(), "stranger")  # of an authority that the card does not trust
@@ -104,3 +107,50 @@ def spoken(peer: EapEngine, heard: bytes, kind: str, number: int, data: bytes) -
             return EapPacket(EapCode.RESPONSE, number, EapType.TLS, data).encode()
         case _:
             return data
+
+
+class OlderPort(LocalPort):
+    """A card of a version before item 09 of its TLS parameters, which it refuses."""
+
+    refused = 0
+
+    async def transmit(self, command: bytes) -> bytes:
+        apdu = CommandApdu.decode(command)
+        if apdu.p1 == MethodFunction.SET_TLS_PARAMETERS and TlsParameters.decode(apdu.data).eap_mtu is not None:
+            self.refused += 1
+            return b"\x6a\x80"
+        return await super().transmit(command)
+
+
+async def test_a_card_of_an_earlier_version_serves_links_that_say_what_they_carry(card: CardOs) -> None:
+    port = OlderPort(card)
+    pool = SingleCard(lambda: ready_card(port, pin=USER_PIN, identity="server"))
+    _, part = share(pool, lambda: 1, "logins", "RADIUS")
+    dialogues = Dialogues(part, nobody, Limits(handshakes=PLACES))
+    peer = EapEngine(randbytes=os.urandom, legacy_tls=False)
+    peer.select_identity(STRANGER)
+    peer.reset_state()
+    heard, state = EapPacket(EapCode.REQUEST, 7, EapType.IDENTITY).encode(), None
+    for _ in range(2):  # the identity, and a ClientHello
+        request = parse_request(RadiusClient().request(peer.process(heard), state, mtu=1400)[1], SECRET)
+        reply = await dialogues.answer("127.0.0.1", request)
+        assert reply.code == Code.ACCESS_CHALLENGE
+        heard, state = reply.eap, reply.state
+    assert port.refused == 1
+    await dialogues.close()
+    await pool.close()
+
+
+@pytest.mark.parametrize("length", [2, 3, 4])
+def test_a_rejection_fits_wherever_its_request_did(length: int) -> None:
+    room = 4096 - 20 - 18 - (2 + length)
+    values = [bytes(253)] * (room // 255)
+    left = room - 255 * len(values)
+    packet = AuthPacket(id=1, secret=SECRET, authenticator=os.urandom(16))
+    packet[Attribute.EAP_MESSAGE.value] = [bytes(length)]
+    packet[Attribute.PROXY_STATE.value] = [*values, bytes(left - 2)]
+    packet.add_message_authenticator()
+    raw = packet.RequestPacket()
+    assert len(raw) == 4096
+    request = parse_request(raw, SECRET)
+    assert len(encode_reply(request, rejection(request))) <= 4096

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from secfunet.card import NegotiatedTls
+from secfunet.apdu import status_error
+from secfunet.card import NegotiatedTls, TlsParameters
 from secfunet.tandem.connection import AskCard, StartCard, TandemConnection, TandemState
 from secfunet.tandem.errors import HandshakeRefusedError, WrongTurnError
 from secfunet.tandem.parameters import TandemParameters
@@ -194,3 +195,33 @@ def test_an_application_protocol_that_was_not_offered() -> None:
         shake(client, server, lambda: 100_000)
     assert client.core.state is TandemState.FAILED
     assert client.core.take_output(), "the server is told, under the keys of the connection"
+
+
+class OlderCard(EngineCard):
+    """Of a version before the flag "report" and the port: it refuses what it does not know, and reports nothing."""
+
+    refused = 0
+
+    async def set_tls_parameters(self, parameters: TlsParameters) -> None:
+        if parameters.report or parameters.server_port:
+            self.refused += 1
+            raise status_error(0x6A80, 0x82)
+        await super().set_tls_parameters(parameters)
+
+
+@pytest.mark.parametrize("version", [TLS_1_2, TLS_1_3])
+@pytest.mark.parametrize("older", ["client", "server"])
+def test_a_card_of_an_earlier_version(version: int, older: str) -> None:
+    cards = {role: OlderCard(AUTHORITY) if role == older else EngineCard(AUTHORITY) for role in ("client", "server")}
+    for _ in range(2):  # the second time a session is resumed
+        parameters = TandemParameters(min_version=version, max_version=version)
+        client = Host(TandemConnection("client", parameters, server_name="localhost", server_port=443), cards["client"])
+        server = Host(TandemConnection("server", parameters), cards["server"])
+        shake(client, server, lambda: 65536)
+        assert client.core.state is server.core.state is TandemState.OPEN
+        negotiated = (client if older == "client" else server).core.negotiated
+        assert negotiated is not None
+        assert negotiated.unused is None
+    refusing = cards[older]
+    assert isinstance(refusing, OlderCard)
+    assert refusing.refused == 2
