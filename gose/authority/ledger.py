@@ -6,6 +6,7 @@ It lies in the grid's state folder. Who is given a right gets nothing that is no
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -74,13 +75,16 @@ class Ledger:
 
     @contextlib.contextmanager
     def attempt(self, attempted: AuthorityRecord) -> Iterator[None]:
-        """What the block does not manage is on record as failed, with what it says."""
+        """What the block does not manage, for whatever reason, is on record as failed, with what it says: "permitted" may stand there."""
         try:
             yield
-        except (SecFuNetError, OSError) as error:
-            if not isinstance(error, AuditError):
-                with contextlib.suppress(AuditError):
-                    self.record(replace(attempted, decision="failed", detail=str(error)))
+        except AuditError:
+            raise
+        except BaseException as error:
+            # An interrupt and a fault of this program say nothing that is worth keeping.
+            detail = str(error) if isinstance(error, SecFuNetError | OSError | sqlite3.Error) else type(error).__name__
+            with contextlib.suppress(AuditError):
+                self.record(replace(attempted, decision="failed", detail=detail))
             raise
 
     @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from gose.authority import AuthorityFolder, create_authority
 from gose.authority.certificate_authority import AuthorityKey
-from gose.authority.ledger import FILE, NotOnRecordError
+from gose.authority.ledger import FILE, Action, AuthorityRecord, NotOnRecordError
 from gose.authority.revocation import revoke_identity, revoke_token
 from gose.registry import Registry
 from secfunet.identity import Holder, Role, der_of, thumbprint
@@ -116,6 +117,23 @@ def test_taking_a_right_away_needs_no_record_and_says_that_there_is_none(
     assert registry.named(Role.VM, "web").is_revoked
     revoke_identity(registry, made.ledger, Role.VM, "web")
     assert acts(made.path.parent)[-1] == ("revoke", "permitted", "web")
+
+
+@pytest.mark.parametrize(
+    ("error", "detail"),
+    [
+        (sqlite3.OperationalError("database is locked"), "database is locked"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+    ],
+)
+def test_what_is_permitted_and_not_done_is_on_record_as_failed(
+    made: AuthorityFolder, error: BaseException, detail: str
+) -> None:
+    record = AuthorityRecord(Action.REVOKE, "permitted", role=Role.VM, name="web")
+    with pytest.raises(type(error)), made.ledger.taking_away(record):
+        raise error
+    assert acts(made.path.parent)[-2:] == [("revoke", "permitted", "web"), ("revoke", "failed", "web")]
+    assert log_of(made.path.parent)[-1]["detail"] == detail
 
 
 def test_every_command_that_gives_or_takes_is_on_record(gose: Gose, tmp_path: Path) -> None:
