@@ -97,17 +97,18 @@ class Callers:
     def admit(self, context: grpc.aio.ServicerContext[Any, Any], method: Method) -> Iterator[None]:
         """The call, while it lasts. Raises Refusal."""
         hvid = peer_thumbprint(context)
-        try:
-            self._door.admitted(context.peer(), hvid)
-        except DoorFullError:
-            raise Refusal(
-                Reason.TOO_MANY_CALLS, "there are too many connections", retry_after=CALLS_RETRY_AFTER
-            ) from None
         with self._place(hvid):
             if method.path.startswith(_HEALTH):
                 self._standing.hypervisor(hvid)
             else:
                 _caller.set(self._caller_of(context, hvid, needs_deadline=method.is_unary))
+            # Not before: every certificate of the grid's CA gets this far, and a place inside is kept as long as its connection.
+            try:
+                self._door.admitted(context.peer(), hvid)
+            except DoorFullError:
+                raise Refusal(
+                    Reason.TOO_MANY_CALLS, "there are too many connections", retry_after=CALLS_RETRY_AFTER
+                ) from None
             yield
 
     @contextlib.contextmanager

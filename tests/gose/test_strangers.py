@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
+import grpc
+import grpc.aio
 import pytest
 
 from secfunet.gose.v1 import service_provider_pb2 as pb
@@ -134,3 +136,22 @@ async def test_bodies_that_never_end_keep_nobody_out(grid: TestGrid) -> None:
         finally:
             for writer in writers:
                 writer.transport.abort()
+
+
+async def test_a_certificate_alone_is_no_place_inside(grid: TestGrid) -> None:
+    """Every certificate of the grid's CA may begin a call; places are kept by those whose calls are let through."""
+    async with grid.running() as service:
+        door = service.callers._door
+        async with grid.channel("hv-b") as other:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await grid.stub(other).Execute(pb.ExecuteRequest(operations=[sign_operation()]), timeout=20)
+            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert door.connections == 0
+            session = await logged_in(grid)
+            async with grid.channel("hv-a") as channel:
+                await grid.stub(channel).Execute(
+                    pb.ExecuteRequest(operations=[sign_operation()]),
+                    metadata=(("secfunet-session", session["session"]),),
+                    timeout=20,
+                )
+                assert door.connections == 1
