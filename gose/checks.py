@@ -31,6 +31,7 @@ from gose.slots.slot import SlotState
 from gose.standing import RegistryStanding
 from secfunet.errors import SecFuNetError
 from secfunet.identity import Role, load_certificate
+from secfunet.openid.realm import parse_url
 from secfunet.service.audit import AuditJournal
 from secfunet.service.findings import Finding, Weight
 
@@ -253,8 +254,8 @@ def _why_not(error: OSError) -> str:
 async def _provider(settings: GoseSettings) -> Finding:
     if settings.service_provider.openid_provider is not None:
         what = "service_provider.openid_provider"
-        name, _, port = settings.service_provider.openid_provider.partition("://")[2].rpartition(":")
-        host, number = (name.strip("[]"), int(port)) if name and port.isdigit() else (name or port, 443)
+        url = parse_url(settings.service_provider.openid_provider)
+        host, number = url.host, url.port
     else:
         what, host, number = "names", settings.openid_provider_host, settings.openid_provider.endpoint.port
     place = Address(host, number)

@@ -81,7 +81,7 @@ class Rack:
         # A typed PIN is in the table that was there when it was typed.
         self.elements = {seid: before[seid] if stays(seid) else new for seid, new in after.items()}
         # All that go first: one that comes may be the same card at another place.
-        await asyncio.gather(*map(self._remove, gone))
+        await asyncio.gather(*(self._remove(old, after.get(old.seid)) for old in gone))
         await asyncio.gather(*map(self._add, come))
         changed = {one.seid for one in gone} & {one.seid for one in come}
         return [
@@ -110,9 +110,12 @@ class Rack:
             bank = self._vms[element.seid] = self._bank(element.seid, element)
             await bank.start()
 
-    async def _remove(self, element: SecureElementSettings) -> None:
+    async def _remove(self, element: SecureElementSettings, after: SecureElementSettings | None) -> None:
+        """``after``: what comes in its place, if anything does. A VM's queue stays until then: it says that waiting heals it."""
         if element.role == "server":
             await self.servers.remove(element.seid)
+        elif after is not None and after.role == "vm":
+            await self._vms[element.seid].retire()
         else:
             await self._vms.pop(element.seid).retire()
             self._metrics.queue_length.remove(element.seid)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from gose.authority import create_authority
-from gose.checks import look_before_start
+from gose.checks import look_before_start, provider_problem
 from gose.settings import GoseSettings
 from secfunet.service.findings import Weight
 from tests.gose.grid import free_ports
@@ -175,3 +175,15 @@ async def test_cards_are_tried_with_their_pins(gose: Run, write: Callable[..., P
         assert said["card gone"][0] == "away"
         assert said["card bad"][0] == "wrong"
         assert "the card refuses the PIN" in said["card bad"][1]
+
+
+@pytest.mark.parametrize("url", ["https://[::1]", "https://localhost", "https://127.0.0.1:1"])
+async def test_the_openid_provider_is_asked_at_its_address_and_port(tmp_path: Path, url: str) -> None:
+    create_authority(tmp_path / "state" / "authority", ["localhost"], now=time.time())
+    settings = GoseSettings.model_validate(
+        {"state": tmp_path / "state", "names": ["localhost"], "service_provider": {"openid_provider": url}}
+    )
+    place = url.partition("://")[2]
+    problem = await provider_problem(settings)
+    assert problem is not None
+    assert (place if url.endswith(":1") else f"{place}:443") in problem

@@ -164,3 +164,32 @@ async def test_a_neighbours_flood_does_not_fill_this_vms_queue(slow: TestGrid) -
                 assert not answer.failures
         outcomes, _ = await flooding
         assert outcomes["SLOT_BUSY"] > 0
+
+
+async def test_a_card_whose_settings_change_is_busy_meanwhile_and_not_gone(slow: TestGrid, tmp_path: Path) -> None:
+    """Until the card is there by its new settings its VM is told to wait, never that the grid does not have its card."""
+    async with slow.running() as service:
+        rack, before = service.rack, service.settings
+        seid = slow.vms["vm-1"].seid
+        assert seid is not None
+        pin = tmp_path / "pin"
+        pin.touch(mode=0o600)
+        pin.write_bytes(rack.elements[seid].user_pin_file.read_bytes())
+        elements = tuple(
+            one.model_copy(update={"user_pin_file": pin}) if one.seid == seid else one for one in before.secure_elements
+        )
+        bank = rack.vm(seid)
+        assert bank is not None
+        slow_job = bank.submit(lambda card: asyncio.sleep(0.3), deadline=time.monotonic() + 5)
+        await asyncio.sleep(0.05)
+        changing = asyncio.create_task(rack.change(before.model_copy(update={"secure_elements": elements})))
+        while not changing.done():
+            assert rack.vm(seid) is not None
+            await asyncio.sleep(0.005)
+        await slow_job
+        assert await changing == [f"card {seid} changed"]
+        new = rack.vm(seid)
+        assert new is not None
+        assert new is not bank
+        await new.submit(lambda card: card.client.state(), deadline=time.monotonic() + 5)
+        assert {slot.seid: slot.state.value for slot in rack.slots()}[seid] == "in_service"
