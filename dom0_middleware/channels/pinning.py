@@ -13,7 +13,7 @@ Each is asked of the kernel by its name, with iproute2. What a kernel cannot do 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Address, ip_address
 from pathlib import Path
 
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 _NETWORK = Path("/sys/class/net")
 _FILTER = ("egress", "protocol", "arp", "pref", "1")
 _SHOT, _UNSPECIFIED = 2, 0xFFFFFFFF  # TC_ACT_SHOT, TC_ACT_UNSPEC of linux/pkt_cls.h
+
+Basis = tuple[str, tuple[str, ...]]
+"""The bridge's own MAC address, and the interfaces that it is told about."""
 
 
 def arp_filter(address: IPv4Address, mac: str) -> str:
@@ -53,13 +56,23 @@ class Pinning:
         self._address = ip_address(address)
         self._said: set[str] = set()
 
+    def basis(self, interfaces: Iterable[str]) -> Basis:
+        """What ``pin`` would build on now: once that is another, it is to be called again.
+
+        Not an interface whose emulated twin is still there: a guest that boots uses that one, with the same MAC address.
+        """
+        ready = [name for name in sorted(interfaces) if self._is_port(name) and not self._is_port(f"{name}-emu")]
+        return self._bridge_mac(), tuple(ready)
+
     async def pin(self, address: str, interfaces: Mapping[str, str]) -> None:
         """For the domain whose IP address is ``address``; ``interfaces``: its back ends and their MAC addresses."""
         ours = {name: mac for name, mac in sorted(interfaces.items()) if self._is_port(name)}
         if not ours:
             self._say("interface", "a domain has no interface at the bridge %s", self._bridge)
             return
-        for name, mac in ours.items():
+        _, ready = self.basis(interfaces)
+        for name in ready:
+            mac = interfaces[name]
             is_kept = await self._do("bridge", "fdb", "replace", mac, "dev", name, "master", "static", "sticky")
             if is_kept:
                 await self._do("bridge", "link", "set", "dev", name, "learning", "off")
@@ -80,12 +93,16 @@ class Pinning:
                 await self._do("bridge", "fdb", "del", mac, "dev", name, "master", quiet=True)
                 await self._do("tc", "filter", "del", "dev", name, *_FILTER, quiet=True)
 
-    async def _filter_arp(self, name: str) -> None:
+    def _bridge_mac(self) -> str:
+        """ "" if it is not known. It changes when the bridge gets another port, unless somebody has set it."""
         try:
-            mac = (_NETWORK / self._bridge / "address").read_text(encoding="ascii").strip()
+            return (_NETWORK / self._bridge / "address").read_text(encoding="ascii").strip()
         except OSError:
-            return
-        if not isinstance(self._address, IPv4Address):
+            return ""
+
+    async def _filter_arp(self, name: str) -> None:
+        mac = self._bridge_mac()
+        if not mac or not isinstance(self._address, IPv4Address):
             return
         if await self._do("tc", "qdisc", "replace", "dev", name, "clsact"):
             await self._do("tc", "filter", "del", "dev", name, *_FILTER, quiet=True)

@@ -24,7 +24,7 @@ from dom0_middleware.channels.door import Door, listen
 from dom0_middleware.channels.folder import DomainFolders
 from dom0_middleware.channels.interfaces import BridgeFacts, back_ends, objection, read_facts
 from dom0_middleware.channels.iproute import FactsUnavailable
-from dom0_middleware.channels.pinning import Pinning
+from dom0_middleware.channels.pinning import Basis, Pinning
 from dom0_middleware.channels.port import (
     ChannelAddresses,
     ChannelDomain,
@@ -60,6 +60,7 @@ class _Ports:
     doors: list[Door] = field(default_factory=list)
     looking: asyncio.Lock = field(default_factory=asyncio.Lock)
     asked: tuple[float, str] = (float("-inf"), "")
+    pinned: Basis | None = None
 
 
 class TcpChannel:
@@ -146,8 +147,9 @@ class TcpChannel:
     async def _listen(self, domain: ChannelDomain, wanted: tuple[int, ...]) -> ChannelAddresses:
         if domain.domain_id is None or not domain.address:
             raise ChannelError("a VM that is reached by TCP needs an address: create it with one")
-        await self._pin(domain)
-        ports = self._ports_of[domain.uuid] = _Ports(domain, Relay(partial(self._refuse, domain.uuid)))
+        pinned = await self._pin(domain)
+        ports = _Ports(domain, Relay(partial(self._refuse, domain.uuid)), pinned=pinned)
+        self._ports_of[domain.uuid] = ports
         numbers = []
         for index, path in enumerate(self._folders.sockets(domain.uuid)):
             door, number = await self._listen_at(ports, path, wanted[index : index + 1] or tuple(self._ports))
@@ -207,6 +209,9 @@ class TcpChannel:
             if clock() - at >= self._facts_age:
                 try:
                     facts = await self._facts(domain.domain_id, domain.address, self._bridge)
+                    if ports.pinned != self._pinning.basis(facts.interfaces):
+                        ports.pinned = await self._pin(domain)
+                        facts = await self._facts(domain.domain_id, domain.address, self._bridge)
                     why = objection(domain.address, domain.address, facts)
                 except FactsUnavailable as error:
                     why = str(error)
@@ -217,16 +222,21 @@ class TcpChannel:
         self._flood.warning(reason, "a connection to a domain's port is refused", {"vm": uuid, "why": why})
         self._refused(uuid, why)
 
-    async def _pin(self, domain: ChannelDomain) -> None:
+    async def _pin(self, domain: ChannelDomain) -> Basis | None:
+        """What it was built on; None: nothing."""
         assert domain.domain_id is not None  # noqa: S101 - looked at before
         try:
             interfaces = await back_ends(domain.domain_id)
         except FactsUnavailable as error:
-            log.warning("a domain's interfaces cannot be told to the bridge: %s", error, extra={"vm": domain.uuid})
-            return
+            self._flood.warning(
+                "interfaces", f"a domain's interfaces cannot be told to the bridge: {error}", {"vm": domain.uuid}
+            )
+            return None
+        basis = self._pinning.basis(interfaces)
         pin = {"address": domain.address, "interfaces": dict(interfaces)}
         write_atomically(self._folders.path(domain.uuid) / _PIN_FILE, json.dumps(pin).encode())
         await self._pinning.pin(domain.address, interfaces)
+        return basis
 
     async def _unpin(self, uuid: str) -> None:
         """What an earlier process of this daemon pinned, too: it is in the domain's folder."""

@@ -6,11 +6,13 @@ import json
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from dom0_middleware.channels import pinning
 from tests.dom0_middleware.bridge import ADDRESSES, ATTACKS, BRIDGE, DOM0, INTERFACES, MACS, Bridge, bridge
 
 GUEST = str(Path(__file__).with_name("bridge_guest.py"))
@@ -87,6 +89,40 @@ def test_the_guests_own_connections_are_bounded_too(made: Bridge) -> None:
     told = made.ask("refused")
     assert told["refused"] - before["refused"] < 200
     assert len(told["lines"]) - len(before["lines"]) <= 4
+
+
+def test_a_bridge_that_gets_another_address_is_told_anew(made: Bridge) -> None:
+    """It takes the lowest one of its ports. What guests may hear of dom0's address is then another thing."""
+
+    def told() -> str:
+        return made.tables("tc", "filter", "show", "dev", INTERFACES["a"], "egress")
+
+    before, victim = told(), guest(made)
+    made.tables("ip", "link", "set", BRIDGE, "address", "02:00:00:00:00:01")
+    deadline = time.monotonic() + 20
+    while told() in ("", before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert told() not in ("", before)
+    # As the guest finds out by itself, in time.
+    subprocess.run(("ip", "-n", f"{made.name}-a", "neigh", "flush", "all"), check=True)
+    result(victim)
+    assert result(guest(made)) == SERVED
+
+
+def test_an_interface_whose_emulated_twin_is_there_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest with emulated hardware boots from that one, with the same MAC address."""
+    monkeypatch.setattr(pinning, "_NETWORK", tmp_path)
+    (tmp_path / BRIDGE).mkdir()
+    (tmp_path / BRIDGE / "address").write_text("02:00:00:00:00:01\n")
+    for name in ("vif1.0", "vif1.1", "vif1.1-emu", "vif1.2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "master").symlink_to(tmp_path / ("other" if name == "vif1.2" else BRIDGE))
+    told = pinning.Pinning(BRIDGE, DOM0)
+    assert told.basis(["vif1.2", "vif1.1", "vif1.0"]) == ("02:00:00:00:00:01", ("vif1.0",))
+    (tmp_path / "vif1.1-emu" / "master").unlink()
+    assert told.basis(["vif1.2", "vif1.1", "vif1.0"]) == ("02:00:00:00:00:01", ("vif1.0", "vif1.1"))
 
 
 def test_what_the_bridge_was_told_goes_with_the_run(made: Bridge) -> None:
