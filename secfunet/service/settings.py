@@ -35,6 +35,8 @@ class Settings(BaseModel):
 
 
 def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
+    if "\0" in str(path):
+        raise ValueError("a path cannot hold a zero byte")
     folder = (info.context or {}).get("folder")
     # normpath: "grid/../cards" would be shown to people in every message.
     return Path(os.path.normpath(Path(folder).absolute() / path)) if folder is not None else path

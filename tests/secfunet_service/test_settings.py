@@ -52,6 +52,7 @@ def test_values_and_defaults(tmp_path: Path) -> None:
     ("text", "sentence"),
     [
         ('nmae = "a"', "example.toml:1: unknown key 'nmae': did you mean 'name'?"),
+        ('name = "a"\nfile = "x\\u0000y"', "example.toml:2: 'file': a path cannot hold a zero byte"),
         ('name = "a"\nlog-level = 1', "example.toml:2: unknown key 'log-level': known here:"),
         ('name = "a"\n"x y" = 1', "example.toml:2: unknown key '\"x y\"': known here:"),
         ('name = "a"\n[listener]\nport-no = 7', "example.toml:3: unknown key 'listener.port-no': did you mean 'port'?"),
