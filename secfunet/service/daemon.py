@@ -93,8 +93,7 @@ async def _reload_at_hangup(running: object, hangup: asyncio.Event) -> None:
             log.error("the settings could not be read again: %s", error)
         except Exception:
             log.exception("a fault in this program while the settings were read again")
-        finally:
-            notify_systemd("READY=1")
+        notify_systemd("READY=1")  # not where a stop cuts it short
 
 
 async def _serve(service: AbstractAsyncContextManager[object], ready: Callable[[], None] | None) -> None:
@@ -103,7 +102,20 @@ async def _serve(service: AbstractAsyncContextManager[object], ready: Callable[[
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     hangup = asyncio.Event()
-    loop.add_signal_handler(signal.SIGHUP, hangup.set)
+    # Not a handler of the loop's: when the loop closes, that would make SIGHUP deadly for what is left of the process.
+    signal.signal(signal.SIGHUP, lambda *_: loop.call_soon_threadsafe(hangup.set))
+    try:
+        await _run(service, stop, hangup, ready)
+    finally:
+        survive_hangup()
+
+
+async def _run(
+    service: AbstractAsyncContextManager[object],
+    stop: asyncio.Event,
+    hangup: asyncio.Event,
+    ready: Callable[[], None] | None,
+) -> None:
     async with service as running:
         watchdog = asyncio.create_task(_keep_watchdog())
         reloader = asyncio.create_task(_reload_at_hangup(running, hangup))

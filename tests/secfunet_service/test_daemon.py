@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 PROGRAM = """
@@ -154,6 +155,24 @@ def test_a_hangup_does_not_end_what_has_nothing_to_read() -> None:
         daemon.send_signal(signal.SIGTERM)
         assert daemon.communicate(timeout=20)[0] == "clean\n"
         assert daemon.returncode == 0
+
+
+def test_hangups_while_it_stops_do_not_end_it() -> None:
+    """Up to the end of the process: a program may have things to do when its loop has closed."""
+    end = "run_daemon(make, ready=lambda: print('ready', flush=True))\nimport time; time.sleep(0.2)"
+    program = PROGRAM.replace("cli.run(app)", end)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as daemon:
+        assert daemon.stdout is not None
+        assert daemon.stderr is not None
+        try:
+            assert daemon.stdout.readline() == b"ready\n"
+            daemon.send_signal(signal.SIGTERM)
+            while daemon.poll() is None:
+                daemon.send_signal(signal.SIGHUP)
+                time.sleep(0.001)
+            assert (daemon.returncode, daemon.stderr.read()) == (0, b"")
+        finally:
+            daemon.kill()
 
 
 def test_an_error_is_a_sentence_and_an_exit_code() -> None:
