@@ -498,10 +498,11 @@ class TandemTransport(asyncio.Transport):
 
     def _begin_close(self) -> None:
         """Our close_notify is on its way: wait for the peer's, so that nothing in flight is reset away."""
-        if self._socket is None or self._socket.is_closing():
+        if self._socket is None or self._socket.is_closing() or self._drops:
             return
         if self._eof_told or self.core.has_ended or self._error is not None:
-            self._close_socket()
+            # Not at once: asyncio closes a transport twice that is closed while it says that its buffer is empty.
+            self._loop.call_soon(self._close_socket)
             return
         if self._close_timer is None:
             try:

@@ -511,6 +511,43 @@ async def test_an_alert_is_not_reset_away_by_what_the_peer_still_sends(ends: End
         await until(lambda: not listener.connections)
 
 
+class Talker(asyncio.Protocol):
+    """Says much at once."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(bytes(6_000_000))
+
+
+async def test_an_alert_behind_much_data_is_not_reset_away(ends: Ends, tmp_path: Path) -> None:
+    """What was written before the alert fills the socket; when the peer has read it, it is not closed before the peer's end."""
+    peer = MemoryPeer(Identities(tmp_path, ends.authority, kinds=("p256",)).context("client", "p256"), "client")
+    parameters = only(TLS_1_3, suites=(0x1301,))
+    async with await start_tandem_server(Talker, ends.server, host="127.0.0.1", parameters=parameters) as listener:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(listener), limit=1000)
+        writer.write(peer.step())
+        while not peer.is_through:
+            writer.write(peer.step(await reader.read(65536)))
+        await until(lambda: len(listener.connections) == 1)
+        await asyncio.sleep(0.1)
+        writer.write(encode_record(ContentType.HANDSHAKE, bytes(100)))
+        await asyncio.sleep(0.1)
+        heard = bytearray()
+        while data := await asyncio.wait_for(reader.read(65536), 5):
+            heard += data
+            if len(heard) % 7 == 0:
+                writer.write(bytes(1000))
+        assert len(heard) > 500_000
+        assert split_records(bytes(heard))[-1].length == 2 + 1 + 16
+        writer.write(bytes(1000))
+        await asyncio.sleep(0.05)
+        writer.write(bytes(1000))
+        await asyncio.sleep(0.05)
+        assert not writer.transport.is_closing()
+        writer.close()
+        await until(lambda: not listener.connections)
+
+
 async def test_a_peer_that_never_ends_is_dropped_behind_our_alert(ends: Ends) -> None:
     """Neither by silence nor by sending on does it keep the socket for long."""
     async with await ends.listen() as listener:
