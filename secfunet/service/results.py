@@ -30,7 +30,8 @@ class StreamClosedError(SecFuNetError):
 
 
 class NotWrittenError(SecFuNetError):
-    """A result could not be written to where it was to go; what is there is as it was, if it is a regular file."""
+    """A result could not be written to where it was to go; a regular file is as it was, unless only it and not
+    its folder may be written: then it is written in place, and a full disk may cut it off."""
 
     def __init__(self, path: Path, error: OSError) -> None:
         super().__init__(f"{path}: {error.strerror or error}: the result was not written")
